@@ -1,0 +1,95 @@
+"""Compression as parametrization: any tensor of any module may carry a mask, a quantizer, or both in that order.
+
+torch.nn.utils.parametrize keeps the trained values under `original` and computes the compressed tensor on access. This
+file adds what compression needs on top: the order of the steps, tensors shared by several modules, and recurrent
+layers, whose cached weight list would otherwise go stale.
+"""
+
+import copy
+from collections.abc import Iterator
+from fnmatch import fnmatch
+
+import torch.nn as nn
+from torch.nn.utils import parametrize
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(dotted name, module, attribute) of every parameter, under the names of the uncompressed model.
+
+    A parameter shared by several modules is named once, by the first.
+    """
+    seen = set()
+    for path, module in model.named_modules():
+        if "parametrizations" in path.split("."):
+            continue
+        own = list(module._parameters)
+        own += [name for name in getattr(module, "parametrizations", {}) if name not in own]
+        for attribute in own:
+            original = original_of(module, attribute)
+            if original is None or id(original) in seen:
+                continue
+            seen.add(id(original))
+            yield (f"{path}.{attribute}" if path else attribute), module, attribute
+
+
+def original_of(module: nn.Module, attribute: str) -> nn.Parameter:
+    """The trained values behind a tensor, parametrized or not."""
+    if parametrize.is_parametrized(module, attribute):
+        return module.parametrizations[attribute].original
+    return module._parameters[attribute]
+
+
+def steps_of(module: nn.Module, attribute: str) -> list[nn.Module]:
+    """The parametrizations on a tensor, in order of application; empty when it has none."""
+    return list(module.parametrizations[attribute]) if parametrize.is_parametrized(module, attribute) else []
+
+
+def find_step(module: nn.Module, attribute: str, kind: type) -> nn.Module | None:
+    return next((step for step in steps_of(module, attribute) if isinstance(step, kind)), None)
+
+
+def set_steps(model: nn.Module, module: nn.Module, attribute: str, steps: list[nn.Module]) -> None:
+    """Replaces the parametrizations of a tensor, wherever in `model` that tensor is shared, keeping trained values."""
+    original = original_of(module, attribute)
+    holders = [(m, a) for m in list(model.modules()) if not isinstance(m, parametrize.ParametrizationList)
+               for a in [*m._parameters, *getattr(m, "parametrizations", {})] if original_of(m, a) is original]
+    for holder, name in holders:
+        if parametrize.is_parametrized(holder, name):
+            parametrize.remove_parametrizations(holder, name, leave_parametrized=False)
+        for step in steps:
+            parametrize.register_parametrization(holder, name, step, unsafe=True)
+        if isinstance(holder, nn.RNNBase) and not hasattr(holder, "_refresh"):
+            holder._refresh = holder.register_forward_pre_hook(_refresh_flat_weights)
+
+
+def _refresh_flat_weights(module: nn.RNNBase, args) -> None:
+    module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+
+
+def bake(model: nn.Module) -> nn.Module:
+    """A copy of the model with every parametrization replaced by the tensor it computes."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        if isinstance(module, parametrize.ParametrizationList):
+            continue
+        for attribute in list(getattr(module, "parametrizations", {})):
+            parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+        if hasattr(module, "_refresh"):
+            module._refresh.remove()
+            del module._refresh
+            _refresh_flat_weights(module, ())
+    return model
+
+
+def matching(model: nn.Module, patterns) -> list[tuple[str, nn.Module, str]]:
+    """The weights whose dotted name matches any of the shell patterns, in model order.
+
+    Raises ValueError for a pattern that matches nothing, naming what there is.
+    """
+    weights = list(named_weights(model))
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name, _, _ in weights):
+            names = ", ".join(name for name, _, _ in weights)
+            raise ValueError(f"no weight is named {pattern!r}: this model has {names}")
+    return [w for w in weights if any(fnmatch(w[0], p) for p in patterns)]

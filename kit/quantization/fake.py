@@ -1,0 +1,130 @@
+"""Fake quantization of weights: a parametrization that rounds in the forward pass and is straight-through behind."""
+
+import math
+from collections.abc import Mapping
+from fnmatch import fnmatch
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
+
+from kit.parametrization import bake, find_step, matching, named_weights, original_of, set_steps, steps_of
+from kit.quantization import formats
+from kit.quantization.formats import Format
+
+
+def matrix_shape(module: nn.Module, shape: torch.Size) -> tuple[int, int]:
+    """How a weight is viewed as (rows, columns): a convolution's row is one output channel, any other tensor's row
+    runs along its last dimension (so each expert's output unit of an (E, out, in) stack is a row); a vector is a row.
+    """
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    rows = shape[0] if isinstance(module, _ConvNd) else math.prod(shape[:-1])
+    return rows, math.prod(shape) // rows if rows else 0
+
+
+class FakeQuantize(nn.Module):
+    """Parametrization: weight -> the nearest values of `format`, float32, same shape; gradients straight through.
+
+    A "minmax" range follows the weight at every step. "percentile" and "mse" ranges are fixed from `weight` when
+    the quantizer is made, because searching at each step is slow. With `learned` the step starts there and is trained
+    (LSQ, arXiv:1902.08153); it is kept positive by its absolute value.
+
+    Args:
+        weight: the tensor to be quantized, which fixes shape and ranges.
+        shape: (rows, columns) to view it as.
+    Raises ValueError when the weight is complex, NaN or infinite.
+    """
+
+    def __init__(self, weight: Tensor, shape: tuple[int, int], format: Format, learned: bool = False):
+        super().__init__()
+        formats.check_weights(weight, "weight")
+        self.format, self.shape = format, shape
+        self.learned = learned and format.bits != 16
+        self.scale = self.zero = None
+        if format.bits != 16 and (self.learned or format.range != "minmax"):
+            scale, zero = formats.choose_grid(self._blocks(weight, fill=math.nan), format)
+            self.zero = None if zero is None else nn.Buffer(zero)
+            self.scale = nn.Parameter(scale) if self.learned else nn.Buffer(scale)
+
+    def _blocks(self, weight: Tensor, fill: float = 0.0) -> Tensor:
+        return formats.to_blocks(weight.reshape(self.shape), self.format, fill)
+
+    def grid(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale (blocks, 1), exactly as the artifact stores it, and zero point (blocks, 1) or None."""
+        if self.scale is None:
+            return formats.choose_grid(self._blocks(weight), self.format)
+        if not self.learned:
+            return self.scale, self.zero
+        stored = formats.round_scale(self.scale.detach().abs(), self.format.scale)
+        return self.scale.abs() + (stored - self.scale.detach().abs()), self.zero
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.format.bits == 16:
+            return _half(weight)
+        scale, zero = self.grid(weight)
+        blocks = self._blocks(weight)
+        gradient = 1 / math.sqrt(max(blocks.shape[1], 1) * self.format.qmax) if self.learned else 0.0
+        values = formats.fake_quantize(blocks, scale, zero, self.format, gradient)
+        return formats.from_blocks(values, self.shape).reshape(weight.shape)
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes int8 (rows, columns), scale and zero point (blocks, 1): what `forward` multiplies out again."""
+        scale, zero = self.grid(weight)
+        codes = formats.quantize(self._blocks(weight), scale, zero, self.format)
+        return formats.from_blocks(codes, self.shape), scale.detach(), zero
+
+
+class _Half(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.half().to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+_half = _Half.apply
+
+
+def quantize_weights(model: nn.Module, plan: Format | Mapping[str, Format | None], learned: bool = False) -> nn.Module:
+    """Fake-quantizes weights of the model, in place, and returns it.
+
+    plan: one format for every weight of two or more dimensions, or shell patterns of dotted names to formats, of
+        which a weight takes the first that matches (None: leave it in float32).
+    A weight that is quantized already gets the new format; masks stay in front.
+    Raises ValueError for a pattern without a match and for weights that are not finite.
+
+    >>> model = quantize_weights(nn.Sequential(nn.Linear(8, 4)), Format(4, granularity="group", group_size=4))
+    >>> len(model[0].weight.unique()) <= 16 * 8
+    True
+    """
+    if isinstance(plan, Format):
+        chosen = [(w, plan) for w in named_weights(model) if original_of(w[1], w[2]).ndim >= 2]
+    else:
+        weights = matching(model, plan)
+        chosen = [(w, next(f for p, f in plan.items() if fnmatch(w[0], p))) for w in weights]
+    if not chosen:
+        raise ValueError(f"{type(model).__name__} has no weight to quantize: expected parameters of two or more dimensions")
+    for (name, module, attribute), _ in chosen:
+        formats.check_weights(original_of(module, attribute), name)
+    for (name, module, attribute), format in chosen:
+        keep = [step for step in steps_of(module, attribute) if not isinstance(step, FakeQuantize)]
+        set_steps(model, module, attribute, keep)
+        if format is not None:
+            weight = getattr(module, attribute).detach()
+            step = FakeQuantize(weight, matrix_shape(module, weight.shape), format, learned)
+            set_steps(model, module, attribute, [*keep, step])
+    return model
+
+
+def quantizers(model: nn.Module) -> dict[str, FakeQuantize]:
+    """The fake quantizer of each quantized weight, by dotted name."""
+    found = {name: find_step(module, attribute, FakeQuantize) for name, module, attribute in named_weights(model)}
+    return {name: step for name, step in found.items() if step is not None}
+
+
+remove_compression = bake

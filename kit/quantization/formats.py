@@ -1,0 +1,221 @@
+"""Number formats and the arithmetic of uniform quantization, as pure functions of tensors.
+
+A tensor is viewed as a matrix (rows, columns), and the matrix as blocks that share one scale: the whole tensor, a row
+("channel"), or `group_size` neighbours in a row. Every function below works on blocks, shape (blocks, length), with
+scale and zero point of shape (blocks, 1). Quantization follows Jacob et al. 2018 (arXiv:1712.05877), eq. 1:
+x = scale * (code - zero).
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BITS = (2, 3, 4, 5, 6, 8, 16, "ternary")
+SCALES = ("float32", "float16", "log8")
+SMALLEST_SCALE = {"float32": 1e-30, "float16": 2.0**-24, "log8": 1e-30}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How numbers are stored.
+
+    bits: 2, 3, 4, 5, 6 or 8 for integer codes, "ternary" for {-1, 0, 1}, 16 for IEEE half precision (no scale).
+    symmetric: zero point 0 and scale = max|x| / qmax; otherwise the range [min, max], widened to contain 0.
+    granularity: what shares a scale: "tensor", "channel" (a row) or "group" (`group_size` neighbours in a row; the
+        last group of a row may be shorter).
+    range: "minmax", "percentile" (99.9 % of |x|, clipped beyond) or "mse" (the clipping of least squared error).
+    scale: how a scale is stored: "float32", "float16" or "log8" (8 bits, 16 steps an octave below the largest).
+
+    >>> Format(4, granularity="group", group_size=64).qmax
+    7
+    """
+
+    bits: int | str = 8
+    symmetric: bool = True
+    granularity: str = "channel"
+    group_size: int = 128
+    range: str = "minmax"
+    scale: str = "float16"
+
+    def __post_init__(self):
+        choices = {"bits": BITS, "granularity": ("tensor", "channel", "group"), "scale": SCALES,
+                   "range": ("minmax", "percentile", "mse")}
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field}={getattr(self, field)!r} is not a format: choose one of {allowed}")
+        if self.group_size < 1:
+            raise ValueError(f"group_size={self.group_size} must be at least 1")
+        if self.bits == "ternary" and not self.symmetric:
+            raise ValueError("a ternary format is symmetric by definition: drop symmetric=False")
+
+    @property
+    def qmin(self) -> int:
+        return -1 if self.bits == "ternary" else -(2 ** (self.bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        return 1 if self.bits == "ternary" else 2 ** (self.bits - 1) - 1
+
+
+HALF = Format(16)
+
+
+def to_blocks(matrix: Tensor, format: Format, fill: float = 0.0) -> Tensor:
+    """(rows, columns) -> (blocks, length); a short last group of each row is padded with `fill`."""
+    if format.granularity == "tensor":
+        return matrix.reshape(1, -1)
+    if format.granularity == "channel":
+        return matrix
+    size = min(format.group_size, max(matrix.shape[1], 1))
+    return F.pad(matrix, (0, -matrix.shape[1] % size), value=fill).reshape(-1, size)
+
+
+def from_blocks(blocks: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The inverse of `to_blocks` for a matrix of `shape`."""
+    rows, columns = shape
+    return blocks.reshape(rows, -1)[:, :columns] if rows and columns else blocks.new_zeros(shape)
+
+
+def block_count(shape: tuple[int, int], format: Format) -> int:
+    """How many scales a matrix of `shape` needs."""
+    rows, columns = shape
+    if format.granularity == "tensor":
+        return 1
+    return rows * (1 if format.granularity == "channel" else math.ceil(columns / min(format.group_size, max(columns, 1))))
+
+
+@cache
+def _log_table() -> Tensor:
+    return torch.exp2(-torch.arange(256, dtype=torch.float64) / 16).float()
+
+
+def log_scale_codes(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales as (uint8 codes, largest scale float32): scale = largest * 2**(-code / 16), rounded up."""
+    largest = scale.max().clamp(min=SMALLEST_SCALE["log8"]).float()
+    codes = torch.floor(-16 * torch.log2(scale.double() / largest.double()) + 1e-6).clamp(0, 255)
+    return codes.to(torch.uint8), largest
+
+
+def log_scale_values(codes: Tensor, largest: Tensor) -> Tensor:
+    return largest * _log_table().to(largest.device)[codes.long()]
+
+
+def round_scale(scale: Tensor, kind: str) -> Tensor:
+    """The float32 value that `scale` has after being stored as `kind`."""
+    if scale.numel() == 0:
+        return scale.float()
+    if kind == "float16":
+        if scale.max() > 65504:
+            raise ValueError(f"a scale of {scale.max():.3g} exceeds float16 (65504): use Format(scale='float32')")
+        return scale.half().float().clamp(min=SMALLEST_SCALE[kind])
+    if kind == "log8":
+        return log_scale_values(*log_scale_codes(scale))
+    return scale.float().clamp(min=SMALLEST_SCALE[kind])
+
+
+def check_weights(x: Tensor, what: str = "tensor") -> None:
+    """Raises ValueError for what no real quantizer can hold: complex, integer, NaN or infinite values."""
+    if x.is_complex():
+        raise ValueError(f"{what} is complex ({x.dtype}): a real quantizer would drop the imaginary part; "
+                         "use ComplexQuantizer")
+    if not x.is_floating_point():
+        raise ValueError(f"{what} has dtype {x.dtype}: quantization expects floating point values")
+    if not torch.isfinite(x).all():
+        raise ValueError(f"{what} holds {(~torch.isfinite(x)).sum().item()} NaN or infinite values: "
+                         "restore a finite checkpoint before quantizing")
+
+
+def _minmax(blocks: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    if blocks.shape[1] == 0:
+        zero = blocks.new_zeros(len(blocks), 1)
+        return zero, zero
+    low, high = torch.aminmax(blocks, dim=1, keepdim=True)
+    return low.clamp(max=0), high.clamp(min=0)
+
+
+def _grid(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of the range [low, high]; the zero point is None for a symmetric format."""
+    if format.symmetric:
+        return round_scale(torch.maximum(-low, high) / format.qmax, format.scale), None
+    scale = round_scale((high - low) / (format.qmax - format.qmin), format.scale)
+    return scale, (format.qmin - torch.round(low / scale)).clamp(format.qmin, format.qmax)
+
+
+def choose_grid(blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
+    """Scale (blocks, 1) float32, as it will be stored, and zero point (blocks, 1) or None, by `format.range`.
+
+    Blocks may be padded with NaN, which no rule counts.
+    """
+    x = blocks.detach().float()
+    padded = torch.nan_to_num(x)
+    low, high = _minmax(padded, format)
+    if format.range == "minmax" or x.numel() == 0:
+        return _grid(low, high, format)
+    if format.range == "percentile":
+        bound = torch.nanquantile(x.abs(), 0.999, dim=1, keepdim=True)
+        return _grid(torch.maximum(low, -bound), torch.minimum(high, bound), format)
+    best, best_error = _grid(low, high, format), None
+    for ratio in torch.linspace(1.0, 0.2 if format.qmax > 1 else 0.05, 65).tolist():
+        scale, zero = _grid(low * ratio, high * ratio, format)
+        error = (dequantize(quantize(padded, scale, zero, format), scale, zero) - padded).square().sum(1, keepdim=True)
+        if best_error is None:
+            best, best_error = (scale, zero), error
+            continue
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = (torch.where(better, scale, best[0]), None if zero is None else torch.where(better, zero, best[1]))
+    return best
+
+
+def quantize(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format, generator=None) -> Tensor:
+    """Integer codes (int8) of x: round(x / scale) + zero, saturated at [qmin, qmax].
+
+    With a `generator` the rounding is stochastic: up with the probability of the fraction, so unbiased.
+    """
+    q = x.float() / scale
+    if generator is None:
+        q = torch.round(q)
+    else:
+        q = torch.floor(q + torch.rand(q.shape, generator=generator, device=q.device))
+    return (q if zero is None else q + zero).clamp(format.qmin, format.qmax).to(torch.int8)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """scale * (codes - zero), float32."""
+    return (codes.float() if zero is None else codes.float() - zero) * scale
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, zero, qmin, qmax, step_gradient):
+        ratio = x / scale
+        unclipped = torch.round(ratio) if zero is None else torch.round(ratio) + zero
+        q = unclipped.clamp(qmin, qmax)
+        ctx.save_for_backward(ratio if step_gradient else None, q, unclipped, zero)
+        ctx.step_gradient = step_gradient
+        return (q if zero is None else q - zero) * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        ratio, q, unclipped, zero = ctx.saved_tensors
+        inside = q == unclipped
+        grad_x = grad * inside
+        if not ctx.step_gradient:
+            return grad_x, None, None, None, None, None
+        level = q if zero is None else q - zero
+        slope = level - ratio * inside
+        return grad_x, (grad * slope).sum(1, keepdim=True) * ctx.step_gradient, None, None, None, None
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format, step_gradient: float = 0.0) -> Tensor:
+    """Quantize and dequantize with a straight-through gradient, zero where x saturates (Bengio et al. 2013).
+
+    x (blocks, length); scale (blocks, 1) or any shape that broadcasts. `step_gradient` > 0 also gives the scale its
+    gradient, times that factor: learned step size quantization (Esser et al. 2020, arXiv:1902.08153, eq. 3), which
+    recommends 1 / sqrt(length * qmax).
+    """
+    return _FakeQuantize.apply(x, scale, zero, format.qmin, format.qmax, step_gradient)
