@@ -1,0 +1,49 @@
+"""Models by name. A language model maps tokens (B, T) to logits (B, T, V); see ``base.LanguageModel``."""
+
+import dataclasses
+
+from torch import nn
+
+from kit.models.base import LanguageModel
+from kit.models.moe import MoE
+from kit.models.peers import (
+    DigitsCNN,
+    DigitsCNNConfig,
+    DigitsMLP,
+    DigitsMLPConfig,
+    LSTMLM,
+    LSTMLMConfig,
+    TransformerLM,
+    TransformerLMConfig,
+)
+from kit.models.resnet_bk import BKMixer, ResNetBK, ResNetBKConfig
+
+MODELS = {
+    "ResNetBK": (ResNetBK, ResNetBKConfig),
+    "LSTMLM": (LSTMLM, LSTMLMConfig),
+    "TransformerLM": (TransformerLM, TransformerLMConfig),
+    "DigitsCNN": (DigitsCNN, DigitsCNNConfig),
+    "DigitsMLP": (DigitsMLP, DigitsMLPConfig),
+}
+
+__all__ = ["BKMixer", "LanguageModel", "MODELS", "MoE", "build_model", "parameter_count"]
+__all__ += [cls.__name__ for pair in MODELS.values() for cls in pair]
+
+
+def build_model(class_name: str, config: dict) -> nn.Module:
+    """Model from its name and ``dataclasses.asdict(model.config)``; lists (from JSON) become tuples.
+
+    Raises: ValueError for an unknown name or field, or a value the config rejects.
+    """
+    if class_name not in MODELS:
+        raise ValueError(f"unknown model {class_name!r}: choose one of {', '.join(MODELS)}")
+    model, config_class = MODELS[class_name]
+    unknown = set(config) - {field.name for field in dataclasses.fields(config_class)}
+    if unknown:
+        raise ValueError(f"{config_class.__name__} has no field {', '.join(sorted(unknown))}")
+    return model(config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}))
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of trainable and frozen parameters, shared ones once."""
+    return sum(p.numel() for p in model.parameters())

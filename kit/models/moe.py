@@ -1,0 +1,93 @@
+"""Sparse mixture of experts: each token is computed by its top-k experts only, grouped by expert."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class _Permute(torch.autograd.Function):
+    """Rows of x in a new order; the backward is a gather too, where index_select's would be a scatter-add."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(0, inverse), None, None
+
+
+def grouped_experts(x, expert, w_in, b_in, w_out, b_out) -> torch.Tensor:
+    """``w_out[e] gelu(w_in[e] x + b_in[e]) + b_out[e]`` with each row's own expert e.
+
+    x (M, D), expert (M,) int64 in [0, E), w_in (E, F, D), b_in (E, F), w_out (E, D, F), b_out (E, D) -> (M, D).
+    Rows are sorted by expert, so that each expert is two matrix products; there is no capacity, no row is dropped.
+    """
+    order = expert.argsort(stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    counts = torch.bincount(expert, minlength=w_in.shape[0]).tolist()
+    rows = _Permute.apply(x, order, inverse).split(counts)
+    outputs = [
+        torch.addmm(c_out, F.gelu(torch.addmm(c_in, row, a.t())), b.t())
+        for row, a, c_in, b, c_out in zip(rows, w_in.unbind(), b_in.unbind(), w_out.unbind(), b_out.unbind())
+    ]
+    return _Permute.apply(torch.cat(outputs), inverse, order)
+
+
+def all_experts(x, w_in, b_in, w_out, b_out) -> torch.Tensor:
+    """Every expert on every row, (M, D) -> (M, E, D): no data-dependent shapes, for export."""
+    hidden = F.gelu(torch.einsum("md,efd->mef", x, w_in) + b_in)
+    return torch.einsum("mef,edf->med", hidden, w_out) + b_out
+
+
+class MoE(nn.Module):
+    """Mixture of E two-layer experts (D -> F -> D), top-k softmax routing.
+
+    Args: d_model D, d_ff F (per expert), experts E, top_k experts computed per token.
+    Buffers: ``usage`` (E,) int64, tokens routed to each expert since ``reset_usage`` (not saved).
+    ``balance_loss``: Switch load-balancing loss of the last forward, 1 when balanced (Fedus et al. 2021, eq. 4).
+    Raises: ValueError if top_k is not in 1..experts.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, experts: int, top_k: int = 1):
+        super().__init__()
+        if not 1 <= top_k <= experts:
+            raise ValueError(f"top_k = {top_k} must be between 1 and the number of experts, {experts}")
+        self.top_k = top_k
+        self.router = nn.Linear(d_model, experts)
+        self.w_in = nn.Parameter(torch.randn(experts, d_ff, d_model) * d_model**-0.5)
+        self.b_in = nn.Parameter(torch.zeros(experts, d_ff))
+        self.w_out = nn.Parameter(torch.randn(experts, d_model, d_ff) * d_ff**-0.5)
+        self.b_out = nn.Parameter(torch.zeros(experts, d_model))
+        self.register_buffer("usage", torch.zeros(experts, dtype=torch.int64), persistent=False)
+        self.balance_loss = torch.zeros(())
+
+    def reset_usage(self) -> None:
+        self.usage.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., D) -> (..., D)."""
+        rows = x.reshape(-1, x.shape[-1])
+        probabilities = self.router(rows).softmax(-1)
+        gates, chosen = probabilities.topk(self.top_k)
+        weights = self.w_in, self.b_in, self.w_out, self.b_out
+        if torch.compiler.is_exporting():
+            mixture = torch.zeros_like(probabilities).scatter(1, chosen, gates)
+            return torch.einsum("med,me->md", all_experts(rows, *weights), mixture).reshape(x.shape)
+        self._count(probabilities, chosen)
+        copies = rows.repeat_interleave(self.top_k, 0) if self.top_k > 1 else rows
+        outputs = grouped_experts(copies, chosen.flatten(), *weights)
+        return (outputs.view(-1, self.top_k, rows.shape[1]) * gates.unsqueeze(-1)).sum(1).reshape(x.shape)
+
+    def _count(self, probabilities: torch.Tensor, chosen: torch.Tensor) -> None:
+        experts = probabilities.shape[1]
+        counts = torch.bincount(chosen.flatten(), minlength=experts)
+        self.usage += counts
+        self.balance_loss = experts * (counts / chosen.numel() * probabilities.mean(0)).sum()
+
+    def __getstate__(self):
+        """Copies and pickles leave the last forward's graph behind."""
+        return {**self.__dict__, "balance_loss": self.balance_loss.detach()}

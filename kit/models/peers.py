@@ -1,0 +1,150 @@
+"""Models to compare with: an LSTM and a Transformer language model, a CNN and an MLP for the digits."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kit.models.base import LanguageModel, check_positive
+
+
+@dataclass(frozen=True)
+class LSTMLMConfig:
+    """Shapes of an LSTMLM; ``hidden`` units a layer, projected back to d_model before the output layer."""
+
+    vocab_size: int = 30000
+    d_model: int = 64
+    layers: int = 2
+    hidden: int = 128
+    tied: bool = False
+    embedding_rank: int | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        check_positive(self)
+
+
+class LSTMLM(LanguageModel):
+    """LSTM language model."""
+
+    def __init__(self, config: LSTMLMConfig):
+        super().__init__(config)
+        between = config.dropout if config.layers > 1 else 0.0
+        self.lstm = nn.LSTM(config.d_model, config.hidden, config.layers, batch_first=True, dropout=between)
+        self.project = nn.Linear(config.hidden, config.d_model)
+        self.norm = nn.LayerNorm(config.d_model)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.project(self.dropout(self.lstm(x)[0])))
+
+
+@dataclass(frozen=True)
+class TransformerLMConfig:
+    """Shapes of a TransformerLM."""
+
+    vocab_size: int = 30000
+    d_model: int = 64
+    layers: int = 4
+    heads: int = 4
+    d_ff: int = 256
+    tied: bool = False
+    embedding_rank: int | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        check_positive(self)
+        if self.d_model % (2 * self.heads):
+            raise ValueError(f"d_model = {self.d_model} must be a multiple of twice the number of heads, {self.heads}")
+
+
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (Su et al. 2021) of x (B, H, T, d), d even."""
+    half = x.shape[-1] // 2
+    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32).unsqueeze(1) * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm block: causal self-attention with rotary positions, then a GELU feed-forward layer."""
+
+    def __init__(self, d_model: int, heads: int, d_ff: int, dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.norm_attention, self.norm_ff = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.qkv, self.output = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
+        self.ff_in, self.ff_out = nn.Linear(d_model, d_ff), nn.Linear(d_ff, d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def attention(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        mixed = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+        return self.output(mixed.transpose(1, 2).flatten(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.dropout(self.attention(self.norm_attention(x)))
+        return x + self.dropout(self.ff_out(F.gelu(self.ff_in(self.norm_ff(x)))))
+
+
+class TransformerLM(LanguageModel):
+    """Causal Transformer language model."""
+
+    def __init__(self, config: TransformerLMConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList(
+            TransformerLayer(config.d_model, config.heads, config.d_ff, config.dropout) for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(config.d_model)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+@dataclass(frozen=True)
+class DigitsCNNConfig:
+    """Output channels of each 3x3 convolution, and the number of classes."""
+
+    channels: tuple[int, ...] = (16, 32)
+    classes: int = 10
+
+    def __post_init__(self):
+        check_positive(self)
+
+
+class DigitsCNN(nn.Sequential):
+    """images (B, 1, 8, 8) -> logits (B, classes): convolutions with batch norm, 2x2 max pooling, one linear layer."""
+
+    def __init__(self, config: DigitsCNNConfig = DigitsCNNConfig()):
+        blocks = []
+        for i, o in zip((1, *config.channels), config.channels):
+            blocks += [nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
+        width = (1, *config.channels)[-1]
+        super().__init__(*blocks, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * width, config.classes))
+        self.config = config
+
+
+@dataclass(frozen=True)
+class DigitsMLPConfig:
+    """Widths of the hidden layers, and the number of classes."""
+
+    hidden: tuple[int, ...] = (64, 64)
+    classes: int = 10
+
+    def __post_init__(self):
+        check_positive(self)
+
+
+class DigitsMLP(nn.Sequential):
+    """images (B, 1, 8, 8) -> logits (B, classes)."""
+
+    def __init__(self, config: DigitsMLPConfig = DigitsMLPConfig()):
+        blocks = []
+        for i, o in zip((64, *config.hidden), config.hidden):
+            blocks += [nn.Linear(i, o), nn.ReLU()]
+        super().__init__(nn.Flatten(), *blocks, nn.Linear((64, *config.hidden)[-1], config.classes))
+        self.config = config

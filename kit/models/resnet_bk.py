@@ -1,0 +1,126 @@
+"""ResNet-BK: a causal language model that mixes tokens by tridiagonal resolvents (the BK-core), in O(N)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kit.models.base import LanguageModel, check_positive
+from kit.models.bk_core import left_resolvent, left_resolvent_pair
+from kit.models.moe import MoE
+
+ETA_FLOOR = 1e-3
+HOPPING_FLOOR = 1e-4
+
+
+@dataclass(frozen=True)
+class ResNetBKConfig:
+    """Shapes of a ResNetBK. ``experts``, ``d_ff`` and ``channels`` are one integer for all layers or a tuple with one
+    each; ``conv`` is the number of taps of the convolution before the BK-core; ``embedding_rank`` factors the (V, D)
+    matrices."""
+
+    vocab_size: int = 30000
+    d_model: int = 64
+    layers: int = 4
+    experts: int | tuple[int, ...] = 4
+    d_ff: int | tuple[int, ...] = 128
+    channels: int | tuple[int, ...] = 48
+    top_k: int = 1
+    conv: int = 4
+    tied: bool = False
+    embedding_rank: int | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        check_positive(self)
+        for name in ("experts", "d_ff", "channels"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != self.layers:
+                raise ValueError(f"{name} = {value} has {len(value)} entries for {self.layers} layers: give one each")
+        if min(self.per_layer("experts")) < self.top_k:
+            raise ValueError(f"top_k = {self.top_k} must be between 1 and the number of experts, {self.experts}")
+
+    def per_layer(self, name: str) -> tuple[int, ...]:
+        """A field as a tuple with one entry per layer."""
+        value = getattr(self, name)
+        return value if isinstance(value, tuple) else (value,) * self.layers
+
+
+def softplus_inverse(y: torch.Tensor) -> torch.Tensor:
+    return y + torch.log(-torch.expm1(-y))
+
+
+class BKMixer(nn.Module):
+    """Causal token mixing by the left resolvent of a tridiagonal operator per channel.
+
+    A depthwise causal convolution, then per token and channel a potential v and a hopping p >= 0 (linear in the
+    convolved input), ``g_i = 1 / (v_i - E - i eta - p_i g_{i-1})`` with learned energy E and width eta per channel,
+    and the gated projection of [Re g, Im g]. ``quantize_v`` and ``quantize_g`` see v (B, N, C) and g (complex).
+    """
+
+    def __init__(self, d_model: int, channels: int, conv: int = 4):
+        super().__init__()
+        self.convolution = nn.Conv1d(d_model, d_model, conv, groups=d_model)
+        self.input = nn.Linear(d_model, 2 * channels)
+        self.gate = nn.Linear(d_model, d_model)
+        self.output = nn.Linear(2 * channels, d_model)
+        self.energy = nn.Parameter(torch.linspace(-1.5, 1.5, channels)[torch.randperm(channels)])
+        eta = torch.logspace(math.log10(0.01), 0, channels)
+        self.raw_eta = nn.Parameter(softplus_inverse(eta - ETA_FLOOR / 2))
+        self.quantize_v, self.quantize_g = nn.Identity(), nn.Identity()
+        with torch.no_grad():
+            self.input.weight[:channels] *= 0.3
+            self.input.bias[:channels] = 0
+            self.input.bias[channels:] = 0.5413  # softplus -> 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, N, D) -> (B, N, D)."""
+        taps = self.convolution.kernel_size[0]
+        x = F.silu(self.convolution(F.pad(x.transpose(1, 2), (taps - 1, 0))).transpose(1, 2))
+        v, hopping = self.input(x).chunk(2, -1)
+        diagonal = self.quantize_v(v) - self.energy
+        hopping = F.softplus(hopping) + HOPPING_FLOOR
+        features = torch.cat(self._resolvent(diagonal, hopping), -1)
+        return self.output(features) * F.silu(self.gate(x))
+
+    def _resolvent(self, diagonal: torch.Tensor, hopping: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        eta = F.softplus(self.raw_eta) + ETA_FLOOR
+        if torch.compiler.is_exporting() and isinstance(self.quantize_g, nn.Identity):
+            return left_resolvent_pair(diagonal, hopping, eta)
+        g = self.quantize_g(left_resolvent(diagonal, hopping, eta))
+        return g.real, g.imag
+
+
+class ResNetBKLayer(nn.Module):
+    """Pre-norm residual block: BK mixer, then mixture of experts."""
+
+    def __init__(self, d_model: int, channels: int, conv: int, d_ff: int, experts: int, top_k: int, dropout: float):
+        super().__init__()
+        self.norm_mixer, self.norm_moe = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.mixer = BKMixer(d_model, channels, conv)
+        self.moe = MoE(d_model, d_ff, experts, top_k)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.dropout(self.mixer(self.norm_mixer(x)))
+        return x + self.dropout(self.moe(self.norm_moe(x)))
+
+
+class ResNetBK(LanguageModel):
+    """Causal language model of BK mixers and mixtures of experts; see ResNetBKConfig for its shapes."""
+
+    def __init__(self, config: ResNetBKConfig):
+        super().__init__(config)
+        shapes = zip(*(config.per_layer(name) for name in ("channels", "d_ff", "experts")))
+        self.layers = nn.ModuleList(
+            ResNetBKLayer(config.d_model, channels, config.conv, d_ff, experts, config.top_k, config.dropout)
+            for channels, d_ff, experts in shapes
+        )
+        self.norm = nn.LayerNorm(config.d_model)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
