@@ -1,0 +1,189 @@
+"""Records of runs: one ``result.json`` a run folder, and all of them as a DataFrame."""
+
+import dataclasses
+import glob
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import kit
+
+RESULT = "result.json"
+_CORE = ["run", "notebook", "seed", "bytes", "ratio", "perplexity", "low", "high", "bits_per_byte",
+         "bits_per_byte_low", "bits_per_byte_high", "accuracy", "corpus.name", "corpus.sha256", "comparable"]
+
+
+def write_json(path: str | Path, value) -> Path:
+    """Write `value` as JSON so that a reader sees the whole file or none. NaN and infinities become null.
+
+    Numpy scalars and arrays, paths and dataclasses are converted.
+
+    Raises:
+        TypeError: a value has no JSON form.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_plain(value), indent=1, allow_nan=False) + "\n"
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    return path
+
+
+def write_result(folder: str | Path, record: dict) -> Path:
+    """Write the record of a finished run to ``folder/result.json``, atomically: the last act of a run.
+
+    Args:
+        record: ``notebook``, ``parameters`` (dict) and ``seed`` are required; ``corpus`` ``{name, sha256}``, ``stages``
+            (list of ``{name, bytes, ratio, perplexity, low, high, bits_per_byte, seconds, tokens}``), and the run's own
+            ``bytes``, ``ratio``, ``perplexity`` (or ``accuracy``), ``low``, ``high``, ``bits_per_byte`` are what the
+            tables and plots read; anything else is kept. ``versions`` is added where absent.
+
+    Raises:
+        ValueError: a required key is missing, or ``corpus`` or ``stages`` lacks what the comparison needs.
+    """
+    missing = [key for key in ("notebook", "parameters", "seed") if key not in record]
+    if missing:
+        raise ValueError(f"The record of {folder} lacks {', '.join(missing)}; add it before writing.")
+    if "corpus" in record and not {"name", "sha256"} <= set(record["corpus"]):
+        raise ValueError(f"The corpus of {folder} is {record['corpus']!r}, expected a dict with name and sha256.")
+    if any("name" not in stage for stage in record.get("stages", [])):
+        raise ValueError(f"A stage of {folder} has no name; give each stage a dict with a name.")
+    return write_json(Path(folder) / RESULT, {"versions": _versions(), **record})
+
+
+def read_results(where: str | Path | Iterable[str | Path] = "runs") -> pd.DataFrame:
+    """All records under a folder, a glob pattern or a list of those: one row a run, nested keys joined by a dot.
+
+    Column ``run`` names the folder; ``comparable`` is False where the corpus hash differs from that of most runs,
+    whose perplexities therefore mean something else. No records give an empty frame with the usual columns.
+
+    Raises:
+        ValueError: a record is not readable JSON.
+    """
+    rows = [{"run": name, **{key: value for key, value in record.items() if key != "stages"}}
+            for name, record in _records(where)]
+    frame = pd.json_normalize(rows)
+    frame = frame.reindex(columns=_CORE + [column for column in frame if column not in _CORE])
+    return _flag(_bits_interval(frame))
+
+
+def read_stages(where: str | Path | Iterable[str | Path] = "runs") -> pd.DataFrame:
+    """The stages of all records found as by `read_results`: one row a stage, ``order`` counting from 0 in its run."""
+    shared = ("notebook", "seed")
+    rows = [{"run": name, **{key: record.get(key) for key in shared}, "corpus": record.get("corpus"),
+             "order": order, **stage}
+            for name, record in _records(where) for order, stage in enumerate(record.get("stages", []))]
+    frame = pd.json_normalize(rows)
+    core = ["run", "order", "name", *_CORE[1:]]
+    frame = frame.reindex(columns=core + [column for column in frame if column not in core])
+    return _flag(_bits_interval(frame)).drop(columns="corpus", errors="ignore")
+
+
+def quality_column(frame: pd.DataFrame) -> str:
+    """The column that orders these runs by quality: ``perplexity`` when all that have one share a vocabulary,
+    ``bits_per_byte`` when vocabularies differ, ``accuracy`` where there is no perplexity.
+    """
+    if frame["perplexity"].notna().any():
+        vocabularies = frame.get("parameters.vocab_size", pd.Series(dtype=float))[lambda v: v.notna()].nunique()
+        return "bits_per_byte" if vocabularies > 1 and frame["bits_per_byte"].notna().any() else "perplexity"
+    return "accuracy"
+
+
+def dominated_by(frame: pd.DataFrame, minimize: Sequence[str] = ("bytes", "perplexity"),
+                 maximize: Sequence[str] = ()) -> pd.Series:
+    """For each row, the index label of a row that dominates it, or None: no worse in any column and better in one.
+
+    Of several dominating rows the one best in the last column is named. Rows with a missing value dominate nothing and
+    are dominated by nothing.
+
+    Raises:
+        ValueError: a column is absent.
+    """
+    absent = [column for column in (*minimize, *maximize) if column not in frame]
+    if absent:
+        raise ValueError(f"There is no column {absent[0]!r} to compare by; there are {', '.join(map(str, frame))}.")
+    costs = np.concatenate([frame[list(minimize)].to_numpy(float), -frame[list(maximize)].to_numpy(float)], axis=1)
+    names = []
+    for cost in costs:
+        better = np.flatnonzero((costs <= cost).all(axis=1) & (costs < cost).any(axis=1))
+        names.append(frame.index[better[costs[better, -1].argmin()]] if len(better) else None)
+    return pd.Series(names, index=frame.index, dtype=object)
+
+
+def pareto_front(frame: pd.DataFrame, minimize: Sequence[str] = ("bytes", "perplexity"),
+                 maximize: Sequence[str] = ()) -> pd.Series:
+    """True for the complete rows that no other row dominates (see `dominated_by`)."""
+    complete = frame[[*minimize, *maximize]].notna().all(axis=1)
+    return complete & dominated_by(frame, minimize, maximize).isna()
+
+
+def _records(where) -> list[tuple[str, dict]]:
+    """(folder, record) of each result file, sorted by folder; the folder relative to the working directory if inside."""
+    places = [where] if isinstance(where, (str, Path)) else list(where)
+    files = set()
+    for place in places:
+        for path in map(Path, glob.glob(str(place), recursive=True)):
+            files.update([path] if path.name == RESULT else path.rglob(RESULT) if path.is_dir() else [])
+    return [(_relative(file.parent), _read(file)) for file in sorted(files)]
+
+
+def _relative(folder: Path) -> str:
+    folder = folder.resolve()
+    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
+
+
+def _read(file: Path) -> dict:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not a readable record ({error}); delete it and run its notebook again.") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{file} holds a {type(record).__name__}, expected a record; delete it and run its notebook again.")
+    return record
+
+
+def _flag(frame: pd.DataFrame) -> pd.DataFrame:
+    hashes = frame["corpus.sha256"].dropna()
+    usual = hashes.value_counts().index[0] if len(hashes) else None
+    return frame.assign(comparable=(frame["corpus.sha256"] == usual) if usual else frame["run"].notna())
+
+
+def _bits_interval(frame: pd.DataFrame) -> pd.DataFrame:
+    """Bits per byte is log-perplexity times a constant of the text, so the interval of one gives that of the other."""
+    numeric = frame[["perplexity", "low", "high", "bits_per_byte"]].apply(pd.to_numeric)
+    constant = numeric["bits_per_byte"] / np.log(numeric["perplexity"])
+    return frame.assign(**numeric, bits_per_byte_low=constant * np.log(numeric["low"]),
+                        bits_per_byte_high=constant * np.log(numeric["high"]))
+
+
+def _versions() -> dict:
+    return {"python": platform.python_version(), "kit": kit.__version__,
+            **{name: importlib.metadata.version(name) for name in ("torch", "numpy")}}
+
+
+def _plain(value):
+    """`value` in JSON's own types."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
