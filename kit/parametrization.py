@@ -58,26 +58,38 @@ def set_steps(model: nn.Module, module: nn.Module, attribute: str, steps: list[n
             parametrize.remove_parametrizations(holder, name, leave_parametrized=False)
         for step in steps:
             parametrize.register_parametrization(holder, name, step, unsafe=True)
-        if isinstance(holder, nn.RNNBase) and not hasattr(holder, "_refresh"):
-            holder._refresh = holder.register_forward_pre_hook(_refresh_flat_weights)
+        if isinstance(holder, nn.RNNBase):
+            if not hasattr(holder, "_weight_hooks"):
+                holder._weight_hooks = (holder.register_forward_pre_hook(_read_weights),
+                                        holder.register_forward_hook(_forget_weights))
+            _forget_weights(holder)
 
 
-def _refresh_flat_weights(module: nn.RNNBase, args) -> None:
+def _read_weights(module: nn.RNNBase, *_) -> None:
     module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+
+
+def _forget_weights(module: nn.RNNBase, *_) -> None:
+    """Computed weights belong to one forward pass; kept, they would also forbid copying the model."""
+    module._flat_weights = [None] * len(module._flat_weights_names)
 
 
 def bake(model: nn.Module) -> nn.Module:
     """A copy of the model with every parametrization replaced by the tensor it computes."""
+    for module in model.modules():
+        if hasattr(module, "_weight_hooks"):
+            _forget_weights(module)
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         if isinstance(module, parametrize.ParametrizationList):
             continue
         for attribute in list(getattr(module, "parametrizations", {})):
             parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
-        if hasattr(module, "_refresh"):
-            module._refresh.remove()
-            del module._refresh
-            _refresh_flat_weights(module, ())
+        if hasattr(module, "_weight_hooks"):
+            for hook in module._weight_hooks:
+                hook.remove()
+            del module._weight_hooks
+            _read_weights(module)
     return model
 
 

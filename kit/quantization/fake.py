@@ -42,11 +42,14 @@ class FakeQuantize(nn.Module):
         formats.check_weights(weight, "weight")
         self.format, self.shape = format, shape
         self.learned = learned and format.bits != 16
-        self.scale = self.zero = None
+        scale = zero = None
         if format.bits != 16 and (self.learned or format.range != "minmax"):
             scale, zero = formats.choose_grid(self._blocks(weight, fill=math.nan), format)
-            self.zero = None if zero is None else nn.Buffer(zero)
-            self.scale = nn.Parameter(scale) if self.learned else nn.Buffer(scale)
+        self.register_buffer("zero", zero)
+        if self.learned:
+            self.scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("scale", scale)
 
     def _blocks(self, weight: Tensor, fill: float = 0.0) -> Tensor:
         return formats.to_blocks(weight.reshape(self.shape), self.format, fill)

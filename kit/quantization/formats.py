@@ -96,7 +96,7 @@ def _log_table() -> Tensor:
 def log_scale_codes(scale: Tensor) -> tuple[Tensor, Tensor]:
     """Scales as (uint8 codes, largest scale float32): scale = largest * 2**(-code / 16), rounded up."""
     largest = scale.max().clamp(min=SMALLEST_SCALE["log8"]).float()
-    codes = torch.floor(-16 * torch.log2(scale.double() / largest.double()) + 1e-6).clamp(0, 255)
+    codes = torch.floor(-16 * torch.log2(scale.double() / largest.double()) + 1e-3).clamp(0, 255)
     return codes.to(torch.uint8), largest
 
 
@@ -168,7 +168,7 @@ def choose_grid(blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best = (torch.where(better, scale, best[0]), None if zero is None else torch.where(better, zero, best[1]))
-    return best
+    return round_scale(best[0], format.scale), best[1]
 
 
 def quantize(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format, generator=None) -> Tensor:

@@ -1,0 +1,200 @@
+"""The compressed file: integer codes really packed or range-coded, scales, sparse floats, and how to rebuild the model.
+
+Layout: magic (4 bytes), header length (4), header (zlib, JSON), blobs one after another, SHA-256 of all before it (32).
+Nothing in it is executable. Each tensor is written in whichever layout of kit.layouts is smallest.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from kit.layouts import LAYOUTS, decode, encode_codes, encode_float, format_of
+from kit.models import MODELS, build_model
+from kit.parametrization import bake, find_step, named_weights
+from kit.quantization.activations import ACTIVATION_MODULES
+from kit.quantization.fake import FakeQuantize
+
+MAGIC = b"KIT1"
+CHECKSUM = 32
+
+
+class ArtifactError(ValueError):
+    """A file that is no artifact, is damaged, or does not fit the model it is loaded into."""
+
+
+def save(model: nn.Module, path: str | os.PathLike, layouts: tuple[str, ...] = LAYOUTS) -> int:
+    """Writes the model, with the formats and masks it carries, and returns the bytes of the file.
+
+    Quantized weights are stored as codes, other tensors in their own dtype. Models of kit.models can be loaded
+    without further help; any other model needs an instance of the same shapes to load into.
+    The file is written whole or not at all.
+    """
+    header, blobs = {"model": _recipe(model), "modules": _activation_modules(model), "tensors": []}, []
+    for name, entry, parts in _encoded_tensors(model, layouts):
+        header["tensors"].append({"name": name, **entry, "sizes": [len(part) for part in parts]})
+        blobs += parts
+    text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    body = MAGIC + struct.pack("<I", len(text)) + text + b"".join(blobs)
+    data = body + hashlib.sha256(body).digest()
+    path = Path(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        file.write(data)
+    os.replace(file.name, path)
+    return len(data)
+
+
+def load(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
+    """The model in the file, in evaluation mode, its weights dequantized to floats.
+
+    Its outputs equal those of the fake-quantized model that was saved, to the last bit.
+
+    Args:
+        model: an instance to fill, for models that are not the kit's own; it is changed and returned.
+    Raises ArtifactError: the file is not an artifact, was cut or edited, or has other tensors than the model.
+    """
+    header, blobs = _read(path)
+    if model is None:
+        model = _rebuild(header, path)
+    _restore_modules(model, header["modules"], path)
+    targets = _tensors(model)
+    _check_shapes(header, targets, path)
+    with torch.no_grad():
+        for entry in header["tensors"]:
+            parts = [next(blobs) for _ in entry["sizes"]]
+            targets[entry["name"]].copy_(decode(entry, parts))
+    return model.eval()
+
+
+def float32_bytes(model: nn.Module) -> int:
+    """Bytes of the model's uncompressed file: every tensor dense, as it is, without masks or formats."""
+    with tempfile.TemporaryDirectory() as folder:
+        return save(bake(model), Path(folder) / "dense.kit", layouts=("dense",))
+
+
+def describe(path: str | os.PathLike) -> pd.DataFrame:
+    """Where every byte of the file went: a row a tensor, and one for header and checksum.
+
+    Columns: tensor, shape, bits ("float32" and the like for floats), layout, values, bytes, bits_per_value.
+    """
+    header, _ = _read(path)
+    rows = [{"tensor": e["name"], "shape": tuple(e["shape"]), "bits": format_of(e).bits if "format" in e else e["dtype"],
+             "layout": e["layout"], "values": math.prod(e["shape"]), "bytes": sum(e["sizes"])} for e in header["tensors"]]
+    overhead = os.path.getsize(path) - sum(row["bytes"] for row in rows)
+    rows.append({"tensor": "(header, checksum)", "shape": (), "bits": "", "layout": "", "values": 0, "bytes": overhead})
+    table = pd.DataFrame(rows)
+    return table.assign(bits_per_value=8 * table["bytes"] / table["values"].where(table["values"] > 0))
+
+
+# Writing
+
+
+def _recipe(model: nn.Module) -> dict | None:
+    name = type(model).__name__
+    if name not in MODELS or type(model) is not MODELS[name][0]:
+        return None
+    return {"class": name, "config": dataclasses.asdict(model.config)}
+
+
+def _activation_modules(model: nn.Module) -> dict:
+    return {path: {"class": type(module).__name__, **module.settings()} for path, module in model.named_modules()
+            if type(module) in ACTIVATION_MODULES.values()}
+
+
+def _buffers(model: nn.Module):
+    for path, module in model.named_modules():
+        if "parametrizations" in path.split("."):
+            continue
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield (f"{path}.{name}" if path else name), buffer
+
+
+def _encoded_tensors(model: nn.Module, layouts: tuple[str, ...]):
+    for name, module, attribute in named_weights(model):
+        quantizer = find_step(module, attribute, FakeQuantize)
+        with torch.no_grad():
+            if quantizer is None:
+                yield name, *encode_float(getattr(module, attribute), layouts)
+            elif quantizer.format.bits == 16:
+                yield name, *encode_float(getattr(module, attribute).half(), layouts)
+            else:
+                weight = module.parametrizations[attribute].original
+                for step in module.parametrizations[attribute]:
+                    if step is quantizer:
+                        break
+                    weight = step(weight)
+                yield name, *encode_codes(weight, quantizer, layouts)
+    for name, buffer in _buffers(model):
+        yield name, *encode_float(buffer, layouts)
+
+
+# Reading
+
+
+def _read(path) -> tuple[dict, Iterator[bytes]]:
+    """Header and an iterator over the blobs of a file that is whole."""
+    data = Path(path).read_bytes()
+    if data[:4] != MAGIC:
+        raise ArtifactError(f"{path} is not a kit artifact: it begins with {data[:4]!r}, expected {MAGIC!r}")
+    if len(data) < 8 + CHECKSUM or hashlib.sha256(data[:-CHECKSUM]).digest() != data[-CHECKSUM:]:
+        raise ArtifactError(f"{path} is damaged (its checksum does not match): copy or write it again")
+    length = struct.unpack("<I", data[4:8])[0]
+    try:
+        header = json.loads(zlib.decompress(data[8 : 8 + length]))
+        sizes = [size for entry in header["tensors"] for size in entry["sizes"]]
+        header["model"], header["modules"]
+    except (zlib.error, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} has no readable header ({error}): write it again with kit.artifact.save") from None
+    if 8 + length + sum(sizes) + CHECKSUM != len(data) or any(size < 0 for size in sizes):
+        raise ArtifactError(f"{path} announces {sum(sizes)} bytes of tensors but holds {len(data) - 8 - length - CHECKSUM}")
+    offsets = np.cumsum([8 + length, *sizes]).tolist()
+    return header, (data[a:b] for a, b in zip(offsets, offsets[1:]))
+
+
+def _rebuild(header: dict, path) -> nn.Module:
+    recipe = header["model"]
+    if recipe is None:
+        raise ArtifactError(f"{path} holds a model that is not the kit's own: pass load(path, model=...) an instance")
+    with torch.device("meta"):
+        skeleton = build_model(recipe["class"], recipe["config"])
+    shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
+    stored = {entry["name"]: tuple(entry["shape"]) for entry in header["tensors"]}
+    if any(stored.get(name, shape) != shape for name, shape in shapes.items()):
+        raise ArtifactError(f"{path} contradicts itself: its config and its tensors have different shapes")
+    with torch.random.fork_rng(devices=[]):
+        return build_model(recipe["class"], recipe["config"])
+
+
+def _restore_modules(model: nn.Module, modules: dict, path) -> None:
+    for name, settings in modules.items():
+        kind = settings.pop("class")
+        if kind not in ACTIVATION_MODULES:
+            raise ArtifactError(f"{path} needs a module {kind!r}, which this version of the kit does not have")
+        model.set_submodule(name, ACTIVATION_MODULES[kind].from_settings(settings))
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(_buffers(model))
+
+
+def _check_shapes(header: dict, targets: dict[str, Tensor], path) -> None:
+    stored = {entry["name"]: tuple(entry["shape"]) for entry in header["tensors"]}
+    for name in stored.keys() ^ targets.keys():
+        where = "the file but not in the model" if name in stored else "the model but not in the file"
+        raise ArtifactError(f"{path} does not fit {name!r}: it is in {where}; load into a model of the same config")
+    for name, shape in stored.items():
+        if shape != tuple(targets[name].shape):
+            raise ArtifactError(f"{path} holds {name!r} with shape {shape}, the model expects {tuple(targets[name].shape)}")

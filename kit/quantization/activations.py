@@ -1,0 +1,159 @@
+"""Quantization of what flows between layers, real or complex: calibrate on batches, then round with fixed ranges."""
+
+from collections.abc import Iterable
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from kit.quantization import formats
+from kit.quantization.formats import Format
+
+
+class ActivationQuantizer(nn.Module):
+    """Rounds a real tensor to `bits`-wide integers times a scale fixed by calibration; gradients straight through.
+
+    Ranges are kept per tensor, or per channel of the last dimension. While `observing`, the input passes unchanged and
+    the running minimum and maximum over all batches are updated; otherwise it is fake-quantized.
+
+    Args:
+        channels: length of the last dimension for a range per channel; None for one range.
+    """
+
+    def __init__(self, bits: int = 8, symmetric: bool = True, channels: int | None = None):
+        super().__init__()
+        self.format = Format(bits, symmetric, "channel", scale="float32")
+        self.channels = channels
+        self.observing = False
+        self.register_buffer("low", torch.zeros(channels or 1))
+        self.register_buffer("high", torch.zeros(channels or 1))
+
+    def settings(self) -> dict:
+        return {"bits": self.format.bits, "symmetric": self.format.symmetric, "channels": self.channels}
+
+    @classmethod
+    def from_settings(cls, settings: dict) -> "ActivationQuantizer":
+        return cls(**settings)
+
+    def reset(self) -> None:
+        self.low.zero_()
+        self.high.zero_()
+
+    def grid(self) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point, shape (channels,) or (1,), the zero point None if symmetric.
+
+        Raises ValueError before calibration.
+        """
+        if not (self.high > self.low).any():
+            raise ValueError("an activation quantizer was used before calibration: run kit.quantization.calibrate first")
+        scale, zero = formats._grid(self.low, self.high, self.format)
+        return scale, zero
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        flat = x.detach().reshape(-1, x.shape[-1]) if self.channels else x.detach().reshape(-1, 1)
+        low, high = torch.aminmax(flat, dim=0)
+        self.low.copy_(torch.minimum(self.low, low))
+        self.high.copy_(torch.maximum(self.high, high))
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Integer codes, int8, shape of x."""
+        scale, zero = self.grid()
+        return formats.quantize(x, scale, zero, self.format)
+
+    def forward(self, x: Tensor) -> Tensor:
+        formats_error = x.is_complex()
+        if formats_error:
+            formats.check_weights(x, "activation")
+        if self.observing:
+            self.observe(x)
+            return x
+        scale, zero = self.grid()
+        return formats.fake_quantize(x, scale, zero, self.format)
+
+
+class ComplexQuantizer(nn.Module):
+    """Rounds a complex tensor to pairs of integers, per tensor or per channel of the last dimension.
+
+    mode "separate": real and imaginary parts have scales of their own. "joint": they share one, so that the grid is
+    square and phase is kept as well as modulus. "polar": modulus and phase are rounded, uniformly in each.
+    Calibrated like ActivationQuantizer. Dtype and shape are kept; the gradient is straight through in both parts.
+    """
+
+    def __init__(self, bits: int = 8, channels: int | None = None, mode: str = "separate"):
+        super().__init__()
+        if mode not in ("separate", "joint", "polar"):
+            raise ValueError(f"mode={mode!r} is not a complex quantization: choose 'separate', 'joint' or 'polar'")
+        self.mode = mode
+        self.first = ActivationQuantizer(bits, symmetric=mode != "polar", channels=channels)
+        self.second = ActivationQuantizer(bits, symmetric=True, channels=channels)
+
+    def settings(self) -> dict:
+        return {"bits": self.first.format.bits, "channels": self.first.channels, "mode": self.mode}
+
+    @classmethod
+    def from_settings(cls, settings: dict) -> "ComplexQuantizer":
+        return cls(**settings)
+
+    @property
+    def observing(self) -> bool:
+        return self.first.observing
+
+    def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return (z.abs(), z.angle()) if self.mode == "polar" else (z.real, z.imag)
+
+    def codes(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Integer codes of (real, imaginary) or (modulus, phase), each int8 in the shape of z."""
+        first, second = self._split(z)
+        return self.first.codes(first), self.second.codes(second)
+
+    def forward(self, z: Tensor) -> Tensor:
+        if not z.is_complex():
+            raise ValueError(f"ComplexQuantizer expects a complex tensor, not {z.dtype}: use ActivationQuantizer")
+        first, second = self._split(z)
+        if self.mode == "joint" and self.observing:
+            for part in (first, second):
+                self.first.observe(part)
+                self.second.observe(part)
+            return z
+        first, second = self.first(first), self.second(second)
+        return torch.polar(first, second) if self.mode == "polar" else torch.complex(first, second)
+
+
+ACTIVATION_MODULES = {"ActivationQuantizer": ActivationQuantizer, "ComplexQuantizer": ComplexQuantizer}
+
+
+@contextmanager
+def _observing(model: nn.Module):
+    quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
+    training = model.training
+    for quantizer in quantizers:
+        quantizer.observing = True
+    try:
+        yield quantizers
+    finally:
+        for quantizer in quantizers:
+            quantizer.observing = False
+        model.train(training)
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable) -> nn.Module:
+    """Fixes every activation quantizer's range from `batches`, in evaluation mode; returns the model.
+
+    batches: inputs, or tuples whose first item is the input. Ranges found before are forgotten.
+    Raises ValueError if there is no batch.
+    """
+    with _observing(model) as quantizers:
+        for quantizer in quantizers:
+            quantizer.reset()
+        model.eval()
+        count = 0
+        for batch in batches:
+            inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+            model.hidden(inputs) if hasattr(model, "hidden") else model(inputs)
+            count += 1
+    if count == 0:
+        raise ValueError("calibration got no batch: expected at least one to measure activation ranges on")
+    return model
