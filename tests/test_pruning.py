@@ -2,9 +2,14 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
+from kit.pruning.calibration import input_norms
+from kit.pruning.magnitude import MagnitudePruner, rewind
+from kit.pruning.scores import cubic_sparsity, nm_mask, prune_mask
 from kit.pruning.mask import Mask, copy_model, get_mask, remove_masks, select, set_mask
 
 
@@ -70,7 +75,7 @@ def tied_model():
 def test_tied_tensors_are_one_slot_and_stay_tied():
     model = tied_model()
     slots = select(model)
-    assert list(slots) == ["embedding.weight"] and list(select(model, "head.*")) == ["embedding.weight"]
+    assert list(slots) == ["embedding.weight"]
     slots["embedding.weight"].set_mask(torch.rand(7, 4) > 0.5)
     assert torch.equal(model["embedding"].weight, model["head"].weight)
     assert (model["head"].weight == 0).any()
@@ -84,6 +89,141 @@ def test_bad_masks_and_names_are_refused_with_the_alternatives():
         set_mask(model["head"], "weight", torch.ones(7, 4))
     with pytest.raises(ValueError, match="no tensor 'wight'"):
         set_mask(model["head"], "wight", torch.ones(7, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"no tensor matches 'heads\*'; there are head.weight"):
+    with pytest.raises(ValueError, match=r"no weight is named 'heads\*'.*embedding.weight"):
         select(model, "heads*")
     assert not parametrize.is_parametrized(model["head"])
+
+
+def mlp(seed=0, widths=(12, 10, 8)):
+    torch.manual_seed(seed)
+    return nn.Sequential(*[nn.Linear(i, o) for i, o in zip(widths, widths[1:])])
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.875])
+def test_layer_amount_agrees_with_torch_prune(sparsity):
+    ours, theirs = mlp(), mlp()
+    MagnitudePruner(ours).prune(sparsity)
+    for a, b in zip(ours, theirs):
+        prune.l1_unstructured(b, "weight", amount=sparsity)
+        assert torch.equal(a.weight, b.weight)
+
+
+def test_global_amount_agrees_with_torch_prune():
+    ours, theirs = mlp(), mlp()
+    MagnitudePruner(ours, scope="global").prune(0.6)
+    prune.global_unstructured([(m, "weight") for m in theirs], prune.L1Unstructured, amount=0.6)
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(ours, theirs))
+
+
+@given(rows=st.integers(1, 6), columns=st.integers(1, 9), sparsity=st.floats(0, 0.999), ties=st.booleans())
+def test_masks_drop_exactly_the_lowest(rows, columns, sparsity, ties):
+    scores = torch.rand(rows, columns, generator=torch.Generator().manual_seed(rows * columns))
+    scores = (scores * 3).floor() if ties else scores
+    mask = prune_mask(scores, sparsity)
+    for row, kept in zip(scores, mask):
+        assert (~kept).sum() == round(sparsity * columns)
+        if kept.any() and not kept.all():
+            assert row[~kept].max() <= row[kept].min()
+
+
+@given(groups=st.integers(1, 4), m=st.integers(1, 8), data=st.data())
+def test_n_of_m_keeps_the_best_of_every_group(groups, m, data):
+    n = data.draw(st.integers(1, m))
+    scores = torch.rand(3, groups * m, generator=torch.Generator().manual_seed(m))
+    mask = nm_mask(scores, n, m)
+    for row, kept in zip(scores.reshape(-1, m).tolist(), mask.reshape(-1, m).tolist()):
+        assert [i for i, keep in enumerate(kept) if keep] == sorted(sorted(range(m), key=row.__getitem__)[m - n:])
+
+
+def test_threshold_and_row_scope():
+    model = mlp()
+    expected = [m.weight.abs() >= 0.1 for m in model]
+    MagnitudePruner(model).prune_below(0.1)
+    assert all(torch.equal(m.weight != 0, mask) for m, mask in zip(model, expected))
+    model = mlp()
+    MagnitudePruner(model, "0.weight", scope="row").prune(0.5)
+    assert torch.equal((model[0].weight == 0).sum(1), torch.full((10,), 6)) and (model[1].weight != 0).all()
+
+
+def test_wanda_ranks_by_weight_times_input_norm():
+    model = nn.Sequential(nn.Linear(6, 3, bias=False))
+    x = torch.randn(50, 6) * torch.tensor([0.1, 10, 1, 1, 1, 1])
+    MagnitudePruner(model, scope="row", score="wanda", input_norms=input_norms(model, [x])).prune(0.5)
+    weight = model[0].parametrizations.weight.original
+    brute = weight.abs() * torch.tensor([x[:, j].double().square().sum().sqrt() for j in range(6)])
+    assert torch.equal(model[0].weight != 0, torch.stack([row >= row.sort().values[3] for row in brute]))
+
+
+def test_random_scores_depend_on_seed_and_name_alone():
+    def masks(seed, tensors="*"):
+        model = mlp()
+        MagnitudePruner(model, tensors, score="random", seed=seed).prune(0.5)
+        return model[1].weight != 0
+    assert torch.equal(masks(0), masks(0, "1.*")) and not torch.equal(masks(0), masks(1))
+
+
+def test_cubic_schedule_is_equation_one():
+    for step in range(0, 120, 7):
+        t = min(max(step, 10), 90)
+        assert cubic_sparsity(step, 10, 90, 0.8, 0.2) == pytest.approx(0.8 - 0.6 * (1 - (t - 10) / 80) ** 3)
+    values = [cubic_sparsity(step, 0, 100, 0.9) for step in range(101)]
+    assert values[0] == 0 and values[-1] == 0.9 and values == sorted(values)
+
+
+def test_schedule_hook_reaches_the_target_and_never_revives_a_weight():
+    model = mlp()
+    pruner = MagnitudePruner(model)
+    hook = pruner.schedule(0.75, end=0.5, every=5)
+    assert get_mask(model[0]).all()
+    before = get_mask(model[0]).clone()
+    for step in range(1, 41):
+        with torch.no_grad():
+            for slot in pruner.slots.values():
+                slot.parameter.add_(torch.randn_like(slot.parameter))
+        hook(step, 40, model)
+        assert not (get_mask(model[0]) & ~before).any()
+        before = get_mask(model[0]).clone()
+    assert [int((m.weight == 0).sum()) for m in model] == [90, 60]
+    assert list(pruner.history[-1].kept) == [30, 20]
+
+
+def test_rounds_with_rewinding_train_from_the_early_weights():
+    model = mlp()
+    early = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    seen = []
+
+    def retrain(model):
+        seen.append((float((model[0].weight == 0).float().mean()), model[0].bias.detach().clone()))
+        with torch.no_grad():
+            model[0].bias.add_(5)
+
+    MagnitudePruner(model).iterate([0.25, 0.5], retrain, rewind_to=early)
+    assert [share for share, _ in seen] == [0.25, 0.5]
+    assert all(torch.equal(bias, early["0.bias"]) for _, bias in seen)
+    assert torch.equal(model[0].weight, early["0.weight"] * get_mask(model[0]))
+
+
+@pytest.mark.parametrize("act, message", [
+    (lambda m: MagnitudePruner(m).prune(1.0), r"sparsity 1.0 is outside \[0, 1\)"),
+    (lambda m: MagnitudePruner(m).prune(-0.1), "sparsity -0.1"),
+    (lambda m: MagnitudePruner(m).prune(float("nan")), "sparsity nan"),
+    (lambda m: MagnitudePruner(m).prune({"0.weight": 0.5, "1.weight": 2}), "sparsity 2"),
+    (lambda m: MagnitudePruner(m).prune({"2.weight": 0.5}), "no tensor '2.weight'.*0.weight, 1.weight"),
+    (lambda m: MagnitudePruner(m, "conv*"), "no weight is named 'conv.*0.weight"),
+    (lambda m: MagnitudePruner(m, "*.bias"), "no weight of two or more dimensions matches"),
+    (lambda m: MagnitudePruner(m).prune_pattern(2, 8), "'0.weight': the pattern 2:8 needs rows .* not 12"),
+    (lambda m: MagnitudePruner(m).prune_pattern(5, 4), "must keep between 1 and 4"),
+    (lambda m: MagnitudePruner(m, score="wanda"), "wanda needs the input norms of '0.weight'"),
+    (lambda m: MagnitudePruner(m, score="fisher"), "unknown score 'fisher'; choose from magnitude"),
+    (lambda m: MagnitudePruner(m, scope="layer"), "unknown scope"),
+    (lambda m: MagnitudePruner(m).prune_below(-1), "threshold -1"),
+    (lambda m: MagnitudePruner(m).schedule(0.5, start=0.8, end=0.2), "0 <= start < end <= 1"),
+    (lambda m: rewind(m, {"0.weight": torch.zeros(3)}), r"holds \(3,\) for '0.weight'"),
+])
+def test_bad_input_is_one_sentence_and_leaves_the_model_alone(act, message):
+    model = mlp()
+    with pytest.raises(ValueError, match=message) as error:
+        act(model)
+    assert "\n" not in str(error.value)
+    assert not any(parametrize.is_parametrized(m) for m in model)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), mlp().state_dict().values()))

@@ -1,17 +1,19 @@
 """Masks as parametrizations: a pruned weight is `where(mask, weight, 0)`, on any tensor of any module.
 
-The stored weight keeps its identity (optimizers go on holding it), its gradient is zero where the mask is, and a fake
-quantizer registered on the same tensor, before or after, always sees the masked weight.
+The stored weight keeps its identity (optimizers go on holding it), its gradient is zero where it is masked,
+and a fake quantizer on the same tensor, registered before or after, sees the masked weight.
 """
 
 import copy
-import difflib
-import fnmatch
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from kit.parametrization import find_step, matching, named_weights, original_of, set_steps, steps_of
+from kit.quantization.fake import matrix_shape
 
 
 class Mask(nn.Module):
@@ -30,45 +32,16 @@ class Mask(nn.Module):
         return weight
 
 
-class Slot:
-    """One trainable tensor of a model and every place `(module, attribute)` that reads it (several if it is tied)."""
-
-    def __init__(self, name: str, places: list[tuple[nn.Module, str]]) -> None:
-        self.name, self.places = name, places
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The stored tensor, before any mask or quantizer."""
-        return original(*self.places[0])
-
-    @property
-    def mask(self) -> Tensor:
-        """Bool tensor, all true where nothing is pruned."""
-        mask = get_mask(*self.places[0])
-        return torch.ones_like(self.parameter, dtype=torch.bool) if mask is None else mask
-
-    def set_mask(self, mask: Tensor) -> None:
-        for module, name in self.places:
-            set_mask(module, name, mask)
-
-
-def original(module: nn.Module, name: str) -> nn.Parameter:
-    """The stored tensor behind `module.<name>`, whether or not it carries parametrizations."""
-    if parametrize.is_parametrized(module, name):
-        return module.parametrizations[name].original
-    return getattr(module, name)
-
-
 def get_mask(module: nn.Module, name: str = "weight") -> Tensor | None:
     """The bool mask on `module.<name>`, or None if it has none."""
-    found = _find(module, name)
-    return None if found is None else found.mask
+    step = find_step(module, name, Mask)
+    return None if step is None else step.mask
 
 
-def set_mask(module: nn.Module, name: str, mask: Tensor) -> nn.Module:
-    """Put `mask` (bool, true = keep) on `module.<name>`, in front of any other parametrization; returns the module.
+def set_mask(module: nn.Module, name: str, mask: Tensor, model: nn.Module | None = None) -> nn.Module:
+    """Put `mask` (bool, true = keep) on `module.<name>`, before other parametrizations; returns the module.
 
-    A mask that is there already is overwritten in place.
+    A mask that is there already is overwritten in place. Give `model` to mask a tied tensor everywhere.
 
     Raises:
         ValueError: no such tensor, not a bool mask, or another shape than the tensor.
@@ -80,78 +53,78 @@ def set_mask(module: nn.Module, name: str, mask: Tensor) -> nn.Module:
         raise ValueError(f"a mask of {name!r} must be bool of shape {tuple(tensor.shape)}, "
                          f"not {mask.dtype} of shape {tuple(mask.shape)}")
     mask = mask.to(tensor.device)
-    found = _find(module, name)
-    if found is not None:
-        found.mask.copy_(mask)
-    elif parametrize.is_parametrized(module, name):
-        module.parametrizations[name].insert(0, Mask(mask))
+    present = get_mask(module, name)
+    if present is not None:
+        present.copy_(mask)
     else:
-        parametrize.register_parametrization(module, name, Mask(mask))
+        set_steps(model or module, module, name, [Mask(mask), *steps_of(module, name)])
     return module
 
 
 def remove_masks(model: nn.Module) -> nn.Module:
-    """Forget every mask of the model, in place; the stored weights become dense again with the values they hold."""
-    for module in list(model.modules()):
-        for name in list(getattr(module, "parametrizations", {})) if parametrize.is_parametrized(module) else ():
-            chain = module.parametrizations[name]
-            kept = [step for step in chain if not isinstance(step, Mask)]
-            if not kept:
-                parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-            elif len(kept) < len(chain):
-                chain.pop(0)
+    """Forget every mask of the model, in place; the weights are dense again, with the values stored."""
+    for _, module, name in list(named_weights(model)):
+        steps = steps_of(module, name)
+        if any(isinstance(step, Mask) for step in steps):
+            set_steps(model, module, name, [step for step in steps if not isinstance(step, Mask)])
     return model
 
 
-def select(model: nn.Module, tensors: str | Iterable[str] = "*", min_dim: int = 2) -> dict[str, Slot]:
-    """Floating-point parameters with at least `min_dim` dimensions whose name matches a glob pattern.
+@dataclass(frozen=True)
+class Slot:
+    """One trainable tensor of a model: where it lives, what it holds, its mask."""
 
-    Args:
-        tensors: one pattern or several, on names such as `layers.0.moe.w_in` (as in `named_parameters()` of the model
-            without parametrizations). Tied tensors appear once, under their first name, and match by any of them.
+    model: nn.Module
+    module: nn.Module
+    attribute: str
+    name: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The stored tensor, before any mask or quantizer."""
+        return original_of(self.module, self.attribute)
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool tensor of the parameter's shape, all true where nothing is pruned."""
+        mask = get_mask(self.module, self.attribute)
+        return torch.ones_like(self.parameter, dtype=torch.bool) if mask is None else mask
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """`tensor`, of the weight's shape, as (rows, columns): a row holds what feeds one output."""
+        return tensor.reshape(matrix_shape(self.module, tensor.shape))
+
+    def stack(self, tensor: Tensor) -> Tensor:
+        """`tensor` as (groups, rows, columns), one group for each set of inputs: an expert, a convolution's group."""
+        matrix = self.matrix(tensor)
+        groups = getattr(self.module, "groups", self.parameter.shape[0] if self.parameter.dim() == 3 else 1)
+        return matrix.unflatten(0, (groups, -1))
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Mask the tensor, everywhere the model reads it."""
+        set_mask(self.module, self.attribute, mask.view_as(self.parameter), self.model)
+
+
+def select(model: nn.Module, tensors: str | Iterable[str] = "*") -> dict[str, Slot]:
+    """Floating-point weights of two or more dimensions whose dotted name matches a shell pattern, by name.
 
     Raises:
-        ValueError: a pattern that matches nothing; the message names tensors that exist.
+        ValueError: a pattern that matches nothing; the message names the weights there are.
     """
     patterns = [tensors] if isinstance(tensors, str) else list(tensors)
-    aliases: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for full_name, module, name in _places(model):
-        parameter = original(module, name)
-        if parameter.is_floating_point() and parameter.dim() >= min_dim:
-            aliases.setdefault(id(parameter), []).append((full_name, module, name))
-    names = [full_name for group in aliases.values() for full_name, _, _ in group]
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:5]
-            raise ValueError(f"no tensor matches {pattern!r}; there are {', '.join(near) or 'none to prune'}"
-                             + (f" and {len(names) - len(near)} more" if len(names) > len(near) else ""))
-    return {group[0][0]: Slot(group[0][0], [(module, name) for _, module, name in group])
-            for group in aliases.values()
-            if any(fnmatch.fnmatchcase(full_name, p) for full_name, _, _ in group for p in patterns)}
+    slots = {name: Slot(model, module, attribute, name)
+             for name, module, attribute in matching(model, patterns)}
+    chosen = {name: slot for name, slot in slots.items()
+              if slot.parameter.dim() >= 2 and slot.parameter.is_floating_point()}
+    if not chosen:
+        raise ValueError(f"no weight of two or more dimensions matches {', '.join(patterns)!r}: there is "
+                         f"only {', '.join(slots) or 'nothing to prune'}")
+    return chosen
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy, even when modules hold computed tensors (recurrent layers cache their weights, MoE its loss)."""
+    """A deep copy, even when modules hold computed tensors (recurrent layers cache their weights)."""
     held = [value for module in model.modules() for entry in vars(module).values()
             for value in (entry if isinstance(entry, list) else [entry])]
     return copy.deepcopy(model, {id(value): value.detach() for value in held
                                  if isinstance(value, Tensor) and not value.is_leaf})
-
-
-def _find(module: nn.Module, name: str) -> Mask | None:
-    if not parametrize.is_parametrized(module, name):
-        return None
-    return next((step for step in module.parametrizations[name] if isinstance(step, Mask)), None)
-
-
-def _places(model: nn.Module):
-    inside = {id(part) for module in model.modules() if parametrize.is_parametrized(module)
-              for part in module.parametrizations.modules()}
-    for prefix, module in model.named_modules():
-        if id(module) in inside:
-            continue
-        names = [name for name, parameter in module._parameters.items() if parameter is not None]
-        if parametrize.is_parametrized(module):
-            names += [name for name, chain in module.parametrizations.items() if chain.is_tensor]
-        for name in names:
-            yield f"{prefix}.{name}" if prefix else name, module, name
