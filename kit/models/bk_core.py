@@ -5,6 +5,7 @@ shift ``i*eta``. ``left_resolvent`` is causal; ``resolvent_diagonal`` looks at b
 """
 
 import torch
+import torch.nn.functional as F
 
 
 def left_resolvent_pair(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,26 +26,72 @@ def left_resolvent_reference(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor
     return torch.complex(*left_resolvent_pair(x, p, eta))
 
 
+def _join(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor, left_resolvent) -> torch.Tensor:
+    """The full diagonal from both one-sided resolvents."""
+    hopping = p[:, 1:]
+    left = left_resolvent(x, p, eta)
+    right = left_resolvent(x.flip(1), F.pad(hopping, (0, 0, 0, 1)).flip(1), eta).flip(1)
+    coupling = F.pad(hopping * left[:, :-1], (0, 0, 1, 0)) + F.pad(hopping * right[:, 1:], (0, 0, 0, 1))
+    return 1 / (torch.complex(x, -eta.expand_as(x)) - coupling)
+
+
 def resolvent_diagonal_reference(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
     """:func:`resolvent_diagonal` as a plain torch loop."""
-    link = torch.cat([p[:, 1:], torch.zeros_like(p[:, :1])], 1)  # link[:, i] joins i and i+1
-    left = left_resolvent_reference(x, p, eta)
-    right = left_resolvent_reference(x.flip(1), link.flip(1), eta).flip(1)
-    shift = torch.zeros_like(left[:, :1])
-    before = torch.cat([shift, p[:, 1:] * left[:, :-1]], 1)
-    after = torch.cat([p[:, 1:] * right[:, 1:], shift], 1)
-    return 1 / (torch.complex(x, -eta.expand_as(x)) - before - after)
+    return _join(x, p, eta, left_resolvent_reference)
+
+
+class _LeftResolvent(torch.autograd.Function):
+    """g and its exact adjoint: ``lambda_i = w_i + p_{i+1} g_{i+1}^2 lambda_{i+1}`` from the last step to the first,
+    ``dx_i = -g_i^2 lambda_i``, ``dp_i = g_i^2 g_{i-1} lambda_i``, ``deta = 1j sum_i g_i^2 lambda_i``, real parts."""
+
+    @staticmethod
+    def forward(ctx, x, p, eta, backend):
+        g = backend.forward(x.contiguous(), p.contiguous(), eta.contiguous())
+        ctx.backend = backend
+        ctx.save_for_backward(g, p)
+        return g
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        g, p = ctx.saved_tensors
+        return *ctx.backend.backward(g, p.contiguous(), grad.resolve_conj().contiguous()), None
+
+
+def _check(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> None:
+    if x.ndim != 3 or p.shape != x.shape or eta.shape != x.shape[2:] or not x.numel():
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, p, eta))
+        raise ValueError(f"x, p, eta have shapes {shapes}: give (B, N, C), (B, N, C) and (C,), none of them empty")
+    if x.dtype not in (torch.float32, torch.float64) or not x.dtype == p.dtype == eta.dtype:
+        raise ValueError(f"x, p, eta are {x.dtype}, {p.dtype}, {eta.dtype}: give all float32 or all float64")
+    if not (eta > 0).all():
+        raise ValueError(f"eta must be positive in every channel, but its smallest value is {eta.min().item():g}")
 
 
 def left_resolvent(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
-    """Causal resolvent ``g_i = 1 / (x_i - 1j*eta - p_i g_{i-1})``, ``g_{-1} = 0``.
+    """Causal resolvent ``g_i = 1 / (x_i - 1j*eta - p_i g_{i-1})``, ``g_{-1} = 0``: the last diagonal entry of the
+    inverse of the operator cut off at i.
 
-    x (B, N, C) float32 or float64: real diagonal. p (B, N, C) >= 0: hopping, ``p[:, i]`` links i-1 and i, ``p[:, 0]``
-    is ignored. eta (C,) > 0. Returns g (B, N, C) complex with Im g > 0 and |g| <= 1/eta.
+    x (B, N, C) float32 or float64: real diagonal. p (B, N, C) >= 0, not checked: hopping, ``p[:, i]`` links i-1 and i,
+    ``p[:, 0]`` is ignored. eta (C,) > 0. Returns g (B, N, C), complex64 or complex128, with Im g > 0, |g| <= 1/eta and
+    exact gradients for all three arguments.
+
+    Raises ValueError for other shapes or dtypes and for eta <= 0.
     """
-    return left_resolvent_reference(x, p, eta)
+    if torch.compiler.is_exporting():
+        return torch.complex(*left_resolvent_pair(x, p, eta))
+    _check(x, p, eta)
+    if x.device.type == "cpu":
+        from kit.models import bk_kernels as backend  # numba takes half a second to import
+    else:
+        from kit.models import bk_scan as backend
+    return _LeftResolvent.apply(x, p, eta, backend)
 
 
 def resolvent_diagonal(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
-    """Full diagonal of ``(tridiagonal - 1j*eta)^-1``, both directions (not causal); arguments as left_resolvent."""
-    return resolvent_diagonal_reference(x, p, eta)
+    """Diagonal of the inverse of the whole operator, ``1 / (x_i - 1j*eta - p_i gL_{i-1} - p_{i+1} gR_{i+1})`` with the
+    left resolvent gL and its mirror image gR. Every entry depends on the past *and the future*.
+
+    Arguments, result and errors are those of :func:`left_resolvent`.
+    """
+    return _join(x, p, eta, left_resolvent)

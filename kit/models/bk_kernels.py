@@ -1,0 +1,111 @@
+"""The left resolvent and its adjoint on CPU: numba kernels, sequential over N and vectorized over the channels.
+
+Arrays are C-contiguous and channel-last; complex numbers lie as (real, imag) pairs in the last dimension. The work is
+cut into tiles (one batch row x a block of channels) that torch.get_num_threads() threads draw from one iterator: no
+barrier, so a busy machine costs little, and nothing that a forked process could inherit broken.
+"""
+
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
+import numpy as np
+import torch
+
+GRAIN = 250_000  # elements a thread must get to be worth waking
+BLOCK = 64  # fewest channels in a tile when the batch alone has too few rows
+
+
+def _compile(function):
+    """Compile at first use; kept on disk where numba finds a writable place for it."""
+    settings = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
+    try:
+        return numba.njit(cache=True, **settings)(function)
+    except RuntimeError:  # no writable cache directory
+        return numba.njit(**settings)(function)
+
+
+# Row slices and one short loop per few arrays: LLVM vectorizes a loop only if it can prove in at most eight pointer
+# comparisons that its arrays do not overlap.
+@_compile
+def _forward(x, p, eta, g, row, low, high):
+    eta = eta[low:high]
+    real, imag = np.zeros_like(eta), np.zeros_like(eta)
+    one = eta.dtype.type(1)
+    for i in range(x.shape[1]):
+        x_i, p_i, g_i = x[row, i, low:high], p[row, i, low:high], g[row, i, 2 * low : 2 * high]
+        for c in range(eta.size):
+            d = x_i[c] - p_i[c] * real[c]
+            e = eta[c] + p_i[c] * imag[c]
+            scale = one / (d * d + e * e)
+            real[c] = d * scale
+            imag[c] = e * scale
+        for c in range(eta.size):
+            g_i[2 * c] = real[c]
+            g_i[2 * c + 1] = imag[c]
+
+
+@_compile
+def _backward(g, p, grad, dx, dp, deta, row, low, high):
+    deta = deta[row, low:high]
+    u_real, u_imag = np.zeros_like(deta), np.zeros_like(deta)  # u_i = g_i^2 lambda_i
+    c_real, c_imag = np.zeros_like(deta), np.zeros_like(deta)  # carry p_{i+1} u_{i+1}
+    for i in range(dx.shape[1] - 1, -1, -1):
+        g_i, w_i, dx_i = g[row, i, 2 * low : 2 * high], grad[row, i, 2 * low : 2 * high], dx[row, i, low:high]
+        for c in range(deta.size):
+            real, imag = g_i[2 * c], g_i[2 * c + 1]
+            square, twice = real * real - imag * imag, (real + real) * imag
+            lam_real, lam_imag = c_real[c] + w_i[2 * c], c_imag[c] - w_i[2 * c + 1]
+            u_real[c] = square * lam_real - twice * lam_imag
+            u_imag[c] = square * lam_imag + twice * lam_real
+        for c in range(deta.size):
+            dx_i[c] = -u_real[c]
+            deta[c] -= u_imag[c]
+        dp_i = dp[row, i, low:high]
+        if i == 0:
+            dp_i[:] = 0
+            break
+        p_i, before = p[row, i, low:high], g[row, i - 1, 2 * low : 2 * high]
+        for c in range(deta.size):
+            dp_i[c] = u_real[c] * before[2 * c] - u_imag[c] * before[2 * c + 1]
+            c_real[c] = p_i[c] * u_real[c]
+            c_imag[c] = p_i[c] * u_imag[c]
+
+
+@functools.cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="bk_core")
+
+
+def _run(kernel, shape: tuple[int, int, int], *tensors: torch.Tensor) -> None:
+    batch, steps, channels = shape
+    arrays = [tensor.numpy() for tensor in tensors]
+    threads = max(1, min(torch.get_num_threads(), batch * steps * channels // GRAIN))
+    blocks = min(-(-threads // max(batch, 1)), -(-channels // BLOCK))
+    edges = [channels * k // blocks for k in range(blocks + 1)]
+    tiles = iter([(row, low, high) for row in range(batch) for low, high in zip(edges, edges[1:])])
+
+    def work():
+        for tile in tiles:
+            kernel(*arrays, *tile)
+
+    helpers = [_pool(os.getpid(), threads - 1).submit(work) for _ in range(threads - 1)]
+    work()
+    for helper in helpers:
+        if not helper.cancel():
+            helper.result()
+
+
+def forward(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
+    """g (B, N, C) complex of contiguous x, p (B, N, C) and eta (C,)."""
+    g = x.new_empty(*x.shape, 2)
+    _run(_forward, x.shape, x, p, eta, g.flatten(2))
+    return torch.view_as_complex(g)
+
+
+def backward(g: torch.Tensor, p: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients for x, p and eta; ``grad`` (B, N, C) complex and contiguous is torch's gradient of g."""
+    dx, dp, deta = torch.empty_like(p), torch.empty_like(p), p.new_zeros(p.shape[0], p.shape[2])
+    _run(_backward, p.shape, torch.view_as_real(g).flatten(2), p, torch.view_as_real(grad).flatten(2), dx, dp, deta)
+    return dx, dp, deta.sum(0)
