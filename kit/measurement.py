@@ -1,0 +1,121 @@
+"""Measurement: size of the float32 file, latency side by side, peak memory, multiply-accumulates, the machine."""
+
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import kit
+
+PACKAGES = ("torch", "numpy", "numba", "tokenizers", "safetensors", "scikit-learn", "pandas", "papermill")
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds a call: the median, and the quartiles around it."""
+    median: float
+    low: float
+    high: float
+
+
+def float32_bytes(model: nn.Module) -> int:
+    """Bytes of the kit's own file of `model` with every weight in plain float32: what compression is compared with."""
+    from kit import artifact
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "dense.kit"
+        artifact.save(model, path)
+        return artifact.nbytes(path)
+
+
+def latency(calls: dict[str, Callable[[], object]], repeats: int = 20) -> dict[str, Latency]:
+    """Times the calls in turn, round after round, so that a busy machine slows all alike: trust the ratios.
+
+    Two unmeasured rounds come first.  Raises ValueError for no calls or fewer than 3 repeats.
+    """
+    if not calls or repeats < 3:
+        raise ValueError(f"latency got {len(calls)} calls and {repeats} repeats: give at least 1 and 3.")
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(repeats + 2):
+        for name, call in calls.items():
+            start = _now()
+            call()
+            if round_ >= 2:
+                seconds[name].append(_now() - start)
+    return {name: Latency(statistics.median(s), *statistics.quantiles(s, n=4)[::2]) for name, s in seconds.items()}
+
+
+def _now() -> float:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes: the largest resident size of this process so far, or torch's largest allocation on a CUDA device."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def macs(model: nn.Module, example: Tensor | tuple) -> int:
+    """Multiply-accumulates of all matrix products, convolutions and attentions in `model(example)`.
+
+    Counted as executed, so an expert counts for the tokens routed to it (and for padding, where its layer pads).
+    Element-wise work, the BK-core's recurrence included, is not counted.
+    """
+    was_training = model.training
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(*(example if isinstance(example, tuple) else (example,)))
+    model.train(was_training)
+    return counter.get_total_flops() // 2
+
+
+def environment() -> dict:
+    """What a timing depends on: versions, processor, cores, threads, accelerator."""
+    versions = {"python": platform.python_version(), "kit": kit.__version__}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            pass
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"versions": versions, "platform": platform.platform(), "cpu": _cpu_name(), "cores": _cores(),
+            "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def oversubscribed(cpu_share: float, load: float | None = None, cores: int | None = None) -> str | None:
+    """A hint when this process gets under 70 % of one core (`cpu_share`: its CPU seconds a second) or more processes
+    want to run (`load`: the 1-minute average, by default this machine's) than there are cores; else None."""
+    cores = cores or os.cpu_count() or 1
+    if load is None:
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load < cores + 1 and cpu_share >= 0.7:
+        return None
+    return (f"hint: this machine is busy (load {load:.1f} on {cores} cores, {cpu_share:.1f} cores for this process): "
+            "threads that wait for each other run up to 20x slower; stop other jobs or set OMP_NUM_THREADS=1")

@@ -1,0 +1,230 @@
+import io
+import json
+import math
+import random
+from contextlib import redirect_stdout
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from kit.losses import classification_loss
+from kit.training import TrainConfig, learning_rate, train
+
+
+class ToyLM(nn.Module):
+    def __init__(self, vocab_size=11, width=8):
+        super().__init__()
+        self.embedding, self.mixer = nn.Embedding(vocab_size, width), nn.GRU(width, width, batch_first=True)
+        self.dropout, self.head = nn.Dropout(0.2), nn.Linear(width, vocab_size)
+        self.register_buffer("usage", torch.zeros(3, dtype=torch.int64), persistent=False)
+
+    def hidden(self, tokens):
+        self.usage += tokens.numel()
+        return self.dropout(self.mixer(self.embedding(tokens))[0])
+
+    def output(self):
+        return self.head.weight, self.head.bias
+
+    def auxiliary_loss(self):
+        return self.head.bias.new_zeros(())
+
+
+def toy(seed=0):
+    torch.manual_seed(seed)
+    return ToyLM()
+
+
+def loader(rows=20, batch_size=4):
+    tokens = torch.arange(rows * 7).reshape(rows, 7) ** 2 % 11
+    return DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), batch_size, shuffle=True, drop_last=True)
+
+
+def state(model):
+    return {name: t.clone() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a | b)
+
+
+def weight_norm(model):
+    """A stand-in for a validation loss that draws random numbers, as the iterator of a DataLoader does."""
+    torch.rand(3), random.random(), np.random.rand()
+    return float(model.head.weight.detach().norm())
+
+
+class Killed(Exception):
+    pass
+
+
+def killer(at):
+    def hook(step, steps, model):
+        assert steps == 23
+        torch.rand(1), np.random.standard_normal(), random.gauss(0, 1)
+        if step == at:
+            raise Killed
+    return hook
+
+
+@pytest.mark.parametrize("at", [5, 8, 16, 23])
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, at):
+    config = TrainConfig(steps=23, lr=0.02, eval_every=4, seed=3)
+    whole, validate = toy(), weight_norm
+    expected = train(whole, loader(), config, validate=validate, hooks=[killer(0)], log=False)
+    draw = torch.rand(1), np.random.standard_normal(), random.gauss(0, 1)
+    with pytest.raises(Killed):
+        train(toy(), loader(), config, validate=validate, hooks=[killer(at)], checkpoint=tmp_path / "c", log=False)
+    torch.manual_seed(99), np.random.seed(99), random.seed(99)
+    resumed = toy(seed=1)
+    result = train(resumed, loader(), config, validate=validate, hooks=[killer(0)], checkpoint=tmp_path / "c", log=False)
+    assert same(state(whole), state(resumed))
+    assert draw == (torch.rand(1), np.random.standard_normal(), random.gauss(0, 1))
+    assert (result.tokens, result.best_step, result.best_validation) == (
+        expected.tokens, expected.best_step, expected.best_validation)
+    strip = [{k: v for k, v in entry.items() if k != "seconds"} for entry in expected.history]
+    assert strip == [{k: v for k, v in entry.items() if k != "seconds"} for entry in result.history]
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_finished_checkpoint_is_not_trained_further(tmp_path):
+    config = TrainConfig(steps=6)
+    first, again = toy(), toy(seed=5)
+    train(first, loader(), config, checkpoint=tmp_path / "c", log=False)
+    train(again, loader(), config, checkpoint=tmp_path / "c", log=False, hooks=[lambda *_: pytest.fail("trained")])
+    assert same(state(first), state(again))
+
+
+def test_validation_changes_nothing_but_what_is_kept():
+    config = TrainConfig(steps=12, eval_every=3)
+    plain, validated = toy(), toy()
+    train(plain, loader(), config, log=False)
+    values = iter([4.0, 3.0, 2.0, 1.0])
+    result = train(validated, loader(), config, validate=lambda m: (weight_norm(m), next(values))[1], log=False)
+    assert same(state(plain), state(validated)) and result.best_step == 12
+
+
+def test_best_state_is_restored_and_patience_stops():
+    seen, values = {}, iter([math.inf, 3.0, 2.0, 2.5, 2.0, 1.0])
+    def validate(model):
+        value = next(values)
+        seen[value] = state(model)
+        return value
+    model = toy()
+    result = train(model, loader(), TrainConfig(steps=60, eval_every=10, patience=2), validate=validate, log=False)
+    assert (result.best_validation, result.best_step) == (2.0, 30) and result.history[-1]["step"] == 50
+    assert not same(state(model), seen[2.5])
+    first_two = state(model)
+    assert torch.equal(first_two["head.weight"], state(model)["head.weight"])
+    assert [h["validation"] for h in result.history if "validation" in h] == [math.inf, 3.0, 2.0, 2.5, 2.0]
+
+
+def test_it_learns_and_reports():
+    model, out = toy(), io.StringIO()
+    with redirect_stdout(out):
+        result = train(model, loader(), TrainConfig(steps=150, lr=0.02))
+    assert result.history[-1]["loss"] < 0.75 * result.history[0]["loss"]
+    assert result.tokens == 150 * 4 * 6 and result.history[-1]["step"] == 150 and model.training
+    assert out.getvalue().startswith("step 150/150  loss ") and out.getvalue().count("\n") <= 2
+    with redirect_stdout(io.StringIO()) as silent:
+        train(model, loader(), TrainConfig(steps=2), log=False)
+    assert silent.getvalue() == ""
+
+
+def test_classifier_in_bfloat16_with_extra_parameters():
+    torch.manual_seed(0)
+    x = torch.randn(64, 5)
+    batches = [(x, (x[:, 0] > 0).long())]
+    model, extra = nn.Linear(5, 2), nn.Parameter(torch.ones(2, 2))
+    def loss(model, batch):
+        assert torch.is_autocast_enabled("cpu")
+        return classification_loss(model, batch) + (extra ** 2).sum()
+    config = TrainConfig(steps=40, lr=0.05, precision="bfloat16", weight_decay=0)
+    result = train(model, batches, config, loss=loss, extra_parameters=iter([extra]), log=False)
+    assert extra.abs().max() < 0.5 and result.history[-1]["loss"] < 1 and result.tokens == 64 * 40
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = TrainConfig(steps=100, lr=1.0, warmup=0.1, final_lr=0.05)
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)])
+    assert rates[10] == 1 and rates[-1] == pytest.approx(0.05) and np.all(np.diff(rates[10:]) < 0)
+    assert learning_rate(0, TrainConfig(steps=1, lr=2.0, warmup=0)) == 2.0
+
+
+def test_vectors_are_not_decayed():
+    model = nn.Linear(3, 3)
+    with torch.no_grad():
+        model.bias.fill_(1), model.weight.fill_(1)
+    def flat(model, batch):
+        return (model.weight.sum() + model.bias.sum()) * 0
+    train(model, [torch.zeros(1)], TrainConfig(steps=5, lr=0.1, weight_decay=0.5), loss=flat, log=False)
+    assert torch.equal(model.bias, torch.ones(3)) and (model.weight < 0.9).all()
+
+
+def test_a_hook_may_replace_parameters():
+    model, before = toy(), []
+    def shrink(step, steps, model):
+        if step == 4:
+            before.append(model.embedding.weight)
+            model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+            return True
+    old = model.head.weight
+    train(model, loader(), TrainConfig(steps=8), hooks=[shrink], log=False)
+    assert model.head.weight is not old and model.embedding.weight is before[0]
+    assert not torch.equal(model.head.weight, old)
+
+
+@pytest.mark.parametrize("field, value", [("steps", 0), ("lr", -1.0), ("lr", math.nan), ("warmup", 2), ("clip", 0),
+                                          ("final_lr", 1.5), ("eval_every", 0), ("patience", 0), ("precision", "fp8")])
+def test_bad_settings_are_named(field, value):
+    with pytest.raises(ValueError, match=f"^{field} is "):
+        TrainConfig(**{"steps": 5, field: value})
+
+
+def test_bad_runs_say_what_to_do(tmp_path):
+    config = TrainConfig(steps=3)
+    with pytest.raises(ValueError, match="no batches"):
+        train(toy(), [], config, log=False)
+    with pytest.raises(ValueError, match="pass validate="):
+        train(toy(), loader(), TrainConfig(steps=3, patience=1), log=False)
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        train(toy().requires_grad_(False), loader(), config, log=False)
+    with pytest.raises(ValueError, match=r"loss \(nan\) is not finite at step 2 of 3.*lower lr"):
+        train(toy(), loader(), config, loss=_nan_at_step_two(), log=False)
+    with pytest.raises(ValueError, match="gradient .* is not finite at step 1"):
+        train(toy(), loader(), config, loss=lambda m, b: m.head.weight.sub(m.head.weight.detach()).abs().sqrt().sum(),
+              log=False)
+    with pytest.raises(ValueError, match="validation loss is NaN"):
+        train(toy(), loader(), config, validate=lambda m: math.nan, log=False)
+
+
+def _nan_at_step_two():
+    calls = iter([1.0, math.nan])
+    return lambda model, batch: model.head.weight.sum() * 0 + next(calls)
+
+
+def test_bad_checkpoints_are_refused_in_one_sentence(tmp_path):
+    path, config = tmp_path / "c", TrainConfig(steps=3)
+    train(toy(), loader(), config, checkpoint=path, log=False)
+    def refused(message, model=None, config=config):
+        with pytest.raises(ValueError, match=message) as error:
+            train(model or toy(), loader(), config, checkpoint=path, log=False)
+        assert "\n" not in str(error.value) and str(path) in str(error.value)
+    refused("written with lr=0.003, not 0.1", config=TrainConfig(steps=3, lr=0.1))
+    refused("does not fit this model", model=ToyLM(width=9))
+    good = path.read_bytes()
+    for damaged in (good[: len(good) // 2], good[:20], b"", b"\x80\x02pickle"):
+        path.write_bytes(damaged)
+        refused("is damaged")
+    path.write_bytes(good)
+    tensors = load_file(path)
+    tensors["model/head.weight"][0, 0] = math.nan
+    header_size = int.from_bytes(good[:8], "little")
+    save_file(tensors, path, metadata=json.loads(good[8 : 8 + header_size])["__metadata__"])
+    refused("NaN or infinity in 'model/head.weight'")
+    save_file(tensors, path)
+    refused("not a training checkpoint")
