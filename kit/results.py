@@ -44,10 +44,10 @@ def write_result(folder: str | Path, record: dict) -> Path:
     """Write the record of a finished run to ``folder/result.json``, atomically: the last act of a run.
 
     Args:
-        record: ``notebook``, ``parameters`` (dict) and ``seed`` are required; ``corpus`` ``{name, sha256}``, ``stages``
-            (list of ``{name, bytes, ratio, perplexity, low, high, bits_per_byte, seconds, tokens}``), and the run's own
-            ``bytes``, ``ratio``, ``perplexity`` (or ``accuracy``), ``low``, ``high``, ``bits_per_byte`` are what the
-            tables and plots read; anything else is kept. ``versions`` is added where absent.
+        record: ``notebook``, ``parameters`` (dict) and ``seed`` are required. Tables and plots read
+            ``corpus`` ``{name, sha256}``, ``stages`` (a list of ``{name, bytes, ratio, perplexity, low, high,
+            bits_per_byte, seconds, tokens}``) and the run's own ``bytes``, ``ratio``, ``perplexity`` or
+            ``accuracy``, ``low``, ``high``, ``bits_per_byte``. Anything else is kept. ``versions`` is added.
 
     Raises:
         ValueError: a required key is missing, or ``corpus`` or ``stages`` lacks what the comparison needs.
@@ -56,17 +56,17 @@ def write_result(folder: str | Path, record: dict) -> Path:
     if missing:
         raise ValueError(f"The record of {folder} lacks {', '.join(missing)}; add it before writing.")
     if "corpus" in record and not {"name", "sha256"} <= set(record["corpus"]):
-        raise ValueError(f"The corpus of {folder} is {record['corpus']!r}, expected a dict with name and sha256.")
+        raise ValueError(f"The corpus of {folder} is {record['corpus']!r}, expected its name and sha256.")
     if any("name" not in stage for stage in record.get("stages", [])):
         raise ValueError(f"A stage of {folder} has no name; give each stage a dict with a name.")
     return write_json(Path(folder) / RESULT, {"versions": _versions(), **record})
 
 
 def read_results(where: str | Path | Iterable[str | Path] = "runs") -> pd.DataFrame:
-    """All records under a folder, a glob pattern or a list of those: one row a run, nested keys joined by a dot.
+    """All records under a folder, a glob pattern or a list of those: a row a run, nested keys dotted.
 
-    Column ``run`` names the folder; ``comparable`` is False where the corpus hash differs from that of most runs,
-    whose perplexities therefore mean something else. No records give an empty frame with the usual columns.
+    Column ``run`` names the folder; ``comparable`` is False where the corpus hash differs from that of most
+    runs, as perplexities on different texts cannot be compared. No records give an empty frame.
 
     Raises:
         ValueError: a record is not readable JSON.
@@ -79,7 +79,7 @@ def read_results(where: str | Path | Iterable[str | Path] = "runs") -> pd.DataFr
 
 
 def read_stages(where: str | Path | Iterable[str | Path] = "runs") -> pd.DataFrame:
-    """The stages of all records found as by `read_results`: one row a stage, ``order`` counting from 0 in its run."""
+    """The stages of all records found as by `read_results`: a row a stage, numbered by ``order`` from 0."""
     shared = ("notebook", "seed")
     rows = [{"run": name, **{key: record.get(key) for key in shared}, "corpus": record.get("corpus"),
              "order": order, **stage}
@@ -95,25 +95,25 @@ def quality_column(frame: pd.DataFrame) -> str:
     ``bits_per_byte`` when vocabularies differ, ``accuracy`` where there is no perplexity.
     """
     if frame["perplexity"].notna().any():
-        vocabularies = frame.get("parameters.vocab_size", pd.Series(dtype=float))[lambda v: v.notna()].nunique()
-        return "bits_per_byte" if vocabularies > 1 and frame["bits_per_byte"].notna().any() else "perplexity"
+        several = "parameters.vocab_size" in frame and frame["parameters.vocab_size"].nunique() > 1
+        return "bits_per_byte" if several and frame["bits_per_byte"].notna().any() else "perplexity"
     return "accuracy"
 
 
 def dominated_by(frame: pd.DataFrame, minimize: Sequence[str] = ("bytes", "perplexity"),
                  maximize: Sequence[str] = ()) -> pd.Series:
-    """For each row, the index label of a row that dominates it, or None: no worse in any column and better in one.
+    """For each row the index label of one that dominates it (no worse in any column, better in one) or None.
 
-    Of several dominating rows the one best in the last column is named. Rows with a missing value dominate nothing and
-    are dominated by nothing.
+    Of several dominating rows the one best in the last column is named. Rows with a missing value dominate
+    nothing and are dominated by nothing.
 
     Raises:
         ValueError: a column is absent.
     """
     absent = [column for column in (*minimize, *maximize) if column not in frame]
     if absent:
-        raise ValueError(f"There is no column {absent[0]!r} to compare by; there are {', '.join(map(str, frame))}.")
-    costs = np.concatenate([frame[list(minimize)].to_numpy(float), -frame[list(maximize)].to_numpy(float)], axis=1)
+        raise ValueError(f"There is no column {absent[0]!r} to compare, only {', '.join(map(str, frame))}.")
+    costs = np.hstack([frame[list(minimize)].to_numpy(float), -frame[list(maximize)].to_numpy(float)])
     names = []
     for cost in costs:
         better = np.flatnonzero((costs <= cost).all(axis=1) & (costs < cost).any(axis=1))
@@ -129,11 +129,12 @@ def pareto_front(frame: pd.DataFrame, minimize: Sequence[str] = ("bytes", "perpl
 
 
 def _records(where) -> list[tuple[str, dict]]:
-    """(folder, record) of each result file, sorted by folder; the folder relative to the working directory if inside."""
+    """(folder, record) of each result file; the folder is relative to the working directory if inside it."""
     places = [where] if isinstance(where, (str, Path)) else list(where)
     files = set()
     for place in places:
-        for path in map(Path, glob.glob(str(place), recursive=True)):
+        found = [place] if Path(place).exists() else glob.glob(str(place), recursive=True)
+        for path in map(Path, found):
             files.update([path] if path.name == RESULT else path.rglob(RESULT) if path.is_dir() else [])
     return [(_relative(file.parent), _read(file)) for file in sorted(files)]
 
@@ -147,9 +148,9 @@ def _read(file: Path) -> dict:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not a readable record ({error}); delete it and run its notebook again.") from None
+        raise ValueError(f"{file} is damaged ({error}); delete it and run its notebook again.") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{file} holds a {type(record).__name__}, expected a record; delete it and run its notebook again.")
+        raise ValueError(f"{file} holds no record but a {type(record).__name__}; run its notebook again.")
     return record
 
 
@@ -160,8 +161,9 @@ def _flag(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _bits_interval(frame: pd.DataFrame) -> pd.DataFrame:
-    """Bits per byte is log-perplexity times a constant of the text, so the interval of one gives that of the other."""
-    numeric = frame[["perplexity", "low", "high", "bits_per_byte"]].apply(pd.to_numeric)
+    """Bits per byte is log-perplexity times a constant of the text: the interval of one gives the other's."""
+    numbers = ["bytes", "ratio", "perplexity", "low", "high", "bits_per_byte", "accuracy"]
+    numeric = frame[numbers].apply(pd.to_numeric)
     constant = numeric["bits_per_byte"] / np.log(numeric["perplexity"])
     return frame.assign(**numeric, bits_per_byte_low=constant * np.log(numeric["low"]),
                         bits_per_byte_high=constant * np.log(numeric["high"]))
