@@ -1,6 +1,6 @@
 """The distillation loss over a large vocabulary, chunk by chunk: no full logit tensor, of student or teacher, exists.
 
-Gradients are computed in the forward pass, while a chunk's logits are at hand, in four buffers of (rows, V) that
+Gradients are computed in the forward pass, while a chunk's logits are at hand, in five buffers of (rows, V) that
 every chunk reuses; the backward pass only multiplies by the incoming scalar. The soft and the hard loss come from
 one product of the student's hidden states with its output matrix.
 """
@@ -8,10 +8,12 @@ one product of the student's hidden states with its output matrix.
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from kit.distillation.losses import DIVERGENCES
 
-CHUNK_ELEMENTS = 1 << 22  # logits a buffer: 16 MB in float32
+CPU_BLOCK = 2**21  # logits a buffer: 8 MB in float32
+CUDA_BLOCK = 2**26
 
 
 class Output(NamedTuple):
@@ -59,7 +61,8 @@ def linear_distillation(
         target = _TopKTarget(*(_flat(x, targets)[rows] for x in soft))
     else:
         target = _FullTarget([Output(t.hidden.detach().flatten(0, -2)[rows], *t[1:]) for t in soft], kind, skew)
-    chunk = chunk or max(16, CHUNK_ELEMENTS // len(student.weight))
+    block = CUDA_BLOCK if hidden.is_cuda else CPU_BLOCK
+    chunk = chunk or max(16, block // len(student.weight))
     settings = (target, temperature, alpha, chunk)
     return FusedLoss(*_Fused.apply(hidden, student.weight, student.bias, targets.flatten()[rows], settings))
 
@@ -84,33 +87,39 @@ def _check(student: Output, soft, kind: str) -> None:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, settings):
-        target, temperature, alpha, chunk = settings
-        wants = ctx.needs_input_grad
-        grads = [torch.empty_like(hidden), torch.zeros_like(weight) if wants[1] else None,
-                 torch.zeros_like(bias) if wants[2] else None]  # fmt: skip
-        buffers = hidden.new_empty(4, min(chunk, len(hidden)), len(weight))
-        soft, hard = hidden.new_zeros(()), hidden.new_zeros(())
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
-            h = hidden[rows]
-            logits, grad, log_q, scratch = buffers[:, : len(h)]
-            _logits(h, weight, bias, out=logits)
-            hard += _hard(logits, targets[rows], grad, 1 - alpha)
-            if alpha:
-                torch.log_softmax(logits.div_(temperature), -1, out=log_q)
-                soft += target(rows, log_q, temperature, logits, scratch)
-                grad.add_(log_q, alpha=alpha * temperature)
-            _accumulate(grads, rows, h, weight, grad)
-        n = len(hidden)
-        ctx.save_for_backward(*(None if g is None else g.div_(n) for g in grads))
-        soft.mul_(temperature**2 / n), hard.div_(n)
+        with torch.autocast(hidden.device.type, enabled=False):
+            grads, soft, hard = _passes(hidden, weight, bias, targets, *settings, ctx.needs_input_grad)
+        ctx.save_for_backward(*grads)
+        alpha = settings[2]
         total = alpha * soft + (1 - alpha) * hard
         ctx.mark_non_differentiable(soft, hard)
         return total, soft, hard
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_total, *_):
         return *(None if g is None else g * grad_total for g in ctx.saved_tensors), None, None
+
+
+def _passes(hidden, weight, bias, targets, target, temperature, alpha, chunk, wanted):
+    """Gradients of (hidden, weight, bias), None where not wanted, and the means of the soft and the hard loss."""
+    tensors = (hidden, weight, bias)
+    grads = [torch.zeros_like(t) if t is not None and need else None for t, need in zip(tensors, wanted, strict=False)]
+    buffers = hidden.new_empty(5, min(chunk, len(hidden)), len(weight))
+    soft, hard, n = hidden.new_zeros(()), hidden.new_zeros(()), len(hidden)
+    for start in range(0, n, chunk):
+        rows = slice(start, start + chunk)
+        h, own = hidden[rows], targets[rows, None]
+        logits, error, q, p, log_p = buffers[:, : len(h)]
+        _logits(h, weight, bias, out=logits)
+        hard += (_softmax(logits, out=error) - logits.gather(1, own)).sum()
+        error.scatter_add_(1, own, error.new_full((len(h), 1), -1.0)).mul_((1 - alpha) / n)
+        if alpha:
+            log_z = _softmax(logits.div_(temperature), out=q)
+            soft += target(rows, logits, log_z, q, temperature, p, log_p)
+            error.add_(q, alpha=alpha * temperature / n)
+        _accumulate(grads, rows, h, weight, error)
+    return grads, soft.mul_(temperature**2 / n), hard.div_(n)
 
 
 def _logits(hidden, weight, bias, out):
@@ -120,61 +129,58 @@ def _logits(hidden, weight, bias, out):
         torch.addmm(bias, hidden, weight.T, out=out)
 
 
-def _hard(logits, targets, grad, share):
-    """Sum of the cross-entropy; `grad` becomes `share` times its gradient."""
-    torch.log_softmax(logits, -1, out=grad)
-    loss = -grad.gather(1, targets[:, None]).sum()
-    if not share:
-        grad.zero_()
-        return loss
-    grad.exp_().mul_(share)
-    grad.scatter_add_(1, targets[:, None], grad.new_full((len(targets), 1), -share))
-    return loss
+def _softmax(logits, out):
+    """Fills `out` with softmax(logits), returns the log of its denominator (n, 1), exact for any logits: the
+    largest probability is exp(largest - log z)."""
+    torch.softmax(logits, 1, out=out)
+    return logits.amax(1, keepdim=True) - out.amax(1, keepdim=True).log()
 
 
-def _accumulate(grads, rows, hidden, weight, grad):
-    torch.mm(grad, weight, out=grads[0][rows])
+def _accumulate(grads, rows, hidden, weight, error):
+    if grads[0] is not None:
+        torch.mm(error, weight, out=grads[0][rows])
     if grads[1] is not None:
-        grads[1].addmm_(grad.T, hidden)
+        grads[1].addmm_(error.T, hidden)
     if grads[2] is not None:
-        grads[2].add_(grad.sum(0))
+        grads[2].addmv_(error.T, error.new_ones(len(error)))
 
 
 class _FullTarget:
-    """Called with log q in a buffer: returns the summed divergence, leaves its gradient for logits / T there."""
+    """Called with the student's logits / T and their softmax q: returns the summed divergence and leaves its
+    gradient with respect to logits / T in q. p and log_p are buffers."""
 
     def __init__(self, teachers, kind, skew):
         self.teachers, self.kind, self.skew = teachers, kind, skew
 
-    def __call__(self, rows, log_q, temperature, p, log_p):
-        self._probabilities(rows, temperature, p, log_p)
+    def __call__(self, rows, logits, log_z, q, temperature, p, log_p):
+        shift = self._probabilities(rows, temperature, p, log_p)
         if self.kind == "forward":
-            value = torch.dot(p.flatten(), log_p.sub_(log_q).flatten())
-            log_q.exp_().sub_(p)
+            value = torch.dot(p.flatten(), log_p.sub_(logits).flatten()) + (log_z - shift).sum()
+            q.sub_(p)
             return value
         if self.kind == "reverse":
-            ratio, q = log_p.neg_().add_(log_q), log_q.exp_()
-            value = (q * ratio).sum(-1, keepdim=True)
+            ratio = log_p.neg_().add_(logits).add_(shift - log_z)
+            value = (q * ratio).sum(1, keepdim=True)
             q.mul_(ratio.sub_(value))
             return value.sum()
-        q = log_q.exp_()
-        mixture = torch.add(p * self.skew, q, alpha=1 - self.skew)
-        value = torch.xlogy(p, log_p.exp_().div_(mixture)).sum()
+        mixture = (p * self.skew).add_(q, alpha=1 - self.skew).clamp_min_(torch.finfo(p.dtype).tiny)
+        value = (p * (log_p - shift - mixture.log())).sum()
         slope = p.div_(mixture).mul_(self.skew - 1)
-        q.mul_(slope - (q * slope).sum(-1, keepdim=True))
+        q.mul_(slope - (q * slope).sum(1, keepdim=True))
         return value
 
     def _probabilities(self, rows, temperature, p, log_p):
-        """Fill `p` and `log_p` with the mean of the teachers' probabilities and its logarithm."""
-        for i, (hidden, weight, bias) in enumerate(self.teachers):
+        """Fill p with the mean of the teachers' probabilities and log_p, up to the returned (n, 1), with its log."""
+        if len(self.teachers) == 1:
+            hidden, weight, bias = self.teachers[0]
             _logits(hidden[rows], weight, bias, out=log_p)
-            if len(self.teachers) == 1:
-                log_p.copy_(torch.log_softmax(log_p.div_(temperature), -1, out=p))
-                p.exp_()
-                return
-            mean = torch.softmax(log_p.div_(temperature), -1).div_(len(self.teachers))
-            p.copy_(mean) if i == 0 else p.add_(mean)
+            return _softmax(log_p.div_(temperature), out=p)
+        p.zero_()
+        for hidden, weight, bias in self.teachers:
+            _logits(hidden[rows], weight, bias, out=log_p)
+            p.add_(torch.softmax(log_p.div_(temperature), 1, out=log_p), alpha=1 / len(self.teachers))
         torch.log(p.clamp_min_(torch.finfo(p.dtype).tiny), out=log_p)
+        return p.new_zeros(len(p), 1)
 
 
 class _TopKTarget:
@@ -183,11 +189,10 @@ class _TopKTarget:
     def __init__(self, indices, log_p, log_tail):
         self.indices, self.log_p, self.log_tail = indices, log_p, log_tail
 
-    def __call__(self, rows, log_q, temperature, *_):
+    def __call__(self, rows, logits, log_z, q, *_):
         indices, log_p, log_tail = self.indices[rows], self.log_p[rows], self.log_tail[rows]
         p, tail = log_p.exp(), log_tail.exp()
-        known = log_q.gather(1, indices)
-        q = log_q.exp_().scatter_(1, indices, 0)
-        rest = q.sum(1).clamp_min_(torch.finfo(q.dtype).tiny)
+        known = logits.gather(1, indices) - log_z
+        rest = q.scatter_(1, indices, 0).sum(1).clamp_min_(torch.finfo(q.dtype).tiny)
         q.mul_((1 - tail / rest)[:, None]).scatter_(1, indices, known.exp() - p)
         return (p * (log_p - known)).sum() + torch.where(tail > 0, tail * (log_tail - rest.log()), 0).sum()

@@ -67,7 +67,7 @@ def _tiny(x: torch.Tensor) -> float:
 
 def as_real(feature: torch.Tensor) -> torch.Tensor:
     """Real features unchanged; complex (..., C) as (..., 2C), each channel's real and imaginary part apart."""
-    return torch.view_as_real(feature).flatten(-2) if feature.is_complex() else feature
+    return torch.view_as_real(feature.resolve_conj()).flatten(-2) if feature.is_complex() else feature
 
 
 def feature_mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,423 @@
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from kit.distillation import DistillationTrainer, build_cache, capture, feature_pairs, layer_mapping, linear
+from kit.distillation.cache import TeacherCache
+from kit.distillation.fused import Output, TopK, linear_distillation
+from kit.distillation.losses import (
+    DIVERGENCES, as_real, feature_cosine, feature_mse, hard_loss, relational_loss, soft_loss, soft_targets,
+    top_k_divergence,
+)  # fmt: skip
+from kit.models import DigitsCNN, DigitsMLP, LSTMLM, LSTMLMConfig, ResNetBK, ResNetBKConfig
+from kit.pruning.mask import set_mask
+from kit.quantization import Format, quantize_weights
+from kit.training import TrainConfig
+
+VOCABULARY = 50
+
+
+@pytest.fixture
+def teacher():
+    torch.manual_seed(0)
+    return ResNetBK(ResNetBKConfig(VOCABULARY, d_model=16, layers=4, experts=2, d_ff=16, channels=8)).eval()
+
+
+@pytest.fixture
+def student():
+    torch.manual_seed(1)
+    return ResNetBK(ResNetBKConfig(VOCABULARY, d_model=8, layers=2, experts=2, d_ff=16, channels=4))
+
+
+@pytest.fixture
+def loader():
+    tokens = torch.randint(0, VOCABULARY, (12, 11), generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), batch_size=4, shuffle=True)
+
+
+def tensors(*shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+# Losses
+
+
+def plain_divergence(kind, z_s, z_t, temperature, skew=0.1):
+    """From probabilities alone, in NumPy's order of operations: no log-softmax, no shared code."""
+    q, p = (torch.exp(z / temperature) / torch.exp(z / temperature).sum(-1, keepdim=True) for z in (z_s, z_t))
+    first, second = {"forward": (p, q), "reverse": (q, p), "skewed": (p, skew * p + (1 - skew) * q)}[kind]
+    return temperature**2 * (first * torch.log(first / second)).sum(-1)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_soft_loss_and_its_gradient_match_the_definition(kind):
+    z_s, z_t = tensors((5, 7), (5, 7))
+    ours, plain = soft_loss(z_s, z_t, 3.0, kind), plain_divergence(kind, z_s, z_t, 3.0)
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(torch.autograd.grad(ours.sum(), z_s), torch.autograd.grad(plain.sum(), z_s))
+    assert torch.autograd.gradcheck(lambda z: soft_loss(z, z_t.detach(), 3.0, kind), z_s)
+
+
+def test_t_squared_keeps_the_loss_finite_as_temperature_grows():
+    """Hinton et al.: for T -> infinity, mean-free logits are matched, 1/(2V) ||z_s - z_t||^2."""
+    z_s, z_t = (z - z.mean(-1, keepdim=True) for z in tensors((6, 9), (6, 9)))
+    limit = (z_s - z_t).square().sum(-1) / (2 * 9)
+    for temperature in (1e2, 1e3, 1e4):
+        error = (soft_loss(z_s, z_t, temperature) - limit).abs().max()
+        assert error < 10 / temperature
+    assert soft_loss(z_s, z_t, 1e4).min() > 1e-3
+
+
+def test_mean_of_probabilities_of_several_teachers():
+    first, second = tensors((4, 6), (4, 6))
+    expected = (F.softmax(first / 2, -1) + F.softmax(second / 2, -1)) / 2
+    torch.testing.assert_close(soft_targets([first, second], 2.0).exp(), expected)
+
+
+def test_hard_loss_ignores_padding():
+    (logits,) = tensors((2, 3, 5))
+    targets = torch.tensor([[0, 4, -100], [2, -100, 1]])
+    loss = hard_loss(logits, targets)
+    assert loss.shape == targets.shape and (loss[targets == -100] == 0).all()
+    torch.testing.assert_close(loss.sum() / 4, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+
+
+def test_feature_losses_have_right_gradients_and_scale():
+    s, t = tensors((2, 4, 3), (2, 4, 3))
+    wide = tensors((2, 4, 5))[0]
+    for loss, other in ((feature_mse, t), (feature_cosine, t), (relational_loss, wide)):
+        assert torch.autograd.gradcheck(lambda x, loss=loss, other=other: loss(x, other.detach()), s)
+    assert feature_mse(torch.zeros_like(t), t).item() == pytest.approx(1)
+    assert feature_mse(10 * s, 10 * t).item() == pytest.approx(feature_mse(s, t).item())
+    assert feature_cosine(3 * t, t).item() == pytest.approx(0) == relational_loss(3 * t, t).item()
+
+
+def test_complex_features_compare_real_and_imaginary_parts():
+    re, im = tensors((2, 3), (2, 3))
+    g = torch.complex(re, im)
+    assert as_real(g).shape == (2, 6)
+    torch.testing.assert_close(feature_mse(g, g.conj()), 4 * im.square().sum() / (re.square() + im.square()).sum())
+    assert feature_cosine(g, 1j * g).item() == pytest.approx(1)
+
+
+# The fused loss
+
+
+def plain_total(h, weight, bias, targets, soft, temperature, alpha, kind):
+    keep = targets != -100
+    logits = F.linear(h, weight, bias)
+    loss = soft_loss(logits, [F.linear(*t) for t in soft], temperature, kind)[keep].mean()
+    return alpha * loss + (1 - alpha) * hard_loss(logits, targets)[keep].mean()
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("teachers", [1, 2])
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
+def test_fused_loss_and_gradients_equal_the_plain_ones(kind, teachers, alpha):
+    h, weight, bias = tensors((3, 4, 5), (11, 5), (11,))
+    soft = [Output(*(t.detach() for t in tensors((3, 4, 7), (11, 7), (11,), seed=i + 1))) for i in range(teachers)]
+    targets = torch.randint(0, 11, (3, 4), generator=torch.Generator().manual_seed(0))
+    targets[1, 2] = -100
+    fused = linear_distillation(Output(h, weight, bias), targets, soft, temperature=1.7, alpha=alpha, kind=kind, chunk=5)
+    plain = plain_total(h, weight, bias, targets, soft, 1.7, alpha, kind)
+    torch.testing.assert_close(fused.total, plain)
+    torch.testing.assert_close(alpha * fused.soft + (1 - alpha) * fused.hard, plain.detach())
+    gradients = (torch.autograd.grad(2 * loss, (h, weight, bias)) for loss in (fused.total, plain))
+    torch.testing.assert_close(*gradients)
+
+
+def test_fused_loss_passes_gradcheck_without_bias():
+    h, weight = tensors((6, 3), (8, 3))
+    soft = [Output(*(t.detach() for t in tensors((6, 2), (8, 2), seed=1)))]
+    targets = torch.arange(6)
+    assert torch.autograd.gradcheck(lambda *s: linear_distillation(Output(*s), targets, soft, chunk=4).total, (h, weight))
+
+
+def test_fused_loss_is_accurate_for_extreme_logits():
+    h, weight = torch.tensor([[100.0, -100.0]], requires_grad=True), torch.eye(2)
+    soft = [Output(torch.tensor([[-90.0, 90.0]]), torch.eye(2))]
+    loss = linear_distillation(Output(h, weight), torch.tensor([1]), soft, temperature=1.0, alpha=0.5)
+    assert loss.soft.item() == pytest.approx(200) and loss.hard.item() == pytest.approx(200)
+    loss.total.backward()
+    assert h.grad.tolist() == [[1.0, -1.0]]
+
+
+@given(st.integers(0, 10**6), st.integers(1, 9), st.floats(0.5, 5))
+def test_top_k_with_tail_is_a_lower_bound_and_exact_at_full_k(seed, k, temperature):
+    z_s, z_t = tensors((4, 9), (4, 9), seed=seed)
+    log_q, log_p = F.log_softmax(z_s / temperature, -1), soft_targets(z_t, temperature)
+    values, indices = log_p.topk(k)
+    log_tail = log_p.exp().scatter(-1, indices, 0).sum(-1).log()
+    cut, full = top_k_divergence(log_q, indices, values, log_tail), (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert (cut <= full + 1e-12).all()
+    if k == 9:
+        torch.testing.assert_close(cut, full)
+
+
+@pytest.mark.parametrize("k", [1, 3, 11])
+def test_fused_top_k_equals_the_plain_one(k):
+    h, weight, bias = tensors((6, 5), (11, 5), (11,))
+    log_p = soft_targets(tensors((6, 11), seed=1)[0].detach(), 1.7)
+    values, indices = log_p.topk(k)
+    soft = TopK(indices, values, log_p.exp().scatter(-1, indices, 0).sum(-1).log())
+    targets = torch.arange(6)
+    fused = linear_distillation(Output(h, weight, bias), targets, soft, temperature=1.7, alpha=0.6, chunk=4).total
+    logits = F.linear(h, weight, bias)
+    plain = 0.6 * 1.7**2 * top_k_divergence(F.log_softmax(logits / 1.7, -1), *soft).mean()
+    plain = plain + 0.4 * F.cross_entropy(logits, targets)
+    torch.testing.assert_close(fused, plain)
+    gradients = (torch.autograd.grad(loss, (h, weight, bias)) for loss in (fused, plain))
+    torch.testing.assert_close(*gradients)
+
+
+# Features and hooks
+
+
+@pytest.mark.parametrize("student,teacher,expected", [(2, 4, (1, 3)), (4, 4, (0, 1, 2, 3)), (1, 4, (3,)),
+                                                      (3, 4, (1, 2, 3)), (4, 2, (0, 0, 1, 1))])  # fmt: skip
+def test_layer_mapping_is_even_and_ends_at_the_last_layer(student, teacher, expected):
+    assert layer_mapping(student, teacher) == expected
+
+
+def hooks(model):
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def test_hooks_leave_even_when_the_pass_fails(student):
+    with pytest.raises(RuntimeError, match="inside"), capture(student, ["layers.0", "layers.1"]):
+        assert hooks(student) == 2
+        raise RuntimeError("inside")
+    assert hooks(student) == 0
+
+
+def test_bk_features_are_found_and_projected(teacher, student, loader):
+    trainer = DistillationTrainer(teacher, student)
+    trainer.prepare(loader)
+    assert trainer.features.pairs == feature_pairs(student, teacher)
+    assert trainer.features.pairs[0] == ("layers.0.mixer.quantize_g", "layers.1.mixer.quantize_g")
+    assert [tuple(p.shape) for p in trainer.parameters()] == [(), (16, 8), (16, 8)]
+
+
+def test_features_that_match_cost_nothing(teacher, loader):
+    batch = next(iter(loader))
+    trainer = DistillationTrainer(teacher, teacher, alpha=1.0, features=[("layers.1", "layers.1")])
+    trainer(teacher, batch)
+    assert trainer.parts["soft"].item() == pytest.approx(0, abs=1e-5) and trainer.parts["features"] == 0
+
+
+def test_hidden_states_of_different_models_by_name(teacher, loader):
+    student = LSTMLM(LSTMLMConfig(VOCABULARY, d_model=8, hidden=12))
+    trainer = DistillationTrainer(teacher, student, features=[("norm", "norm")], feature_loss="cosine")
+    trainer.prepare(loader)
+    trainer(student, next(iter(loader))).backward()
+    assert trainer.features.projections[0].weight.grad.abs().sum() > 0
+
+
+# The trainer
+
+
+def test_training_leaves_no_hooks_no_memory_and_the_teacher_as_it_was(teacher, student, loader):
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    trainer = DistillationTrainer(teacher, student)
+    result = trainer.fit(loader, TrainConfig(steps=30, lr=1e-2), log=False)
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    assert hooks(teacher) == hooks(student) == 0 and not teacher.training
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not any(value.requires_grad for value in trainer.parts.values())
+    tracked = weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    assert tracked() is None
+
+
+def test_tensors_alive_do_not_grow_with_the_steps(teacher, student, loader):
+    trainer, batch = DistillationTrainer(teacher, student), next(iter(loader))
+    trainer.prepare(loader)
+    counts = []
+    for _ in range(4):
+        trainer(student, batch).backward()
+        gc.collect()
+        counts.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
+    assert counts[1] == counts[2] == counts[3]
+
+
+def test_alpha_zero_is_training_on_labels(teacher, student, loader):
+    from kit.losses import next_token_loss
+
+    batch = next(iter(loader))
+    ours = DistillationTrainer(teacher, student, alpha=0.0, feature_weight=0)(student, batch)
+    torch.testing.assert_close(ours, next_token_loss(student, batch))
+
+
+def test_language_models_and_plain_logits_give_the_same_loss(teacher, student, loader):
+    class Plain(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens):
+            return self.model(tokens)
+
+    batch = next(iter(loader))
+    wrapped = Plain(student)
+    fused = DistillationTrainer(teacher, student, feature_weight=0)(student, batch)
+    plain = DistillationTrainer(teacher, wrapped, feature_weight=0)(wrapped, batch)
+    torch.testing.assert_close(fused - 0.01 * student.auxiliary_loss(), plain, atol=2e-4, rtol=1e-4)
+
+
+def test_schedules_move_and_resume_exactly(teacher, loader, tmp_path):
+    def run(steps_before_kill=None):
+        torch.manual_seed(1)
+        model = ResNetBK(ResNetBKConfig(VOCABULARY, d_model=8, layers=2, experts=2, d_ff=16, channels=4))
+        seen = []
+        trainer = DistillationTrainer(teacher, model, linear(4.0, 1.0), linear(1.0, 0.0))
+        spy = [lambda step, *_: seen.append(step) or _stop(step == steps_before_kill)]
+        config = TrainConfig(steps=8, eval_every=2)
+        trainer.fit(loader, config, hooks=spy, checkpoint=tmp_path / "run.ckpt", log=False)
+        return model.state_dict(), trainer.progress.item()
+
+    def _stop(now):
+        if now:
+            raise KeyboardInterrupt
+
+    straight, progress = run()
+    assert progress == 1
+    (tmp_path / "run.ckpt").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        run(steps_before_kill=5)
+    resumed, _ = run()
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_a_student_under_masks_and_quantizers_learns(teacher, student, loader):
+    set_mask(student.layers[0].moe, "w_in", torch.rand(2, 16, 8) > 0.5)
+    quantize_weights(student, Format(4))
+    result = DistillationTrainer(teacher, student).fit(loader, TrainConfig(steps=20, lr=1e-2), log=False)
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    assert len(student.head.weight[0].unique()) <= 16
+
+
+def test_several_teachers_and_a_tied_student(teacher, loader):
+    torch.manual_seed(3)
+    second = LSTMLM(LSTMLMConfig(VOCABULARY, d_model=8, hidden=8)).eval()
+    student = ResNetBK(ResNetBKConfig(VOCABULARY, d_model=8, layers=1, channels=4, tied=True))
+    trainer = DistillationTrainer([teacher, second], student, alpha=1.0, feature_weight=0)
+    inputs, targets = next(iter(loader))
+    trainer(student, (inputs, targets))
+    with torch.no_grad():
+        expected = soft_loss(student(inputs), [teacher(inputs), second(inputs)], 2.0).mean()
+    torch.testing.assert_close(trainer.parts["soft"], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_classifiers(tmp_path):
+    torch.manual_seed(0)
+    images, labels = torch.rand(40, 1, 8, 8), torch.randint(0, 10, (40,))
+    loader = DataLoader(TensorDataset(images, labels), batch_size=10)
+    cnn, mlp = DigitsCNN().eval(), DigitsMLP()
+    result = DistillationTrainer(cnn, mlp).fit(loader, TrainConfig(steps=40), log=False)
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    cache = build_cache(cnn, loader, tmp_path / "cache", k=10)
+    batch = next(iter(cache.wrap(loader)))
+    full = DistillationTrainer(cnn, mlp)(mlp, batch[::4])
+    torch.testing.assert_close(DistillationTrainer(cache, mlp)(mlp, batch), full, atol=1e-3, rtol=1e-3)
+
+
+# The cache
+
+
+def test_cache_at_full_k_equals_the_teacher(teacher, student, loader, tmp_path):
+    cache = build_cache(teacher, loader, tmp_path / "cache", k=VOCABULARY)
+    assert cache.tail == 0 and cache.rounding < 1e-3
+    batch = next(iter(cache.wrap(loader)))
+    full = DistillationTrainer(teacher, student, feature_weight=0)
+    cached = DistillationTrainer(cache, student)
+    full(student, (batch[0], batch[-1])), cached(student, batch)
+    torch.testing.assert_close(cached.parts["soft"], full.parts["soft"], atol=1e-4, rtol=1e-3)
+
+
+def test_cache_keeps_order_bytes_and_tail(teacher, loader, tmp_path):
+    cache = build_cache([teacher, teacher], loader, tmp_path / "cache", k=5, temperature=1.0)
+    tokens = 12 * 10
+    assert tokens * (4 * 5 + 2) < cache.nbytes < tokens * (4 * 5 + 2) + 1000
+    torch.manual_seed(7)
+    plain = list(loader)
+    torch.manual_seed(7)
+    wrapped = list(TeacherCache(tmp_path / "cache").wrap(loader))
+    for (inputs, targets), batch in zip(plain, wrapped, strict=True):
+        assert torch.equal(inputs, batch[0]) and torch.equal(targets, batch[-1])
+        with torch.no_grad():
+            p = F.softmax(teacher(inputs), -1)
+        torch.testing.assert_close(batch[2].exp(), p.gather(-1, batch[1]), atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(batch[2].exp().sum(-1) + batch[3].exp(), torch.ones(inputs.shape))
+
+
+def test_training_on_cached_targets(teacher, student, loader, tmp_path):
+    cache = build_cache(teacher, loader, tmp_path / "cache", k=5)
+    result = DistillationTrainer(cache, student).fit(cache.wrap(loader), TrainConfig(steps=20, lr=1e-2), log=False)
+    assert result.tokens == 20 * 40 and result.history[-1]["loss"] < result.history[0]["loss"]
+
+
+def test_damaged_missing_and_foreign_caches(teacher, student, loader, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no teacher cache"):
+        TeacherCache(tmp_path / "none")
+    cache = build_cache(teacher, loader, tmp_path / "cache", k=5)
+    other = DataLoader(TensorDataset(torch.zeros(12, 10).long(), torch.zeros(12, 10).long()), batch_size=4)
+    with pytest.raises(ValueError, match="another dataset"):
+        cache.wrap(other)
+    with pytest.raises(ValueError, match="no cached targets"):
+        DistillationTrainer(cache, student)(student, next(iter(loader)))
+    with pytest.raises(ValueError, match="cached targets were made at 2.0"):
+        DistillationTrainer(cache, student, temperature=1.0)
+    with pytest.raises(ValueError, match="forward divergence only"):
+        DistillationTrainer(cache, student, kind="reverse")(student, next(iter(cache.wrap(loader))))
+    file = tmp_path / "cache" / "log_p.npy"
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="damaged"):
+        TeacherCache(tmp_path / "cache")
+    with pytest.raises(ValueError, match="k is 51"):
+        build_cache(teacher, loader, tmp_path / "again", k=51)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("settings,message", [
+    ({"temperature": 0}, "temperature is 0"), ({"temperature": math.inf}, "temperature is inf"),
+    ({"temperature": linear(0, 1)}, "temperature is 0"), ({"alpha": 1.5}, "alpha is 1.5"), ({"alpha": -1}, "alpha is -1"),
+    ({"alpha": math.nan}, "alpha is nan"), ({"feature_weight": -1}, "feature_weight is -1"),
+    ({"features": [("layers.0", "layers.9")]}, "'layers.9'"), ({"features": [("mixer", "layers.0")]}, "'mixer'"),
+    ({"feature_loss": "l1"}, "'l1'"), ({"kind": "jensen"}, "'jensen'"),
+])  # fmt: skip
+def test_bad_settings_name_the_value(teacher, student, settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        DistillationTrainer(teacher, student, **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_teachers(teacher, student, loader):
+    small = ResNetBK(ResNetBKConfig(30, d_model=8, layers=1, channels=4)).eval()
+    with pytest.raises(ValueError, match="50 classes, the teacher 30"):
+        DistillationTrainer(small, student)
+    with pytest.raises(ValueError, match="no teacher"):
+        DistillationTrainer([], student)
+    trainer = DistillationTrainer(teacher.train(), student)
+    with pytest.raises(ValueError, match="training mode"):
+        trainer(student, next(iter(loader)))
+    with pytest.raises(ValueError, match="training mode"):
+        build_cache(teacher, loader, "unused")
+    images = torch.rand(3, 1, 8, 8)
+    few = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).eval()
+    with pytest.raises(ValueError, match="10 classes, the teacher 4"):
+        DistillationTrainer(few, mlp := DigitsMLP())(mlp, (images, torch.arange(3)))
+    with pytest.raises(ValueError, match="every target is -100"):
+        DistillationTrainer(teacher.eval(), student)(student, [torch.zeros(1, 4).long(), torch.full((1, 4), -100)])
