@@ -21,11 +21,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from kit.layouts import LAYOUTS, decode, encode_codes, encode_float, format_of
+from kit.layouts import LAYOUTS, decode, decode_grid, encode_codes, encode_float, format_of
 from kit.models import MODELS, build_model
-from kit.parametrization import bake, find_step, named_weights
+from kit.parametrization import bake, find_step, named_weights, original_of, set_steps, steps_of
+from kit.pruning.mask import Mask
 from kit.quantization.activations import ACTIVATION_MODULES
-from kit.quantization.fake import FakeQuantize
+from kit.quantization.fake import FakeQuantize, matrix_shape
+from kit.quantization.formats import HALF
 
 MAGIC = b"KIT1"
 CHECKSUM = 32
@@ -56,13 +58,14 @@ def save(model: nn.Module, path: str | os.PathLike, layouts: tuple[str, ...] = L
     return len(data)
 
 
-def load(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
+def load(path: str | os.PathLike, model: nn.Module | None = None, trainable: bool = False) -> nn.Module:
     """The model in the file, in evaluation mode, its weights dequantized to floats.
 
     Its outputs equal those of the fake-quantized model that was saved, to the last bit.
 
     Args:
         model: an instance to fill, for models that are not the kit's own; it is changed and returned.
+        trainable: put the masks and fake quantizers of the saved model back on, so that training can go on.
     Raises ArtifactError: the file is not an artifact, was cut or edited, or has other tensors than the model.
     """
     header, blobs = _read(path)
@@ -71,10 +74,15 @@ def load(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
     _restore_modules(model, header["modules"], path)
     targets = _tensors(model)
     _check_shapes(header, targets, path)
+    grids = {}
     with torch.no_grad():
         for entry in header["tensors"]:
             parts = [next(blobs) for _ in entry["sizes"]]
             targets[entry["name"]].copy_(decode(entry, parts))
+            if trainable and "format" in entry:
+                grids[entry["name"]] = decode_grid(entry, parts)
+    if trainable:
+        _restore_steps(model, header["tensors"], grids)
     return model.eval()
 
 
@@ -124,21 +132,28 @@ def _buffers(model: nn.Module):
 
 def _encoded_tensors(model: nn.Module, layouts: tuple[str, ...]):
     for name, module, attribute in named_weights(model):
-        quantizer = find_step(module, attribute, FakeQuantize)
         with torch.no_grad():
-            if quantizer is None:
-                yield name, *encode_float(getattr(module, attribute), layouts)
-            elif quantizer.format.bits == 16:
-                yield name, *encode_float(getattr(module, attribute).half(), layouts)
-            else:
-                weight = module.parametrizations[attribute].original
-                for step in module.parametrizations[attribute]:
-                    if step is quantizer:
-                        break
-                    weight = step(weight)
-                yield name, *encode_codes(weight, quantizer, layouts)
+            entry, parts = _encode(module, attribute, layouts)
+        if find_step(module, attribute, Mask) is not None:
+            entry["masked"] = True
+        yield name, entry, parts
     for name, buffer in _buffers(model):
         yield name, *encode_float(buffer, layouts)
+
+
+def _encode(module: nn.Module, attribute: str, layouts: tuple[str, ...]) -> tuple[dict, list[bytes]]:
+    quantizer = find_step(module, attribute, FakeQuantize)
+    if quantizer is None:
+        return encode_float(getattr(module, attribute), layouts)
+    if quantizer.format.bits == 16:
+        entry, parts = encode_float(getattr(module, attribute).half(), layouts)
+        return {**entry, "half": True}, parts
+    weight = original_of(module, attribute)
+    for step in steps_of(module, attribute):
+        if step is not quantizer:
+            weight = step(weight)
+    entry, parts = encode_codes(weight, quantizer, layouts)
+    return ({**entry, "learned": True} if quantizer.learned else entry), parts
 
 
 # Reading
@@ -184,6 +199,22 @@ def _restore_modules(model: nn.Module, modules: dict, path) -> None:
         if kind not in ACTIVATION_MODULES:
             raise ArtifactError(f"{path} needs a module {kind!r}, which this version of the kit does not have")
         model.set_submodule(name, ACTIVATION_MODULES[kind].from_settings(settings))
+
+
+def _restore_steps(model: nn.Module, entries: list[dict], grids: dict) -> None:
+    entries = {entry["name"]: entry for entry in entries}
+    for name, module, attribute in list(named_weights(model)):
+        entry, weight, steps = entries[name], getattr(module, attribute).detach(), []
+        if entry.get("masked"):
+            steps.append(Mask(weight != 0))
+        if "format" in entry or entry.get("half"):
+            format = format_of(entry) if "format" in entry else HALF
+            quantizer = FakeQuantize(weight, matrix_shape(module, weight.shape), format, entry.get("learned", False))
+            if quantizer.scale is not None:
+                quantizer.set_grid(*grids[name])
+            steps.append(quantizer)
+        if steps:
+            set_steps(model, module, attribute, steps)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

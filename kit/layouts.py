@@ -58,6 +58,19 @@ def decode(entry: dict, parts: list[bytes]) -> Tensor:
     return _decode_codes(entry, list(parts)) if "format" in entry else _decode_float(entry, list(parts))
 
 
+def decode_grid(entry: dict, parts: list[bytes]) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point (blocks, 1) of an encoded weight, the zero point None if its format is symmetric."""
+    format, shape = format_of(entry), _matrix_shape(entry)
+    if format.symmetric:
+        return _decode_scale(parts[-1], format, shape), None
+    return _decode_scale(parts[-2], format, shape), _from_raw(parts[-1], torch.int8).float()[:, None]
+
+
+def _matrix_shape(entry: dict) -> tuple[int, int]:
+    rows = entry["rows"]
+    return rows, math.prod(entry["shape"]) // rows if rows else 0
+
+
 def format_of(entry: dict) -> Format:
     return Format(**entry["format"])
 
@@ -96,7 +109,7 @@ def _nonzero(entry: dict, data: bytes) -> np.ndarray:
 
 
 def _shift(codes: Tensor, zero: Tensor, format: Format) -> Tensor:
-    return formats.from_blocks(formats.to_blocks(codes, format) + zero.int(), tuple(codes.shape))
+    return formats.from_blocks(formats.to_blocks(codes, format) + zero.int(), tuple(codes.shape), format)
 
 
 def _decode_float(entry: dict, parts: list[bytes]) -> Tensor:
@@ -109,12 +122,10 @@ def _decode_float(entry: dict, parts: list[bytes]) -> Tensor:
 
 
 def _decode_codes(entry: dict, parts: list[bytes]) -> Tensor:
-    format, count, rows = format_of(entry), math.prod(entry["shape"]), entry["rows"]
-    shape = (rows, count // rows if rows else 0)
-    zero = None if format.symmetric else _from_raw(parts.pop(), torch.int8).float()[:, None]
-    scale = _decode_scale(parts.pop(), format, shape)
+    format, shape = format_of(entry), _matrix_shape(entry)
+    scale, zero = decode_grid(entry, parts)
     if entry["layout"] == "dense":
-        codes = torch.from_numpy(unpack(parts[0], count, format.bits)).reshape(shape)
+        codes = torch.from_numpy(unpack(parts[0], math.prod(shape), format.bits)).reshape(shape)
     elif entry["layout"] == "entropy":
         codes = torch.from_numpy(coding.decode(parts[0], shape))
         codes = codes if zero is None else _shift(codes, zero, format)
@@ -125,7 +136,7 @@ def _decode_codes(entry: dict, parts: list[bytes]) -> Tensor:
         codes[nonzero] = torch.from_numpy(unpack(parts[1], int(nonzero.sum()), format.bits)).int()
         codes = codes.reshape(shape)
     values = formats.dequantize(formats.to_blocks(codes, format), scale, zero)
-    return formats.from_blocks(values, shape).reshape(entry["shape"])
+    return formats.from_blocks(values, shape, format).reshape(entry["shape"])
 
 
 def _encode_scale(scale: Tensor, format: Format) -> bytes:

@@ -16,15 +16,13 @@ from torch.nn.utils import parametrize
 def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """(dotted name, module, attribute) of every parameter, under the names of the uncompressed model.
 
-    A parameter shared by several modules is named once, by the first.
+    A parameter shared by several modules is named once, by the first. The order does not depend on what is parametrized.
     """
     seen = set()
     for path, module in model.named_modules():
         if "parametrizations" in path.split("."):
             continue
-        own = list(module._parameters)
-        own += [name for name in getattr(module, "parametrizations", {}) if name not in own]
-        for attribute in own:
+        for attribute in sorted({*module._parameters, *getattr(module, "parametrizations", {})}):
             original = original_of(module, attribute)
             if original is None or id(original) in seen:
                 continue

@@ -63,6 +63,13 @@ class FakeQuantize(nn.Module):
         stored = formats.round_scale(self.scale.detach().abs(), self.format.scale)
         return self.scale.abs() + (stored - self.scale.detach().abs()), self.zero
 
+    @torch.no_grad()
+    def set_grid(self, scale: Tensor, zero: Tensor | None = None) -> None:
+        """Overwrites a fixed or learned grid; scale (and zero point) of shape (blocks, 1)."""
+        self.scale.copy_(formats.round_scale(scale, self.format.scale))
+        if zero is not None:
+            self.zero.copy_(zero)
+
     def forward(self, weight: Tensor) -> Tensor:
         if self.format.bits == 16:
             return _half(weight)
@@ -70,14 +77,14 @@ class FakeQuantize(nn.Module):
         blocks = self._blocks(weight)
         gradient = 1 / math.sqrt(max(blocks.shape[1], 1) * self.format.qmax) if self.learned else 0.0
         values = formats.fake_quantize(blocks, scale, zero, self.format, gradient)
-        return formats.from_blocks(values, self.shape).reshape(weight.shape)
+        return formats.from_blocks(values, self.shape, self.format).reshape(weight.shape)
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes int8 (rows, columns), scale and zero point (blocks, 1): what `forward` multiplies out again."""
         scale, zero = self.grid(weight)
         codes = formats.quantize(self._blocks(weight), scale, zero, self.format)
-        return formats.from_blocks(codes, self.shape), scale.detach(), zero
+        return formats.from_blocks(codes, self.shape, self.format), scale.detach(), zero
 
 
 class _Half(torch.autograd.Function):

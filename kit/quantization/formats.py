@@ -1,7 +1,7 @@
 """Number formats and the arithmetic of uniform quantization, as pure functions of tensors.
 
 A tensor is viewed as a matrix (rows, columns), and the matrix as blocks that share one scale: the whole tensor, a row
-("channel"), or `group_size` neighbours in a row. Every function below works on blocks, shape (blocks, length), with
+("channel"), `group_size` neighbours in a row ("group") or `group_size` whole rows ("rows"). Every function below works on blocks, shape (blocks, length), with
 scale and zero point of shape (blocks, 1). Quantization follows Jacob et al. 2018 (arXiv:1712.05877), eq. 1:
 x = scale * (code - zero).
 """
@@ -25,8 +25,8 @@ class Format:
 
     bits: 2, 3, 4, 5, 6 or 8 for integer codes, "ternary" for {-1, 0, 1}, 16 for IEEE half precision (no scale).
     symmetric: zero point 0 and scale = max|x| / qmax; otherwise the range [min, max], widened to contain 0.
-    granularity: what shares a scale: "tensor", "channel" (a row) or "group" (`group_size` neighbours in a row; the
-        last group of a row may be shorter).
+    granularity: what shares a scale: "tensor", "channel" (a row), "group" (`group_size` neighbours in a row) or
+        "rows" (`group_size` rows); the last group may be shorter.
     range: "minmax", "percentile" (99.9 % of |x|, clipped beyond) or "mse" (the clipping of least squared error).
     scale: how a scale is stored: "float32", "float16" or "log8" (8 bits, 16 steps an octave below the largest).
 
@@ -42,7 +42,7 @@ class Format:
     scale: str = "float16"
 
     def __post_init__(self):
-        choices = {"bits": BITS, "granularity": ("tensor", "channel", "group"), "scale": SCALES,
+        choices = {"bits": BITS, "granularity": ("tensor", "channel", "group", "rows"), "scale": SCALES,
                    "range": ("minmax", "percentile", "mse")}
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
@@ -65,19 +65,27 @@ HALF = Format(16)
 
 
 def to_blocks(matrix: Tensor, format: Format, fill: float = 0.0) -> Tensor:
-    """(rows, columns) -> (blocks, length); a short last group of each row is padded with `fill`."""
+    """(rows, columns) -> (blocks, length); a short last group is padded with `fill`."""
+    rows, columns = matrix.shape
     if format.granularity == "tensor":
         return matrix.reshape(1, -1)
     if format.granularity == "channel":
         return matrix
-    size = min(format.group_size, max(matrix.shape[1], 1))
-    return F.pad(matrix, (0, -matrix.shape[1] % size), value=fill).reshape(-1, size)
+    if format.granularity == "rows":
+        size = min(format.group_size, max(rows, 1))
+        return F.pad(matrix, (0, 0, 0, -rows % size), value=fill).reshape(-1, size * columns)
+    size = min(format.group_size, max(columns, 1))
+    return F.pad(matrix, (0, -columns % size), value=fill).reshape(-1, size)
 
 
-def from_blocks(blocks: Tensor, shape: tuple[int, int]) -> Tensor:
+def from_blocks(blocks: Tensor, shape: tuple[int, int], format: Format) -> Tensor:
     """The inverse of `to_blocks` for a matrix of `shape`."""
     rows, columns = shape
-    return blocks.reshape(rows, -1)[:, :columns] if rows and columns else blocks.new_zeros(shape)
+    if not rows or not columns:
+        return blocks.new_zeros(shape)
+    if format.granularity == "rows":
+        return blocks.reshape(-1, columns)[:rows]
+    return blocks.reshape(rows, -1)[:, :columns]
 
 
 def block_count(shape: tuple[int, int], format: Format) -> int:
@@ -85,7 +93,9 @@ def block_count(shape: tuple[int, int], format: Format) -> int:
     rows, columns = shape
     if format.granularity == "tensor":
         return 1
-    return rows * (1 if format.granularity == "channel" else math.ceil(columns / min(format.group_size, max(columns, 1))))
+    if format.granularity == "rows":
+        return math.ceil(rows / format.group_size)
+    return rows * (1 if format.granularity == "channel" else math.ceil(columns / format.group_size))
 
 
 @cache
