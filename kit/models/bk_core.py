@@ -9,16 +9,26 @@ import torch.nn.functional as F
 
 
 def left_resolvent_pair(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Real and imaginary part of :func:`left_resolvent`, in plain real arithmetic (autograd, tracing, ONNX export)."""
-    real, imag = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0])
-    reals, imags = [], []
-    for x_i, p_i in zip(x.unbind(1), p.unbind(1)):
+    """Real and imaginary part of :func:`left_resolvent` in plain real arithmetic: a loop for autograd, and during
+    torch.export one scan of any length (one ONNX Scan node)."""
+
+    def step(state, inputs):
+        (real, imag), (x_i, p_i) = state, inputs
         d, e = x_i - p_i * real, eta + p_i * imag
         scale = 1 / (d * d + e * e)
-        real, imag = d * scale, e * scale
-        reals.append(real)
-        imags.append(imag)
-    return torch.stack(reals, 1), torch.stack(imags, 1)
+        return d * scale, e * scale
+
+    state = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0])
+    if torch.compiler.is_exporting():
+        from torch._higher_order_ops.scan import scan  # wants its outputs apart from its state
+
+        def both(state, inputs):
+            return (state := step(state, inputs)), tuple(part.clone() for part in state)
+
+        _, parts = scan(both, state, (x.transpose(0, 1), p.transpose(0, 1)))
+        return tuple(part.transpose(0, 1) for part in parts)
+    states = [state := step(state, inputs) for inputs in zip(x.unbind(1), p.unbind(1))]
+    return tuple(torch.stack(parts, 1) for parts in zip(*states))
 
 
 def left_resolvent_reference(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
@@ -85,7 +95,8 @@ def left_resolvent(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> torch
         from kit.models import bk_kernels as backend  # numba takes half a second to import
     else:
         from kit.models import bk_scan as backend
-    return _LeftResolvent.apply(x, p, eta, backend)
+    apply = _LeftResolvent.apply
+    return (torch.compiler.disable(apply) if torch.compiler.is_compiling() else apply)(x, p, eta, backend)
 
 
 def resolvent_diagonal(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,223 @@
+import multiprocessing
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kit.models import bk_core, bk_kernels, bk_scan
+from kit.models.bk_core import left_resolvent, resolvent_diagonal
+
+EVERY = {
+    "left": left_resolvent,
+    "left, scan": lambda *inputs: bk_core._LeftResolvent.apply(*inputs, bk_scan),
+    "left, reference": bk_core.left_resolvent_reference,
+    "diagonal": resolvent_diagonal,
+    "diagonal, reference": bk_core.resolvent_diagonal_reference,
+}
+LEFT = [name for name in EVERY if name.startswith("left")]
+
+
+def draw(batch=2, steps=20, channels=3, eta=None, dtype=torch.float64, seed=0):
+    """Random x, p = b c from off-diagonals b and c of one sign, and eta."""
+    generator = torch.Generator().manual_seed(seed)
+    x, b, c = torch.randn(3, batch, steps, channels, generator=generator, dtype=torch.float64)
+    width = torch.rand(channels, generator=generator, dtype=torch.float64) + 0.01 if eta is None else eta
+    return [part.to(dtype) for part in (x, (b * c).abs(), torch.as_tensor(width).double().expand(channels))]
+
+
+def dense(x, p, eta, seed=0):
+    """(B, C, N, N) complex128 operators whose off-diagonal products are p, split unevenly into b and c."""
+    b = np.random.default_rng(seed).uniform(0.5, 2, p.shape)
+    matrix = np.zeros((x.shape[0], x.shape[2], x.shape[1], x.shape[1]), complex)
+    i = np.arange(x.shape[1])
+    matrix[..., i, i] = (x - 1j * eta).numpy().transpose(0, 2, 1)
+    matrix[..., i[:-1], i[1:]] = b[:, 1:].transpose(0, 2, 1)
+    matrix[..., i[1:], i[:-1]] = (p.numpy() / b)[:, 1:].transpose(0, 2, 1)
+    return matrix
+
+
+def relative_error(actual, expected):
+    return ((actual - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+@pytest.mark.parametrize("name", LEFT)
+@pytest.mark.parametrize("steps", [1, 2, 16, 37])
+def test_left_resolvent_is_the_last_entry_of_each_cut_off_inverse(name, steps):
+    x, p, eta = draw(steps=steps)
+    matrix = dense(x, p, eta)
+    last = [np.linalg.inv(matrix[..., : i + 1, : i + 1])[..., -1, -1] for i in range(steps)]
+    np.testing.assert_allclose(EVERY[name](x, p, eta), np.stack(last, 1), rtol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["diagonal", "diagonal, reference"])
+@pytest.mark.parametrize("steps", [1, 2, 37])
+def test_diagonal_is_that_of_the_dense_inverse(name, steps):
+    x, p, eta = draw(steps=steps)
+    truth = np.linalg.inv(dense(x, p, eta)).diagonal(axis1=-2, axis2=-1).transpose(0, 2, 1)
+    np.testing.assert_allclose(EVERY[name](x, p, eta), truth, rtol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["left", "left, scan", "diagonal"])
+@pytest.mark.parametrize("steps", [1, 19])
+def test_gradients_agree_with_finite_differences(name, steps):
+    inputs = [part.clone().requires_grad_() for part in draw(steps=steps)]
+    assert torch.autograd.gradcheck(EVERY[name], inputs)
+
+
+@pytest.mark.parametrize("name", ["left", "left, scan"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 33, 5), (1, 300, 130), (2, 257, 16)])
+def test_kernels_agree_with_the_reference_forward_and_backward(name, shape, monkeypatch):
+    monkeypatch.setattr(bk_kernels, "GRAIN", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # tiles and threads, also for one batch row
+    inputs = [part.requires_grad_() for part in draw(*shape)]
+    weight = torch.randn(shape, dtype=torch.complex128, generator=torch.Generator().manual_seed(1))
+    g, truth = EVERY[name](*inputs), bk_core.left_resolvent_reference(*inputs)
+    torch.testing.assert_close(g, truth)
+    gradients = torch.autograd.grad(g, inputs, weight)
+    torch.testing.assert_close(gradients, torch.autograd.grad(truth, inputs, weight))
+
+
+@pytest.mark.parametrize("name", ["left", "left, scan"])
+@pytest.mark.parametrize("steps", [1, 4096])
+def test_float32_stays_close_at_the_smallest_eta(name, steps):
+    inputs = [part.requires_grad_() for part in draw(steps=steps, channels=16, eta=1e-3, dtype=torch.float32)]
+    doubles = [part.detach().double().requires_grad_() for part in inputs]
+    g, truth = EVERY[name](*inputs), left_resolvent(*doubles)
+    assert relative_error(g, truth) < 3e-5
+    gradients = torch.autograd.grad(g.abs().sum(), inputs)
+    for actual, expected in zip(gradients, torch.autograd.grad(truth.abs().sum(), doubles)):
+        assert relative_error(actual, expected) < 3e-5
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1e-3, 0.1, 10.0]), st.sampled_from(["left", "left, scan", "diagonal"]))
+def test_resolvents_stay_in_the_upper_half_plane_under_one_over_eta(seed, eta, name):
+    x, p, eta = draw(1, 40, 4, eta, torch.float32, seed)
+    g = EVERY[name](5 * x, 5 * p, eta)
+    assert (g.imag > 0).all() and (g.abs() <= (1 + 1e-3) / eta).all()
+
+
+@pytest.mark.parametrize("name", LEFT)
+@pytest.mark.parametrize("moved", [0, 1])
+def test_left_resolvent_is_causal_to_the_last_bit(name, moved):
+    inputs = draw(dtype=torch.float32)
+    before = EVERY[name](*inputs)
+    inputs[moved][:, 11] += 1
+    after = EVERY[name](*inputs)
+    assert torch.equal(before[:, :11], after[:, :11])
+    assert (before[:, 11:14] != after[:, 11:14]).all()
+
+
+def test_the_diagonal_looks_at_the_future():
+    x, p, eta = draw(eta=0.5)
+    before = resolvent_diagonal(x, p, eta)
+    x[:, 11] += 1
+    assert (before[:, 8:11] != resolvent_diagonal(x, p, eta)[:, 8:11]).all()
+
+
+@pytest.mark.parametrize("name", ["left", "left, scan"])
+def test_the_first_hopping_is_ignored_and_has_no_gradient(name):
+    x, p, eta = draw()
+    p.requires_grad_()
+    g = EVERY[name](x, p, eta)
+    torch.testing.assert_close(g, EVERY[name](x, torch.cat([p[:, :1] + 9, p[:, 1:]], 1), eta))
+    g.real.sum().backward()
+    assert (p.grad[:, 0] == 0).all() and (p.grad[:, 1:] != 0).all()
+
+
+@pytest.mark.parametrize("name", ["left", "left, scan", "diagonal"])
+def test_strided_inputs_and_gradients_are_accepted(name):
+    x, p, eta = (part.requires_grad_() for part in draw())
+    inputs = [part.detach().transpose(0, 2).contiguous().transpose(0, 2).requires_grad_() for part in (x, p)]
+    wide = torch.stack([eta.detach()] * 2, 1)[:, 0].requires_grad_()
+    for arguments in ((x, p, eta), (*inputs, wide)):
+        EVERY[name](*arguments).conj().sum().imag.backward()
+    for plain, strided in zip((x, p, eta), (*inputs, wide)):
+        torch.testing.assert_close(plain.grad, strided.grad)
+
+
+def test_without_gradients_the_kernel_gives_the_same_and_keeps_no_graph():
+    x, p, eta = (part.requires_grad_() for part in draw())
+    with torch.no_grad():
+        g = left_resolvent(x, p, eta)
+    assert not g.requires_grad and torch.equal(g, left_resolvent(x, p, eta))
+
+
+def test_threads_calling_at_once_get_the_same_as_one(monkeypatch):
+    monkeypatch.setattr(bk_kernels, "GRAIN", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    inputs = draw(8, 200, 8)
+    truth, results = left_resolvent(*inputs), []
+    threads = [threading.Thread(target=lambda: results.append(left_resolvent(*inputs))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4 and all(torch.equal(result, truth) for result in results)
+
+
+def _in_child(connection, inputs):
+    connection.send(left_resolvent(*inputs).numpy())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_forked_processes_compute(monkeypatch):
+    monkeypatch.setattr(bk_kernels, "GRAIN", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    inputs = draw(4, 50, 4)
+    truth = left_resolvent(*inputs)
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=_in_child, args=(theirs, inputs))
+    child.start()
+    assert ours.poll(20)
+    np.testing.assert_array_equal(ours.recv(), truth)
+    child.join(20)
+
+
+def test_kernels_compile_without_a_cache_directory(monkeypatch):
+    def njit(cache=False, **settings):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: (function, settings)
+
+    monkeypatch.setattr(bk_kernels.numba, "njit", njit)
+    function, settings = bk_kernels._compile(len)
+    assert function is len and settings["nogil"]
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda x, p, eta: (x[0], p[0], eta), r"shapes \(20, 3\)"),
+        (lambda x, p, eta: (x, p[:, 1:], eta), r"shapes \(2, 20, 3\), \(2, 19, 3\), \(3,\)"),
+        (lambda x, p, eta: (x, p, eta[:2]), r"\(2,\): give \(B, N, C\)"),
+        (lambda x, p, eta: (x[:, :0], p[:, :0], eta), "none of them empty"),
+        (lambda x, p, eta: (x, p.float(), eta), "all float32 or all float64"),
+        (lambda x, p, eta: (x.half(), p.half(), eta.half()), "torch.float16"),
+        (lambda x, p, eta: (x, p, eta - eta.min()), "smallest value is 0"),
+        (lambda x, p, eta: (x, p, eta * float("nan")), "smallest value is nan"),
+    ],
+)
+@pytest.mark.parametrize("function", [left_resolvent, resolvent_diagonal])
+def test_bad_input_is_named(function, change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        function(*change(*draw()))
+
+
+class _Pair(torch.nn.Module):
+    def forward(self, x, p, eta):
+        return bk_core.left_resolvent_pair(x, p, eta)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_exported_program_takes_any_length():
+    length = {1: torch.export.Dim("length", min=2)}
+    inputs = tuple(draw(steps=5))
+    program = torch.export.export(_Pair(), inputs, dynamic_shapes=(length, length, None)).module()
+    for steps in (3, 40):
+        inputs = draw(steps=steps)
+        torch.testing.assert_close(torch.complex(*program(*inputs)), left_resolvent(*inputs))
