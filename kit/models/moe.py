@@ -68,11 +68,16 @@ class MoE(nn.Module):
     def reset_usage(self) -> None:
         self.usage.zero_()
 
+    def route(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """rows (M, D) -> probabilities (M, E), and the gates (M, k) and experts (M, k) int64 each row is sent to."""
+        probabilities = self.router(rows).softmax(-1)
+        gates, chosen = probabilities.topk(self.top_k)
+        return probabilities, gates, chosen
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., D) -> (..., D)."""
         rows = x.reshape(-1, x.shape[-1])
-        probabilities = self.router(rows).softmax(-1)
-        gates, chosen = probabilities.topk(self.top_k)
+        probabilities, gates, chosen = self.route(rows)
         weights = self.w_in, self.b_in, self.w_out, self.b_out
         if torch.compiler.is_exporting():
             mixture = torch.zeros_like(probabilities).scatter(1, chosen, gates)
