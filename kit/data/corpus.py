@@ -1,5 +1,6 @@
 """Corpora: named texts in three splits, tokenized, cached."""
 
+import glob
 import hashlib
 import json
 from dataclasses import dataclass
@@ -7,18 +8,23 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 
-from . import docs
+from . import docs, tokenization, wikitext
 from .cache import atomic, cache_dir, key_of
 from .tokenization import TOKENIZERS
 
 SPLITS = ("train", "validation", "test")
-KNOWN = "docs, wikitext-2, text:<file, folder or glob>"
+SHARES = (0.90, 0.95)  # where validation and test begin in a file of `text:`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Corpus:
-    """A tokenized text: three int32 arrays (tokens,), the tokenizer, and the UTF-8 bytes behind each split."""
+    """A tokenized text.
+
+    ``train``, ``validation``, ``test``: int32 (tokens,). ``tokenizer``: `BPETokenizer` or `WordTokenizer`.
+    ``utf8_bytes``: bytes of the text behind each split's tokens. ``sha256``: of the three texts.
+    """
 
     name: str
     tokenizer: object
@@ -34,43 +40,104 @@ class Corpus:
         return np.bincount(self.train, minlength=self.tokenizer.vocab_size)
 
 
-def _texts(name):
-    if name == "docs":
-        path = cache_dir() / "texts" / "docs.json"
-        if not path.exists():
-            with atomic(path) as temporary:
-                temporary.write_text(json.dumps(docs.build()))
-        return json.loads(path.read_text())
-    if name.startswith("text:"):
-        path = Path(name[5:])
-        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-        splits = {split: "" for split in SPLITS}
-        for file in files:
-            text = file.read_text(encoding="utf-8")
-            a, b = int(0.9 * len(text)), int(0.95 * len(text))
-            for split, part in zip(SPLITS, (text[:a], text[a:b], text[b:])):
-                splits[split] += part
-        return splits
-    raise ValueError(f"Unknown corpus {name!r}: the known ones are {KNOWN}.")
-
-
 def load_corpus(name="docs", vocab_size=4096, tokenizer="bpe", train_bytes=None):
-    """Read, split and tokenize a corpus, or take it from the cache."""
-    texts = _texts(name)
+    """Read, split and tokenize a text; texts and tokens are kept in `cache_dir()`.
+
+    name: ``"docs"``, the documentation inside the kit's dependencies, split by source file; ``"wikitext-2"``;
+    or ``"text:<UTF-8 file, folder or glob>"``, the first 90 % of each file for training, then 5 % and 5 %
+    (a folder stands for the ``.txt`` files in it, at any depth).
+    tokenizer: ``"bpe"`` (byte-level) or ``"word"``, learned from the training text alone.
+    train_bytes: use about this much of the training text (its beginning); the other splits stay whole.
+
+    Raises ValueError or FileNotFoundError: unknown name or tokenizer, no such file, text that is empty or not UTF-8,
+    vocab_size under the tokenizer's least or over what the text supports.
+    """
+    read = _reader(name)
+    if tokenizer not in TOKENIZERS:
+        raise ValueError(f"Unknown tokenizer {tokenizer!r}: the known ones are {', '.join(TOKENIZERS)}.")
+    TOKENIZERS[tokenizer].check(vocab_size)
+    if train_bytes is not None and train_bytes < 1:
+        raise ValueError(f"train_bytes={train_bytes} must be 1 or more, or None for the whole training text.")
+    texts = read()
     if train_bytes is not None:
         texts["train"] = texts["train"].encode()[:train_bytes].decode(errors="ignore")
-    sha256 = hashlib.sha256("\0".join(texts[split] for split in SPLITS).encode()).hexdigest()
-    folder = cache_dir() / "tokens"
-    stem = key_of(sha256=sha256, vocab_size=vocab_size, tokenizer=tokenizer)
-    kind = TOKENIZERS[tokenizer]
-    if not (folder / f"{stem}.npz").exists():
-        learned = kind.train(texts["train"], vocab_size)
-        with atomic(folder / f"{stem}.json") as temporary:
-            temporary.write_text(learned.to_json())
-        with atomic(folder / f"{stem}.npz") as temporary:
-            np.savez(temporary, **{split: learned.encode(texts[split]) for split in SPLITS})
-    learned = kind.from_json((folder / f"{stem}.json").read_text())
-    with np.load(folder / f"{stem}.npz") as arrays:
-        tokens = {split: arrays[split] for split in SPLITS}
-    sizes = {split: len(texts[split].encode()) for split in SPLITS}
-    return Corpus(name, learned, **tokens, utf8_bytes=sizes, sha256=sha256)
+    for split in SPLITS:
+        if not texts[split].strip():
+            raise ValueError(f"The {split} split of corpus {name!r} is empty: give a text of some thousand characters.")
+    encoded = {split: texts[split].encode() for split in SPLITS}
+    sha256 = hashlib.sha256(b"\0".join(encoded.values())).hexdigest()
+    learned, tokens = _tokens(texts, sha256, tokenizer, vocab_size)
+    return Corpus(name, learned, **tokens, utf8_bytes={s: len(encoded[s]) for s in SPLITS}, sha256=sha256)
+
+
+def _reader(name):
+    """The function that gives the texts of a corpus; tells an unknown name before anything is read."""
+    known = {"docs": _docs, "wikitext-2": lambda: wikitext.read(wikitext.WIKITEXT2)}
+    if name in known:
+        return known[name]
+    if isinstance(name, str) and name.startswith("text:"):
+        files = _files(name[len("text:"):])
+        return lambda: _blocks(files)
+    raise ValueError(f"Unknown corpus {name!r}: the known ones are {', '.join(known)} and "
+                     "text:<file, folder or glob>.")
+
+
+def _docs():
+    path = cache_dir() / "texts" / f"docs-{key_of(**docs.settings())}.json"
+    if not path.exists():
+        texts = docs.build()
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps(texts), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _files(place):
+    path = Path(place).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        files, wanted = sorted(path.rglob("*.txt")), "holds no .txt file: name its files by a glob"
+    else:
+        files = sorted(Path(found) for found in glob.glob(str(path), recursive=True) if Path(found).is_file())
+        wanted = "matches no file: give a UTF-8 text file, a folder of .txt files, or a glob"
+    if not files:
+        raise FileNotFoundError(f"'text:{place}' {wanted} (looked in {Path.cwd()}).")
+    return files
+
+
+def _blocks(files):
+    """Each file's first 90 %, next 5 % and last 5 %, cut at line ends; blocks of a split follow one another."""
+    parts = {split: [] for split in SPLITS}
+    for file in files:
+        text = _utf8(file)
+        cuts = [text.rfind("\n", 0, int(share * len(text))) + 1 or int(share * len(text)) for share in SHARES]
+        for split, start, end in zip(SPLITS, (0, *cuts), (*cuts, len(text))):
+            parts[split].append(text[start:end])
+    return {split: "".join(blocks) for split, blocks in parts.items()}
+
+
+def _utf8(file):
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}): "
+                         "convert it first, for example with iconv.") from error
+    if not text.strip():
+        raise ValueError(f"{file} is empty: leave it out, or give a file with text.")
+    return text if text.endswith("\n") else text + "\n"
+
+
+def _tokens(texts, sha256, kind, vocab_size):
+    """(tokenizer, {split: tokens}), learned and encoded or from the cache: one file holds both."""
+    recipe = hashlib.sha256(Path(tokenization.__file__).read_bytes()).hexdigest()
+    key = key_of(sha256=sha256, kind=kind, vocab_size=vocab_size, recipe=recipe, tokenizers=tokenizers.__version__)
+    path = cache_dir() / "tokens" / f"{key}.npz"
+    if not path.exists():
+        learned = TOKENIZERS[kind].train(texts["train"], vocab_size)
+        arrays = {split: learned.encode(texts[split]) for split in SPLITS}
+        saved = np.frombuffer(learned.to_json().encode(), np.uint8)
+        with atomic(path) as temporary:
+            np.savez(temporary, tokenizer=saved, **arrays)
+    with np.load(path) as arrays:
+        learned = TOKENIZERS[kind].from_json(arrays["tokenizer"].tobytes().decode())
+        return learned, {split: arrays[split] for split in SPLITS}

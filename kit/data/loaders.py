@@ -38,6 +38,7 @@ class Windows(Dataset):
         return inputs[0], targets[0]
 
     def __getitems__(self, indices):
+        """All of a batch at once; DataLoader prefers this method."""
         starts = torch.as_tensor(indices) * self.seq_len
         at = starts[:, None] + torch.arange(self.seq_len + 1)
         inside = at < len(self.tokens)
@@ -47,6 +48,7 @@ class Windows(Dataset):
 
 
 def _as_is(batch):
+    """Collation of what `Windows.__getitems__` gathered already."""
     return batch
 
 
@@ -69,9 +71,14 @@ def token_loaders(corpus, batch_size, seq_len):
     if len(train) < batch_size:
         raise ValueError(f"batch_size={batch_size} is more than the {len(train)} windows of seq_len={seq_len} in the "
                          f"training text of {corpus.name!r}: choose smaller ones or give more text.")
-    ordered = (DataLoader(Windows(tokens, seq_len), batch_size, collate_fn=_as_is)
+    ordered = (_ordered(Windows(tokens, seq_len), batch_size, collate_fn=_as_is)
                for tokens in (corpus.validation, corpus.test))
     return Loaders(DataLoader(train, batch_size, shuffle=True, drop_last=True, collate_fn=_as_is), *ordered)
+
+
+def _ordered(dataset, batch_size, **options):
+    """A loader in order that leaves torch's global generator alone, so that evaluating does not change training."""
+    return DataLoader(dataset, batch_size, generator=torch.Generator(), **options)
 
 
 def load_digits(batch_size=64):
@@ -91,4 +98,4 @@ def load_digits(batch_size=64):
         raise ValueError(f"batch_size={batch_size} must be between 1 and the {len(train)} training images.")
     sets = [TensorDataset(images[rows], labels[rows]) for rows in (train, validation, test)]
     return Loaders(DataLoader(sets[0], batch_size, shuffle=True, drop_last=True),
-                   DataLoader(sets[1], batch_size), DataLoader(sets[2], batch_size))
+                   _ordered(sets[1], batch_size), _ordered(sets[2], batch_size))

@@ -16,14 +16,13 @@ _CUT = re.compile(r"(?=\n\S)")  # byte-level pre-tokenization never joins across
 
 def _pieces(text, size=20_000):
     """Yield the text in pieces of about ``size`` characters that tokenize as the whole text would."""
-    start = end = 0
+    start = 0
     for cut in _CUT.finditer(text):
         if cut.start() - start >= size:
             yield text[start:cut.start()]
             start = cut.start()
-    end = len(text)
-    if end > start:
-        yield text[start:end]
+    if text[start:]:
+        yield text[start:]
 
 
 class BPETokenizer:
@@ -32,15 +31,20 @@ class BPETokenizer:
     def __init__(self, backend):
         self._backend = backend
 
+    @staticmethod
+    def check(vocab_size):
+        """Raises ValueError when vocab_size is under 257."""
+        if vocab_size <= BYTES:
+            raise ValueError(f"vocab_size={vocab_size} is too small for byte-level BPE: it needs 257 or more, "
+                             "256 bytes and at least one merge.")
+
     @classmethod
     def train(cls, text, vocab_size):
         """Learn ``vocab_size - 256`` merges that occur at least twice in ``text``.
 
         Raises ValueError when vocab_size is under 257, or over what the text supports.
         """
-        if vocab_size <= BYTES:
-            raise ValueError(f"vocab_size={vocab_size} is too small for byte-level BPE: it needs 257 or more, "
-                             "256 bytes and at least one merge.")
+        cls.check(vocab_size)
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -84,17 +88,21 @@ class WordTokenizer:
         self.words = list(words)
         self._ids = {word: i for i, word in enumerate(self.words)}
 
+    @staticmethod
+    def check(vocab_size):
+        """Raises ValueError when vocab_size is under 3."""
+        if vocab_size < 3:
+            raise ValueError(f"vocab_size={vocab_size} is too small for words: it needs 3 or more, "
+                             "<unk>, <eos> and at least one word.")
+
     @classmethod
     def train(cls, text, vocab_size):
         """Take the ``vocab_size - 2`` most frequent words of ``text`` (ties: alphabetical).
 
         Raises ValueError when vocab_size is under 3, or over the number of words in the text.
         """
-        if vocab_size < 3:
-            raise ValueError(f"vocab_size={vocab_size} is too small for words: it needs 3 or more, "
-                             "<unk>, <eos> and at least one word.")
-        counts = Counter(text.split())
-        counts.pop(UNKNOWN, None), counts.pop(END_OF_LINE, None)
+        cls.check(vocab_size)
+        counts = Counter(word for word in text.split() if word not in (UNKNOWN, END_OF_LINE))
         if len(counts) + 2 < vocab_size:
             raise ValueError(f"vocab_size={vocab_size} is larger than the training text supports: it has "
                              f"{len(counts)} distinct words, choose at most {len(counts) + 2} or give more text.")

@@ -1,0 +1,331 @@
+import hashlib
+import random
+import re
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kit.data import cache_dir, corpus, docs, load_corpus, load_digits, token_loaders, wikitext
+from kit.data.cache import atomic
+from kit.data.tokenization import BPETokenizer, WordTokenizer, _pieces
+
+SPLITS = ("train", "validation", "test")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("KIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def lines(count, seed=0):
+    draw = random.Random(seed)
+    words = "the resolvent of a chain is a continued fraction and each level pays one division".split()
+    return "".join(" ".join(draw.choices(words, k=12)) + ".\n" for _ in range(count))
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "chain.txt"
+    path.write_text(lines(400), encoding="utf-8")
+    return path
+
+
+# ---- tokenizers
+
+BPE = BPETokenizer.train(lines(100), 300)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_bpe_gives_back_any_text(text):
+    tokens = BPE.encode(text)
+    assert tokens.dtype == np.int32 and BPE.decode(tokens) == text
+
+
+@given(st.text("ab .é\n\t'"), st.integers(1, 8))
+def test_pieces_tokenize_as_the_whole(text, size):
+    assert "".join(_pieces(text, size)) == text
+    parts = [i for piece in _pieces(text, size) for i in BPE._backend.encode(piece).ids]
+    assert parts == BPE._backend.encode(text).ids
+
+
+def test_bpe_learns_the_most_frequent_pair_first():
+    assert BPETokenizer.train("xyxyxy ab", 257).encode("xy").size == 1
+
+
+def test_bpe_reloads_from_json():
+    again = BPETokenizer.from_json(BPE.to_json())
+    assert again.vocab_size == BPE.vocab_size == 300
+    assert (again.encode(lines(3)) == BPE.encode(lines(3))).all()
+
+
+def test_words_follow_the_wikitext_convention():
+    words = WordTokenizer.train(" b a \n \n b c\n", 4)
+    assert words.words == ["<unk>", "<eos>", "b", "a"]
+    tokens = words.encode(" b a \n \n b c\n")
+    assert tokens.tolist() == [2, 3, 1, 1, 2, 0, 1] and tokens.dtype == np.int32
+    assert words.decode(tokens) == "b a\n\nb <unk>\n"
+    assert words.encode("").size == 0
+    assert WordTokenizer.from_json(words.to_json()).words == words.words
+
+
+# ---- text:
+
+def test_a_file_is_cut_in_contiguous_blocks_at_line_ends(text, cache):
+    loaded = load_corpus(f"text:{text}", 300)
+    parts = [loaded.tokenizer.decode(getattr(loaded, split)) for split in SPLITS]
+    whole = text.read_text()
+    assert "".join(parts) == whole and all(part.endswith("\n") for part in parts)
+    assert [len(part) / len(whole) for part in parts] == pytest.approx([0.9, 0.05, 0.05], abs=0.01)
+    assert loaded.utf8_bytes == {split: len(part.encode()) for split, part in zip(SPLITS, parts)}
+    assert loaded.sha256 == hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    assert loaded.token_counts.sum() == len(loaded.train) and loaded.token_counts.shape == (300,)
+    assert loaded.train.dtype == loaded.test.dtype == np.int32
+
+
+def test_folder_and_glob_give_each_file_to_every_split(tmp_path, cache):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.txt").write_text("a a a a\n" * 200)
+    (tmp_path / "deep" / "b.txt").write_text("b b b b\n" * 200)
+    (tmp_path / "notes.md").write_text("not taken\n")
+    by_folder = load_corpus(f"text:{tmp_path}", 258)
+    assert load_corpus(f"text:{tmp_path}/**/*.txt", 258).sha256 == by_folder.sha256
+    for split in SPLITS:
+        assert set(by_folder.tokenizer.decode(getattr(by_folder, split))) == set("ab \n")
+
+
+def test_the_tokenizer_learns_from_the_training_split_alone(tmp_path, cache):
+    path = tmp_path / "late.txt"
+    path.write_text("ab ab ab ab\n" * 300 + "zq zq zq zq\n" * 30)
+    tokenizer = load_corpus(f"text:{path}", 258).tokenizer
+    assert tokenizer.encode("ab").size == 1 and tokenizer.encode("zq").size == 2
+
+
+def test_train_bytes_shortens_training_only(text, cache):
+    whole, short = load_corpus(f"text:{text}", 300), load_corpus(f"text:{text}", 300, train_bytes=5000)
+    assert short.utf8_bytes == {**whole.utf8_bytes, "train": 5000}
+    assert short.sha256 != whole.sha256
+
+
+def test_train_bytes_may_fall_within_a_character(tmp_path, cache):
+    path = tmp_path / "accents.txt"
+    path.write_text("é" * 3000, encoding="utf-8")
+    assert load_corpus(f"text:{path}", 258, train_bytes=1001).utf8_bytes["train"] == 1000
+
+
+def test_tokens_come_from_the_cache_the_second_time(text, cache, monkeypatch):
+    first = load_corpus(f"text:{text}", 300)
+    monkeypatch.setattr(BPETokenizer, "train", None)
+    again = load_corpus(f"text:{text}", 300)
+    assert (again.train == first.train).all() and again.tokenizer.to_json() == first.tokenizer.to_json()
+    assert {path.suffix for path in cache.rglob("*") if path.is_file()} == {".npz"}
+    text.write_text(lines(400, seed=1))
+    with pytest.raises(TypeError):
+        load_corpus(f"text:{text}", 300)
+
+
+def test_a_failed_write_leaves_nothing(cache):
+    with pytest.raises(RuntimeError), atomic(cache_dir() / "x.json") as path:
+        path.write_text("half")
+        raise RuntimeError
+    assert list(cache.iterdir()) == []
+
+
+BAD = [
+    ("wikitext-3", {}, "Unknown corpus 'wikitext-3'.*docs, wikitext-2 and text:"),
+    (None, {}, "Unknown corpus None"),
+    ("text:{folder}/no.txt", {}, "no.txt' matches no file"),
+    ("text:{folder}/*.nothing", {}, r"\*.nothing' matches no file"),
+    ("text:{folder}/bare", {}, "bare' holds no .txt file"),
+    ("text:{folder}/empty.txt", {}, "empty.txt is empty"),
+    ("text:{folder}/short.txt", {}, "split of corpus .*short.txt' is empty"),
+    ("text:{folder}/latin.txt", {}, "latin.txt is not UTF-8 .byte 0xe9 at 3."),
+    ("text:{folder}/good.txt", {"vocab_size": 256}, "vocab_size=256 is too small.*257"),
+    ("text:{folder}/good.txt", {"vocab_size": 30000}, r"vocab_size=30000 is larger.*reaches \d+ tokens"),
+    ("text:{folder}/good.txt", {"vocab_size": 300, "tokenizer": "word"}, r"vocab_size=300 is larger.* at most \d\d or"),
+    ("text:{folder}/good.txt", {"vocab_size": 2, "tokenizer": "word"}, "vocab_size=2 is too small"),
+    ("text:{folder}/good.txt", {"tokenizer": "char"}, "Unknown tokenizer 'char'.*bpe, word"),
+    ("text:{folder}/good.txt", {"train_bytes": 0}, "train_bytes=0 must be 1 or more"),
+]
+
+
+@pytest.mark.parametrize("name, settings, message", BAD)
+def test_bad_input_is_one_clear_sentence(tmp_path, cache, name, settings, message):
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "short.txt").write_text("x")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "good.txt").write_text(lines(100))
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        load_corpus(name and name.format(folder=tmp_path), **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_what_the_text_supports_is_named_and_works(text, cache):
+    with pytest.raises(ValueError, match="larger") as error:
+        load_corpus(f"text:{text}", 10_000)
+    supported = int(re.search(r"reaches (\d+)", str(error.value))[1])
+    assert load_corpus(f"text:{text}", supported).tokenizer.vocab_size == supported
+
+
+# ---- wikitext-2
+
+@pytest.fixture
+def hub(tmp_path, cache, monkeypatch):
+    rows = {split: ["", " = chain = \n", "", *lines(120, seed).splitlines(keepends=True)]
+            for seed, split in enumerate(SPLITS)}
+    (tmp_path / "hub").mkdir()
+    sha256 = {}
+    for split in SPLITS:
+        path = tmp_path / "hub" / f"{split}-00000-of-00001.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows[split]}), path)
+        sha256[split] = hashlib.sha256(path.read_bytes()).hexdigest()
+    made = wikitext.Hub((tmp_path / "hub").as_uri(), sha256)
+    monkeypatch.setattr(wikitext, "WIKITEXT2", made)
+    return made
+
+
+def test_wikitext_is_fetched_once_and_keeps_its_lines(hub, tmp_path):
+    loaded = load_corpus("wikitext-2", 16, tokenizer="word")
+    assert loaded.tokenizer.decode(loaded.test[:5]) == "\n<unk> chain <unk>\n"
+    assert (loaded.test == 1).sum() == 123  # a line a row, blank ones too
+    for path in (tmp_path / "hub").iterdir():
+        path.unlink()
+    assert load_corpus("wikitext-2", 300).sha256 == loaded.sha256
+
+
+def test_wikitext_offline_says_which_file_goes_where(hub, tmp_path, cache):
+    (tmp_path / "hub" / "test-00000-of-00001.parquet").unlink()
+    place = re.escape(str(cache / "wikitext-2" / "test-00000-of-00001.parquet"))
+    with pytest.raises(FileNotFoundError, match=f"put the file {hub.url}/test-00000-of-00001.parquet at {place}") as e:
+        load_corpus("wikitext-2")
+    assert "\n" not in str(e.value)
+
+
+def test_wikitext_with_other_bytes_is_refused(hub, cache):
+    wikitext.read(hub)
+    path = cache / "wikitext-2" / "validation-00000-of-00001.parquet"
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(ValueError, match=f"validation-.* expected {hub.sha256['validation']}: delete it"):
+        load_corpus("wikitext-2")
+
+
+# ---- docs
+
+def test_strings_of_a_source():
+    source = '"""Module.\n\n    kept  indent"""\nx = 1\n"""About x."""\nif x:\n    class C:\n        async def f(self):\n' \
+             '            r"""Of f."""\nadd_docstr(C.f, """Of C f.\n  More.""".format(a=1))\nprint("""Not a doc.""")\n' \
+             'C.f.__doc__ = """Applies f.""" + "to {x}"\n'
+    assert list(docs.strings(source)) == ["Module.\n\nkept  indent", "About x.", "Of f.", "Of C f.\nMore.",
+                                          "Applies f.", "to {x}"]
+    assert list(docs.strings('def f[T](: """No python."""')) == []
+
+
+def test_near_duplicates_are_seen():
+    seen = docs.Seen()
+    text = "Returns the resolvent of a tridiagonal matrix, one value per site, in {} operations."
+    assert seen.is_new(text.format("O(N)")) and not seen.is_new(text.format("O(N^2)"))
+    assert not seen.is_new(text.upper()) and seen.is_new("The bandwidth of a random matrix decides about its spectrum.")
+    assert seen.is_new("1 2 3") and seen.is_new("1 2 4") and not seen.is_new(" 1  2 4")
+
+
+def test_a_source_is_in_one_split_with_the_shares_meant():
+    names = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(5000)]
+    shares = [np.mean([docs.split_of(name) == split for name in names]) for split in SPLITS]
+    assert shares == pytest.approx([0.88, 0.06, 0.06], abs=0.015)
+
+
+@pytest.fixture(scope="module")
+def docs_texts():
+    return corpus._docs()  # in the cache of the session: building takes half a minute
+
+
+def test_docs_are_about_ten_megabytes_of_documentation(docs_texts):
+    sizes = {split: len(docs_texts[split].encode()) for split in SPLITS}
+    assert 8e6 < sum(sizes.values()) < 14e6
+    assert 0.8 < sizes["train"] / sum(sizes.values()) < 0.93 and min(sizes.values()) > 2.5e5
+    everything = "".join(docs_texts.values())
+    for phrase in ("Applies a 2D convolution", "ndarray", "DataFrame", "Axes", "Assert statements are a convenient way"):
+        assert phrase in everything
+
+
+def test_no_near_duplicate_paragraph_crosses_the_splits_of_docs(docs_texts):
+    """Jaccard similarity of word 5-grams, sampled held-out paragraphs against all of the training text."""
+    held_out = docs.paragraphs(docs_texts["validation"]) + docs.paragraphs(docs_texts["test"])
+    sample = random.Random(0).sample(held_out, 500)
+    grams = [docs.shingles(docs.normalized(paragraph)) for paragraph in sample]
+    owners = {}
+    for i, found in enumerate(grams):
+        for gram in found:
+            owners.setdefault(gram, []).append(i)
+    for paragraph in docs.paragraphs(docs_texts["train"]):
+        found = docs.shingles(docs.normalized(paragraph))
+        for i in {i for gram in found if gram in owners for i in owners[gram]}:
+            similarity = len(found & grams[i]) / len(found | grams[i])
+            assert similarity < 0.5, (paragraph, sample[i])
+
+
+# ---- batches
+
+class Tokens:
+    name = "tokens"
+    train, validation, test = np.arange(1000, dtype=np.int32), np.arange(103, dtype=np.int32), np.arange(9, dtype=np.int32)
+
+
+@given(length=st.integers(2, 60), seq_len=st.integers(1, 20), batch_size=st.integers(1, 5))
+def test_each_target_once_and_behind_its_input(length, seq_len, batch_size):
+    class Given(Tokens):
+        test = np.arange(100, 100 + length, dtype=np.int32)
+
+    targets = []
+    for x, y in token_loaders(Given, batch_size, seq_len).test:
+        assert x.shape == y.shape and x.shape[1] == seq_len and x.dtype == y.dtype == torch.int64
+        assert (y[y != -100] == x[y != -100] + 1).all()
+        targets += y[y != -100].tolist()
+    assert targets == list(range(101, 100 + length))
+
+
+def test_training_windows_are_whole_and_shuffled_by_the_global_generator():
+    loader = token_loaders(Tokens, 4, 10).train
+
+    def epoch(seed):
+        torch.manual_seed(seed)
+        return torch.cat([x for x, _ in loader])
+
+    first = epoch(0)
+    assert first.shape == (96, 10) and (first[:, 1:] == first[:, :-1] + 1).all()
+    assert len(first[:, 0].unique()) == 96 and (first[:, 0] % 10 == 0).all()
+    assert torch.equal(first, epoch(0)) and not torch.equal(first, epoch(1))
+
+
+def test_evaluating_leaves_the_global_generator_alone():
+    loaders = token_loaders(Tokens, 4, 10)
+    state = torch.get_rng_state()
+    assert len(list(loaders.validation)) == 3 and len(list(loaders.test)) == 1
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("batch_size, seq_len, message", [
+    (1, 1000, "seq_len=1000 is longer than the training text of 'tokens', 1000 tokens"),
+    (32, 100, "batch_size=32 is more than the 9 windows of seq_len=100"),
+    (0, 10, "batch_size=0 and seq_len=10 must both be 1 or more"),
+])
+def test_too_long_a_sequence_is_told(batch_size, seq_len, message):
+    with pytest.raises(ValueError, match=message):
+        token_loaders(Tokens, batch_size, seq_len)
+
+
+def test_digits():
+    loaders = load_digits(batch_size=64)
+    splits = {split: [torch.cat(part) for part in zip(*getattr(loaders, split))] for split in SPLITS}
+    for images, labels in splits.values():
+        assert images.shape[1:] == (1, 8, 8) and images.dtype == torch.float32 and labels.dtype == torch.int64
+        assert images.min() == 0 and images.max() == 1 and len(labels.unique()) == 10
+    assert len(splits["train"][0]) == 22 * 64 and len(splits["validation"][0]) + len(splits["test"][0]) == 360
+    with pytest.raises(ValueError, match="batch_size=5000 must be between 1 and the 1437"):
+        load_digits(5000)
