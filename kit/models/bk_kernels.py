@@ -1,4 +1,5 @@
-"""The left resolvent and its adjoint on CPU: numba kernels, sequential over N and vectorized over the channels.
+"""The BK mixer on CPU: numba kernels for the left resolvent, the causal convolution before it, and their adjoints,
+sequential over N and vectorized over the channels.
 
 Arrays are C-contiguous and channel-last; complex numbers lie as (real, imag) pairs in the last dimension. The work is
 cut into tiles (one batch row x a block of channels) that torch.get_num_threads() threads draw from one iterator: no
@@ -73,6 +74,35 @@ def _backward(g, p, grad, dx, dp, deta, row, low, high):
             c_imag[c] = p_i[c] * u_imag[c]
 
 
+@_compile
+def _convolve(x, taps, bias, y, row, low, high):
+    steps, last = x.shape[1], taps.shape[0] - 1
+    for i in range(steps):
+        y_i = y[row, i, low:high]
+        y_i[:] = bias[low:high]
+        for k in range(max(0, last - i), last + 1):
+            x_k, tap = x[row, i + k - last, low:high], taps[k, low:high]
+            for c in range(y_i.size):
+                y_i[c] += tap[c] * x_k[c]
+
+
+@_compile
+def _convolve_backward(x, taps, grad, dx, dtaps, row, low, high):  # the last row of dtaps is the gradient of the bias
+    steps, last = x.shape[1], taps.shape[0] - 1
+    dbias = dtaps[row, last + 1, low:high]
+    for i in range(steps):
+        x_i, dx_i, w_i = x[row, i, low:high], dx[row, i, low:high], grad[row, i, low:high]
+        dx_i[:] = 0
+        for k in range(max(0, last - (steps - 1 - i)), last + 1):
+            w_k, tap, dtap = grad[row, i + last - k, low:high], taps[k, low:high], dtaps[row, k, low:high]
+            for c in range(dx_i.size):
+                dx_i[c] += tap[c] * w_k[c]
+            for c in range(dx_i.size):
+                dtap[c] += x_i[c] * w_k[c]
+        for c in range(dx_i.size):
+            dbias[c] += w_i[c]
+
+
 @functools.cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="bk_core")
@@ -80,7 +110,7 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
 
 def _run(kernel, shape: tuple[int, int, int], *tensors: torch.Tensor) -> None:
     batch, steps, channels = shape
-    arrays = [tensor.numpy() for tensor in tensors]
+    arrays = [tensor.detach().numpy() for tensor in tensors]
     threads = max(1, min(torch.get_num_threads(), batch * steps * channels // GRAIN))
     blocks = min(-(-threads // max(batch, 1)), -(-channels // BLOCK))
     edges = [channels * k // blocks for k in range(blocks + 1)]
@@ -109,3 +139,20 @@ def backward(g: torch.Tensor, p: torch.Tensor, grad: torch.Tensor) -> tuple[torc
     dx, dp, deta = torch.empty_like(p), torch.empty_like(p), p.new_zeros(p.shape[0], p.shape[2])
     _run(_backward, p.shape, torch.view_as_real(g).flatten(2), p, torch.view_as_real(grad).flatten(2), dx, dp, deta)
     return dx, dp, deta.sum(0)
+
+
+def convolve(x: torch.Tensor, taps: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """y_i = bias + sum_k taps_k x_{i-K+1+k} of contiguous x (B, N, D), taps (K, D), bias (D,)."""
+    y = torch.empty_like(x)
+    _run(_convolve, x.shape, x, taps, bias, y)
+    return y
+
+
+def convolve_backward(
+    x: torch.Tensor, taps: torch.Tensor, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients for x, taps and bias; ``grad`` (B, N, D) contiguous."""
+    dx, dtaps = torch.empty_like(x), x.new_zeros(x.shape[0], len(taps) + 1, x.shape[2])
+    _run(_convolve_backward, x.shape, x, taps, grad, dx, dtaps)
+    dtaps = dtaps.sum(0)
+    return dx, dtaps[:-1], dtaps[-1]
