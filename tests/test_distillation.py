@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kit.distillation import DistillationTrainer, build_cache, capture, feature_pairs, layer_mapping, linear
+from kit.distillation import DistillationTrainer, build_cache, capture, feature_pairs, layer_mapping, Linear
 from kit.distillation.cache import TeacherCache
 from kit.distillation.fused import Output, TopK, linear_distillation
 from kit.distillation.losses import (
@@ -280,7 +280,7 @@ def test_schedules_move_and_resume_exactly(teacher, loader, tmp_path):
         torch.manual_seed(1)
         model = ResNetBK(ResNetBKConfig(VOCABULARY, d_model=8, layers=2, experts=2, d_ff=16, channels=4))
         seen = []
-        trainer = DistillationTrainer(teacher, model, linear(4.0, 1.0), linear(1.0, 0.0))
+        trainer = DistillationTrainer(teacher, model, Linear(4.0, 1.0), Linear(1.0, 0.0))
         spy = [lambda step, *_: seen.append(step) or _stop(step == steps_before_kill)]
         config = TrainConfig(steps=8, eval_every=2)
         trainer.fit(loader, config, hooks=spy, checkpoint=tmp_path / "run.ckpt", log=False)
@@ -393,7 +393,7 @@ def test_damaged_missing_and_foreign_caches(teacher, student, loader, tmp_path):
 
 @pytest.mark.parametrize("settings,message", [
     ({"temperature": 0}, "temperature is 0"), ({"temperature": math.inf}, "temperature is inf"),
-    ({"temperature": linear(0, 1)}, "temperature is 0"), ({"alpha": 1.5}, "alpha is 1.5"), ({"alpha": -1}, "alpha is -1"),
+    ({"temperature": Linear(0, 1)}, "temperature is 0"), ({"alpha": 1.5}, "alpha is 1.5"), ({"alpha": -1}, "alpha is -1"),
     ({"alpha": math.nan}, "alpha is nan"), ({"feature_weight": -1}, "feature_weight is -1"),
     ({"features": [("layers.0", "layers.9")]}, "'layers.9'"), ({"features": [("mixer", "layers.0")]}, "'mixer'"),
     ({"feature_loss": "l1"}, "'l1'"), ({"kind": "jensen"}, "'jensen'"),

@@ -1,6 +1,7 @@
 """The distillation objective as a loss for the one training loop."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,15 @@ from kit.training import TrainConfig, TrainResult, train
 Schedule = Callable[[float], float]
 
 
-def linear(start: float, end: float) -> Schedule:
+@dataclass(frozen=True)
+class Linear:
     """A schedule for `temperature` or `alpha`: from `start` to `end` over the run."""
-    return lambda progress: start + (end - start) * progress
+
+    start: float
+    end: float
+
+    def __call__(self, progress: float) -> float:
+        return self.start + (self.end - self.start) * progress
 
 
 class DistillationTrainer:

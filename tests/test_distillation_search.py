@@ -1,0 +1,229 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from kit.distillation import ProgressiveDistillation, config_for_parameters, initialize_from_teacher, student_like
+from kit.distillation.search import RIVALS, StudentSearch, resnet_bk_space
+from kit.distillation.students import count_parameters, describe
+from kit.evaluation import evaluate
+from kit.models import DigitsCNN, DigitsMLP, DigitsMLPConfig, LSTMLM, LSTMLMConfig, ResNetBK, ResNetBKConfig, parameter_count
+from kit.training import TrainConfig
+
+VOCABULARY = 40
+
+
+@pytest.fixture
+def teacher():
+    torch.manual_seed(0)
+    return ResNetBK(ResNetBKConfig(VOCABULARY, d_model=16, layers=3, experts=2, d_ff=16, channels=8)).eval()
+
+
+@pytest.fixture
+def loader():
+    tokens = torch.randint(0, VOCABULARY, (12, 11), generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), batch_size=4, shuffle=True)
+
+
+# Shapes from budgets
+
+
+@given(st.integers(2, 60), st.integers(1, 24), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.booleans())
+def test_parameters_are_counted_exactly(vocabulary, width, layers, experts, tied, factored):
+    config = ResNetBKConfig(vocabulary, width, layers, experts, d_ff=5, channels=3, tied=tied,
+                            embedding_rank=max(1, width // 2) if factored else None)  # fmt: skip
+    assert count_parameters(config) == parameter_count(ResNetBK(config))
+
+
+@pytest.mark.parametrize("budget", [83_000, 250_000, 1_000_000])
+@pytest.mark.parametrize("vocabulary", [512, 4096, 30_000])
+def test_budgets_are_kept_and_used(budget, vocabulary):
+    config = config_for_parameters(budget, vocabulary)
+    assert 0.8 * budget < count_parameters(config) <= budget
+
+
+def test_fixed_fields_are_kept_and_impossible_budgets_named():
+    config = config_for_parameters(100_000, 1000, layers=2, tied=False, experts=3, embedding_rank=8)
+    assert (config.layers, config.tied, config.experts, config.embedding_rank) == (2, False, 3, 8)
+    assert "3 experts, rank 8, untied" in describe(config)
+    with pytest.raises(ValueError, match="1,000 parameters are too few for a vocabulary of 30,000"):
+        config_for_parameters(1000, 30_000)
+
+
+# Initialization
+
+
+def test_a_student_of_the_teachers_shape_becomes_the_teacher(teacher):
+    torch.manual_seed(5)
+    student = ResNetBK(teacher.config).eval()
+    assert len(initialize_from_teacher(student, teacher)) == len(list(teacher.parameters()))
+    tokens = torch.arange(20)[None]
+    assert torch.equal(student(tokens), teacher(tokens))
+
+
+def test_fewer_layers_are_the_mapped_ones(teacher):
+    student = ResNetBK(dataclasses.replace(teacher.config, layers=1))
+    initialize_from_teacher(student, teacher)
+    assert torch.equal(student.layers[0].mixer.input.weight, teacher.layers[2].mixer.input.weight)
+
+
+def test_factored_tables_are_the_truncated_svd(teacher):
+    student = ResNetBK(dataclasses.replace(teacher.config, embedding_rank=5, tied=True))
+    initialize_from_teacher(student, teacher)
+    weight, bias = student.output()
+    left, singular, right = torch.linalg.svd(teacher.head.weight)
+    best = left[:, :5] * singular[:5] @ right[:5]
+    torch.testing.assert_close(weight, best, atol=1e-5, rtol=1e-4)
+    assert torch.equal(bias, teacher.head.bias)
+
+
+def test_narrow_layers_keep_a_consistent_set_of_units(teacher):
+    """With zeroed-out units of the teacher's residual stream, the kept ones compute what the teacher does."""
+    student = ResNetBK(dataclasses.replace(teacher.config, d_model=8, channels=4, d_ff=8)).eval()
+    initialize_from_teacher(student, teacher)
+    importance = teacher.embedding.weight.var(0) / teacher.embedding.weight.var(0).sum()
+    importance += teacher.head.weight.var(0) / teacher.head.weight.var(0).sum()
+    units = importance.topk(8).indices.sort().values
+    assert torch.equal(student.embedding.weight, teacher.embedding.weight[:, units])
+    mixer, original = student.layers[1].mixer, teacher.layers[1].mixer
+    assert torch.equal(mixer.convolution.weight, original.convolution.weight[units])
+    assert torch.equal(mixer.energy, original.energy[::2])
+    assert torch.equal(mixer.input.weight, original.input.weight[::2][:, units])
+    assert torch.equal(student.layers[1].moe.w_in, teacher.layers[1].moe.w_in[:, ::2][:, :, units])
+
+
+def test_other_models_take_what_fits(teacher):
+    student = LSTMLM(LSTMLMConfig(VOCABULARY, d_model=8, hidden=8))
+    assert set(initialize_from_teacher(student, teacher)) == {
+        "embedding.weight", "head.weight", "head.bias", "norm.weight", "norm.bias"}  # fmt: skip
+    small, large = DigitsMLP(DigitsMLPConfig((16, 16))), DigitsMLP(DigitsMLPConfig((32, 32)))
+    initialize_from_teacher(small, large)
+    assert torch.equal(small[1].weight, large[1].weight[::2]) and torch.equal(small[3].weight, large[3].weight[::2, ::2])
+
+
+# Cascades
+
+
+def small_student(teacher, size):
+    return ResNetBK(ResNetBKConfig(VOCABULARY, d_model=size // 1000, layers=1, experts=2, d_ff=8, channels=4))
+
+
+def test_cascade_resumes_finished_and_killed_stages(teacher, loader, tmp_path):
+    config = TrainConfig(steps=8, eval_every=2)
+
+    def run(folder, kill=None):
+        seen = []
+
+        def hook(step, steps, model):
+            seen.append(step)
+            if len(seen) == kill:
+                raise KeyboardInterrupt
+
+        cascade = ProgressiveDistillation(teacher, [6000, 3000], make_student=small_student)
+        student, records = cascade.run(loader, config, folder, validate=lambda m: evaluate(m, loader).loss, hooks=[hook])
+        return student, records, len(seen)
+
+    straight, records, steps = run(tmp_path / "a")
+    assert steps == 8 and [r["size"] for r in records] == [6000, 3000] and sum(r["tokens"] for r in records) == 8 * 40
+    assert all(r["bytes"] == (tmp_path / "a" / f"stage_{i + 1}_{r['size']}.kit").stat().st_size for i, r in enumerate(records))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", kill=7)
+    resumed, again, steps = run(tmp_path / "b")
+    assert steps <= 2
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+    assert run(tmp_path / "b")[2] == 0
+    assert not list((tmp_path / "b").glob("*.ckpt"))
+    with pytest.raises(ValueError, match="other settings"):
+        ProgressiveDistillation(teacher, [6000, 3000], make_student=small_student, alpha=0.5).run(
+            loader, config, tmp_path / "b")  # fmt: skip
+
+
+def test_default_students_are_made_from_the_budget(teacher, loader, tmp_path):
+    student, records = ProgressiveDistillation(teacher, [1500]).run(loader, TrainConfig(steps=2), tmp_path)
+    assert parameter_count(student) == records[0]["parameters"] <= 1500
+    assert student.config.vocab_size == VOCABULARY and student.config.experts == 2
+    json.loads((tmp_path / "stage_1_1500.json").read_text())
+
+
+@pytest.mark.parametrize("sizes", [[], [3000, 3000], [10**7], [1000, 2000]])
+def test_sizes_must_fall(teacher, sizes):
+    with pytest.raises(ValueError, match="must fall"):
+        ProgressiveDistillation(teacher, sizes)
+
+
+def test_classifiers_need_make_student():
+    with pytest.raises(ValueError, match="pass make_student"):
+        student_like(DigitsCNN(), 1000)
+
+
+# Search
+
+
+@pytest.fixture
+def digits():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(60, 1, 8, 8, generator=generator)
+    return DataLoader(TensorDataset(images, (images.mean((1, 2, 3)) * 50).long() % 10), batch_size=20)
+
+
+def mlp(trial):
+    return DigitsMLP(DigitsMLPConfig((trial.suggest_int("width", 4, 32),)))
+
+
+def make_search(digits, folder, **arguments):
+    torch.manual_seed(0)
+    return StudentSearch(DigitsCNN().eval(), digits, lambda m: evaluate(m, digits).loss, TrainConfig(steps=8), folder,
+                         mlp, **arguments)  # fmt: skip
+
+
+def test_search_finds_the_front_and_keeps_a_budget(digits, tmp_path):
+    search = make_search(digits, tmp_path, budget=6000)
+    assert len(search.run(5)) == 5
+    table = search.run(8)
+    assert len(table) == 8 and set(table["state"]) <= {"complete", "pruned"}
+    done = table[table["state"] == "complete"]
+    for row in done.itertuples():
+        dominated = ((done["bytes"] <= row.bytes) & (done["perplexity"] < row.perplexity)).any()
+        assert row.bytes == (tmp_path / f"trial_{row.trial}.kit").stat().st_size
+        assert row.on_front != dominated or (done["bytes"] == row.bytes).sum() > 1
+    student, row = search.best(6000)
+    assert row["bytes"] <= 6000 and row["perplexity"] == done[done["bytes"] <= 6000]["perplexity"].min()
+    assert evaluate(student, digits).perplexity == pytest.approx(row["perplexity"], rel=1e-6)
+    with pytest.raises(ValueError, match="no student fits 100 bytes"):
+        search.best(100)
+    assert len(make_search(digits, tmp_path, budget=6000).table()) == 8
+
+
+def test_hopeless_trials_stop_early(digits, tmp_path):
+    search = make_search(digits, tmp_path)
+
+    def good_then_hopeless(trial):
+        width = 4 if trial.number < RIVALS else 32
+        model = DigitsMLP(DigitsMLPConfig((trial.suggest_int("width", width, width),)))
+        if trial.number >= RIVALS:
+            model[-1].weight.data *= 1e3
+        return model
+
+    search.space = good_then_hopeless
+    states = search.run(RIVALS + 1)["state"].tolist()
+    assert states[:RIVALS] == ["complete"] * RIVALS and states[-1] == "pruned"
+    assert search.table()["steps"].tolist()[-1] < 8
+
+
+def test_a_budget_that_nothing_meets(digits, tmp_path):
+    with pytest.raises(ValueError, match="over the budget of 10 bytes"):
+        make_search(digits, tmp_path, budget=10).run(1)
+
+
+def test_the_language_model_space_builds_quantized_students():
+    import optuna
+
+    settings = {"d_model": 16, "rank": 0.5, "layers": 2, "experts": 2, "bits": 4}
+    student = resnet_bk_space(VOCABULARY)(optuna.trial.FixedTrial(settings))
+    assert student.config.embedding_rank == 8 and student.config.tied
+    assert isinstance(student, nn.Module) and len(student.layers[0].mixer.gate.weight[0].unique()) <= 16
