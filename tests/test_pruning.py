@@ -6,11 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize, prune
+from torch.utils.data import DataLoader, TensorDataset
 
+from kit.losses import classification_loss
+from kit.models import DigitsMLP
 from kit.pruning.calibration import input_norms
 from kit.pruning.magnitude import MagnitudePruner, rewind
-from kit.pruning.scores import cubic_sparsity, nm_mask, prune_mask
 from kit.pruning.mask import Mask, copy_model, get_mask, remove_masks, select, set_mask
+from kit.pruning.scores import cubic_sparsity, nm_mask, prune_mask
+from kit.training import TrainConfig, train
 
 
 class Double(nn.Module):
@@ -53,6 +57,14 @@ def test_mask_stands_before_other_parametrizations_and_is_updated_in_place():
     assert [type(step) for step in linear.parametrizations.weight] == [Mask, Double]
     remove_masks(linear)
     assert torch.equal(linear.weight, weight * 2 + 1)
+
+
+def test_a_copy_and_its_original_do_not_share_their_masks():
+    linear = nn.Linear(3, 2)
+    set_mask(linear, "weight", torch.zeros(2, 3, dtype=torch.bool))
+    copied = remove_masks(copy_model(linear))
+    assert (linear.weight == 0).all() and (copied.weight != 0).any()
+    assert not parametrize.is_parametrized(copied) and torch.equal(copied(torch.zeros(1, 3))[0], linear.bias)
 
 
 def test_expert_stack_and_expanded_state_dict_round_trip():
@@ -187,6 +199,20 @@ def test_schedule_hook_reaches_the_target_and_never_revives_a_weight():
     assert list(pruner.history[-1].kept) == [30, 20]
 
 
+def test_schedule_in_the_training_loop_keeps_the_best_of_the_final_sparsity():
+    torch.manual_seed(0)
+    images, labels = torch.randn(40, 1, 8, 8), torch.randint(0, 10, (40,))
+    model = DigitsMLP()
+    pruner = MagnitudePruner(model, scope="global")
+    values = iter(range(100))               # validation gets worse: the first state it may choose is the best
+    loader = DataLoader(TensorDataset(images, labels), batch_size=20)
+    result = train(model, loader, TrainConfig(steps=20, eval_every=1), loss=classification_loss, log=False,
+                   validate=lambda model: next(values), hooks=[pruner.schedule(0.8, end=0.5, every=2)])
+    statistics = pruner.statistics()
+    assert 1 - statistics.kept.sum() / statistics.weights.sum() == pytest.approx(0.8, abs=1e-3)
+    assert result.best_step == 10 and (model[1].weight == 0).any()
+
+
 def test_rounds_with_rewinding_train_from_the_early_weights():
     model = mlp()
     early = {name: tensor + 1 for name, tensor in model.state_dict().items()}
@@ -218,7 +244,7 @@ def test_rounds_with_rewinding_train_from_the_early_weights():
     (lambda m: MagnitudePruner(m, scope="layer"), "unknown scope"),
     (lambda m: MagnitudePruner(m).prune_below(-1), "threshold -1"),
     (lambda m: MagnitudePruner(m).schedule(0.5, start=0.8, end=0.2), "0 <= start < end <= 1"),
-    (lambda m: rewind(m, {"0.weight": torch.zeros(3)}), r"holds \(3,\) for '0.weight'"),
+    (lambda m: rewind(m, m.state_dict() | {"0.weight": torch.zeros(3)}), r"holds \(3,\) for '0.weight'"),
 ])
 def test_bad_input_is_one_sentence_and_leaves_the_model_alone(act, message):
     model = mlp()

@@ -138,6 +138,9 @@ class MagnitudePruner:
     def schedule(self, final: float, *, start: float = 0.0, end: float = 0.7, every: int = 10) -> Callable:
         """Hook for `kit.training.train(hooks=...)`: the cubic schedule, from the present sparsity to `final`.
 
+        It returns True whenever masks have changed, so that the loop forgets the best state so far and the one it
+        ends with has the final sparsity.
+
         Args:
             start, end: fractions of the run's steps; the rest after `end` retrains at the final sparsity.
             every: steps between two prunings.
@@ -153,10 +156,12 @@ class MagnitudePruner:
         initial = 1 - sum(int(slot.mask.sum()) for slot in self.slots.values()) / sum(
             slot.parameter.numel() for slot in self.slots.values())
 
-        def hook(step: int, steps: int, model: nn.Module) -> None:
+        def hook(step: int, steps: int, model: nn.Module) -> bool:
             first, last = int(start * steps), max(int(end * steps), 1)
-            if first <= step <= last and (step % every == 0 or step == last):
+            due = first <= step <= last and (step % every == 0 or step == last)
+            if due:
                 self.prune(score.cubic_sparsity(step, first, last, final, initial))
+            return due
         return hook
 
     def iterate(self, sparsities: Iterable[float], retrain: Callable[[nn.Module], object],

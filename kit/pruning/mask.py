@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize
 
 from kit.parametrization import find_step, matching, named_weights, original_of, set_steps, steps_of
 from kit.quantization.fake import matrix_shape
@@ -123,8 +124,17 @@ def select(model: nn.Module, tensors: str | Iterable[str] = "*") -> dict[str, Sl
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy, even when modules hold computed tensors (recurrent layers cache their weights)."""
+    """A deep copy that shares nothing with the model, parametrized or not.
+
+    Tensors that modules computed and hold are copied without their graph. Each parametrized module gets a class of
+    its own: `copy.deepcopy` shares it, and taking a parametrization off the copy would break the original.
+    """
     held = [value for module in model.modules() for entry in vars(module).values()
             for value in (entry if isinstance(entry, list) else [entry])]
-    return copy.deepcopy(model, {id(value): value.detach() for value in held
-                                 if isinstance(value, Tensor) and not value.is_leaf})
+    copied = copy.deepcopy(model, {id(value): value.detach() for value in held
+                                   if isinstance(value, Tensor) and not value.is_leaf})
+    for module in copied.modules():
+        if parametrize.is_parametrized(module):
+            shared = type(module)
+            module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+    return copied

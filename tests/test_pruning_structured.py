@@ -1,0 +1,232 @@
+import copy
+
+import pytest
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from kit import artifact
+from kit.losses import classification_loss, next_token_loss
+from kit.measurement import macs
+from kit.models import DigitsCNN, DigitsMLP, MoE, ResNetBK, ResNetBKConfig, TransformerLM, parameter_count
+from kit.models.peers import TransformerLMConfig
+from kit.pruning import Mask, get_mask, prune_bk_channels, prune_channels, prune_hidden_units, set_mask
+from kit.pruning.structured import bk_channel_scores, channel_importance, hidden_unit_scores
+from kit.quantization import FakeQuantize, Format, quantize_weights
+from kit.parametrization import steps_of
+
+IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(0, 30, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def cnn():
+    torch.manual_seed(0)
+    model = DigitsCNN()
+    model(torch.randn(64, 1, 8, 8))         # so that the batch norms have statistics of their own
+    return model.eval()
+
+
+def bk(**changes):
+    torch.manual_seed(0)
+    shapes = dict(vocab_size=30, d_model=16, layers=2, experts=3, d_ff=12, channels=6) | changes
+    return ResNetBK(ResNetBKConfig(**shapes)).eval()
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def gradients(model, batch, loss):
+    for p in model.parameters():
+        p.grad = None
+    loss(model, batch).backward()
+    return model
+
+
+def part(weight, importance):
+    if importance == "taylor":
+        return (weight * weight.grad).abs()
+    return weight.abs() ** (1 if importance == "l1" else 2)
+
+
+@pytest.mark.parametrize("importance", ["l1", "l2", "taylor"])
+def test_cnn_loses_exactly_the_channels_that_brute_force_ranks_lowest(importance):
+    model, labels = cnn(), torch.tensor([1, 2, 3, 4])
+    extra = {"batches": [(IMAGES, labels)]} if importance == "taylor" else {}
+    small = prune_channels(model, IMAGES, 0.5, importance=importance, **extra)
+    gradients(model, (IMAGES, labels), classification_loss)
+    first, norm, second = model[0].weight, model[1].weight, model[3].weight
+    scores = part(first, importance).flatten(1).sum(1) + part(second, importance).sum((0, 2, 3))
+    if importance != "taylor":              # Torch-Pruning's taylor score leaves batch norms out
+        scores = scores + part(norm, importance)
+    keep = scores.argsort(descending=True)[:8].sort().values
+    assert torch.equal(small[0].weight, first[keep])
+    assert torch.equal(small[1].running_mean, model[1].running_mean[keep])
+    assert all(p.grad is None for p in small.parameters())
+
+
+@pytest.mark.parametrize("p, importance", [(1, "l1"), (2, "l2")])
+def test_scores_are_torch_prunings_own(p, importance):
+    model = cnn()
+    graph = tp.DependencyGraph().build_dependency(model, example_inputs=IMAGES)
+    group = graph.get_pruning_group(model[3], tp.prune_conv_out_channels, list(range(32)))
+    own = part(model[3].weight, importance).flatten(1).sum(1) + part(model[4].weight, importance)
+    own = own + part(model[8].weight, importance).sum(0).view(32, 16).sum(1)
+    score = channel_importance(importance)(group)
+    assert torch.allclose(score / score.sum(), own / own.sum(), rtol=1e-5)
+    theirs = tp.importance.MagnitudeImportance(p=p, normalizer=None)(group)
+    assert torch.equal(score, theirs)
+
+
+def test_pruned_cnn_computes_what_the_dense_one_does_without_those_channels():
+    model = cnn()
+    small = prune_channels(model, IMAGES, 0.25)
+    keep = [(model[i].weight.flatten(1)[:, None, :9] == small[i].weight.flatten(1)[None, :, :9]).all(-1).any(1)
+            for i in (0,)][0]
+    assert keep.sum() == 12
+    zeroed = copy.deepcopy(model)
+    with torch.no_grad():
+        zeroed[3].weight[:, ~keep] = 0
+        second = torch.tensor([any(torch.equal(row[keep], other) for other in small[3].weight)
+                               for row in zeroed[3].weight])
+        zeroed[8].weight.view(10, 32, 16)[:, ~second] = 0
+    assert second.sum() == 24
+    assert torch.allclose(small(IMAGES), zeroed(IMAGES), atol=1e-5)
+
+
+def test_half_the_channels_are_about_a_third_of_bytes_and_macs(tmp_path):
+    model, before = cnn(), state_of(cnn())
+    small = prune_channels(model, IMAGES, 0.5)
+    assert small.config.channels == (8, 16)
+    sizes = [artifact.save(m, tmp_path / "model.kit") for m in (model, small)]
+    assert sizes[1] <= 0.55 * sizes[0] and macs(small, IMAGES) <= 0.55 * macs(model, IMAGES)
+    assert torch.equal(artifact.load(tmp_path / "model.kit")(IMAGES), small(IMAGES))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+    assert prune_channels(DigitsMLP(), IMAGES, 0.5).config.hidden == (32, 32)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.head = nn.BatchNorm2d(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        return self.head((x + self.norm(self.b(x)).relu()).mean((2, 3)))
+
+
+def test_both_sides_of_a_residual_sum_lose_the_same_channels():
+    small = prune_channels(Residual().eval(), IMAGES, 0.5)
+    assert (small.a.out_channels, small.b.in_channels, small.b.out_channels, small.head.in_features) == (4, 4, 4, 4)
+    assert small(IMAGES).shape == (4, 3)
+
+
+def test_named_layers_of_a_transformer(tmp_path):
+    torch.manual_seed(0)
+    model = TransformerLM(TransformerLMConfig(vocab_size=30, d_model=16, layers=2, heads=2, d_ff=20)).eval()
+    small = prune_channels(model, TOKENS, 0.5, layers="*.ff_in")
+    assert small.config.d_ff == 10 and small.layers[0].qkv.out_features == 48
+    artifact.save(small, tmp_path / "model.kit")
+    assert torch.equal(artifact.load(tmp_path / "model.kit")(TOKENS), small(TOKENS))
+
+
+@pytest.mark.parametrize("importance", ["l1", "l2", "taylor"])
+def test_group_scores_sum_over_everything_that_goes_together(importance):
+    model = gradients(bk(), (TOKENS, TOKENS), next_token_loss)
+    mixer, moe = model.layers[0].mixer, model.layers[0].moe
+    scores = bk_channel_scores(mixer, importance)
+    for c in range(6):
+        parts = [mixer.input.weight[c], mixer.input.weight[6 + c], mixer.output.weight[:, c],
+                 mixer.output.weight[:, 6 + c]]
+        grads = [mixer.input.weight.grad[c], mixer.input.weight.grad[6 + c], mixer.output.weight.grad[:, c],
+                 mixer.output.weight.grad[:, 6 + c]]
+        values = [(w * g).abs() if importance == "taylor" else w.abs() ** (1 if importance == "l1" else 2)
+                  for w, g in zip(parts, grads)]
+        assert torch.allclose(scores[c], sum(v.sum() for v in values))
+    scores = hidden_unit_scores(moe, importance)
+    brute = part(moe.w_in, importance).sum(2) + part(moe.w_out, importance).transpose(1, 2).sum(2)
+    assert torch.allclose(scores, brute)
+
+
+def test_hidden_units_of_an_expert_rank_as_neurons_of_the_same_mlp_in_torch_pruning():
+    torch.manual_seed(0)
+    moe = MoE(6, 10, 1)
+    mlp = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 6))
+    with torch.no_grad():
+        mlp[0].weight.copy_(moe.w_in[0]), mlp[0].bias.copy_(moe.b_in[0])
+        mlp[2].weight.copy_(moe.w_out[0]), mlp[2].bias.copy_(moe.b_out[0])
+    x = torch.randn(5, 6)
+    small = prune_hidden_units(nn.Sequential(moe), 0.4)
+    theirs = prune_channels(mlp, x, 0.4)
+    assert torch.equal(small[0].w_in[0], theirs[0].weight) and torch.equal(small[0].w_out[0], theirs[2].weight)
+    assert torch.allclose(small(x), theirs(x), atol=1e-6)
+
+
+def test_bk_channels_go_together_and_the_rest_computes_as_if_they_were_silent(tmp_path):
+    model, before = bk(), state_of(bk())
+    small = prune_bk_channels(model, 0.5)
+    small = prune_hidden_units(small, 0.25, layers="layers.1.*")
+    assert small.config.channels == 3 and small.config.d_ff == (12, 9) and small.config.experts == 3
+    silent = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in silent.layers:
+            gone = bk_channel_scores(layer.mixer).argsort()[:3]
+            layer.mixer.output.weight[:, torch.cat([gone, gone + 6])] = 0
+        lost = hidden_unit_scores(silent.layers[1].moe).argsort(1)[:, :3]
+        for e in range(3):
+            silent.layers[1].moe.w_out[e][:, lost[e]] = 0
+    assert torch.allclose(small(TOKENS), silent(TOKENS), atol=1e-5)
+    artifact.save(small, tmp_path / "model.kit")
+    assert torch.equal(artifact.load(tmp_path / "model.kit")(TOKENS), small(TOKENS))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+
+
+def test_masks_and_quantizers_are_there_again_on_the_smaller_weights():
+    model = bk()
+    mask = torch.rand(3, 12, 16, generator=torch.Generator().manual_seed(0)) > 0.5
+    moe = model.layers[0].moe
+    set_mask(moe, "w_in", mask)
+    quantize_weights(model, {"layers.0.moe.w_in": Format(4)})
+    small = prune_hidden_units(model, 0.5)
+    steps = steps_of(small.layers[0].moe, "w_in")
+    assert [type(step) for step in steps] == [Mask, FakeQuantize] and steps[1].format == Format(4)
+    assert get_mask(small.layers[0].moe, "w_in").shape == (3, 6, 16)
+    kept = get_mask(small.layers[0].moe, "w_in")
+    assert all(any(torch.equal(row, old) for old in mask[e]) for e in range(3) for row in kept[e])
+    assert torch.equal(get_mask(moe, "w_in"), mask) and small(TOKENS).shape == (2, 12, 30)
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(64, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.a(x.flatten(0, 2))
+        return self.b(x.reshape(4, -1))
+
+
+@pytest.mark.parametrize("act, message", [
+    (lambda: prune_channels(cnn(), IMAGES, 1.0), r"sparsity 1.0 is outside \[0, 1\)"),
+    (lambda: prune_channels(cnn(), IMAGES, 0.5, importance="hessian"), "unknown importance 'hessian'; choose from l1"),
+    (lambda: prune_channels(cnn(), IMAGES, 0.5, importance="taylor"), "pass batches="),
+    (lambda: prune_channels(cnn(), IMAGES, 0.5, layers="conv1"), "named 'conv1': DigitsCNN has 0, 3, 8"),
+    (lambda: prune_channels(cnn(), torch.randn(4, 3, 8, 8), 0.5), "cannot prune this DigitsCNN"),
+    (lambda: prune_channels(Untraceable(), IMAGES, 0.5), "cannot prune this Untraceable"),
+    (lambda: prune_channels(bk(), TOKENS, 0.5), "cannot prune this ResNetBK"),
+    (lambda: prune_hidden_units(bk(), -0.5), "sparsity -0.5"),
+    (lambda: prune_hidden_units(bk(), 0.5, layers="layers.7.*"), "layers.0.moe, layers.1.moe"),
+    (lambda: prune_hidden_units(cnn(), 0.5), "no MoE layer is named .*: DigitsCNN has none"),
+    (lambda: prune_bk_channels(cnn(), 0.5), "no BKMixer layer is named .*: DigitsCNN has none"),
+])
+def test_bad_input_is_one_sentence(act, message):
+    with pytest.raises(ValueError, match=message) as error:
+        act()
+    assert "\n" not in str(error.value)
+
+
+def test_no_unit_layer_is_emptied_and_order_is_kept():
+    small = prune_bk_channels(bk(), 0.99)
+    assert small.config.channels == 1 and parameter_count(small) < parameter_count(bk())
