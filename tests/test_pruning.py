@@ -8,12 +8,14 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.utils.data import DataLoader, TensorDataset
 
+from kit import artifact
 from kit.losses import classification_loss
 from kit.models import DigitsMLP
 from kit.pruning.calibration import input_norms
 from kit.pruning.magnitude import MagnitudePruner, rewind
 from kit.pruning.mask import Mask, copy_model, get_mask, remove_masks, select, set_mask
 from kit.pruning.scores import cubic_sparsity, nm_mask, prune_mask
+from kit.quantization import Format, quantize_weights
 from kit.training import TrainConfig, train
 
 
@@ -253,3 +255,21 @@ def test_bad_input_is_one_sentence_and_leaves_the_model_alone(act, message):
     assert "\n" not in str(error.value)
     assert not any(parametrize.is_parametrized(m) for m in model)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), mlp().state_dict().values()))
+
+
+@pytest.mark.parametrize("bits, share", [(None, 0.25), (8, 0.30), (4, 0.40)])
+def test_eighty_percent_of_zeros_make_a_small_tensor_that_loads_with_the_same_zeros(bits, share, tmp_path):
+    def layer():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(128, 256))
+        nn.init.normal_(model[0].weight, std=0.05)
+        return quantize_weights(model, Format(bits)) if bits else model
+
+    dense, pruned = layer(), MagnitudePruner(layer()).prune(0.8)
+    artifact.save(dense, tmp_path / "dense.kit", layouts=("dense",)), artifact.save(pruned, tmp_path / "pruned.kit")
+    sizes = [artifact.describe(tmp_path / f"{n}.kit").set_index("tensor").bytes["0.weight"] for n in ("dense", "pruned")]
+    assert sizes[1] <= share * sizes[0]
+    loaded = artifact.load(tmp_path / "pruned.kit", nn.Sequential(nn.Linear(128, 256)))
+    assert (loaded[0].weight[~get_mask(pruned[0])] == 0).all()
+    x = torch.randn(3, 128)
+    assert torch.equal(loaded(x), pruned(x))

@@ -118,6 +118,10 @@ def input_grams(model: nn.Module, batches: Sequence, tensors: str | Iterable[str
     finally:
         for handle in handles:
             handle.remove()
+    missing = [name for name in slots if name not in grams]
+    if missing:
+        raise ValueError(f"the model reads {missing[0]!r} without calling its layer, so that its inputs cannot be "
+                         "collected: select other weights")
     return grams
 
 

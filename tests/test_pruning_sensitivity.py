@@ -1,0 +1,95 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, TensorDataset
+
+from kit import artifact
+from kit.evaluation import evaluate
+from kit.models import DigitsMLP
+from kit.parametrization import bake
+from kit.pruning import MagnitudePruner, scan, sparsities_for_budget
+from kit.pruning import sensitivity
+from kit.pruning.mask import copy_model, select
+from kit.quantization import Format, quantize_weights
+
+
+def model():
+    torch.manual_seed(0)
+    return DigitsMLP().eval()
+
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(60, 1, 8, 8, generator=generator), torch.randint(0, 10, (60,), generator=generator))
+    return list(DataLoader(data, batch_size=30))
+
+
+def test_each_cell_is_the_loss_with_one_tensor_pruned():
+    dense = model()
+    table = scan(dense, batches(), ["1.weight", "3.weight"], (0.5, 0.9))
+    assert list(table.sparsity) == [0.0, 0.5, 0.9] * 2 and list(table.increase[::3]) == [0, 0]
+    for row in table.itertuples():
+        alone = MagnitudePruner(copy_model(dense), row.tensor).prune(row.sparsity)
+        assert row.loss == pytest.approx(evaluate(alone, batches()).loss, rel=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(dense.state_dict().values(), model().state_dict().values()))
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_bytes_are_those_in_the_file(bits, tmp_path):
+    pruned = model()
+    if bits:
+        quantize_weights(pruned, Format(bits))
+    MagnitudePruner(pruned).prune(0.8)
+    artifact.save(pruned, tmp_path / "model.kit")
+    table = artifact.describe(tmp_path / "model.kit").set_index("tensor")
+    for name, slot in select(pruned).items():
+        assert sensitivity.tensor_bytes(slot) == table.bytes[name]
+
+
+def test_a_scan_is_read_again_only_for_the_same_weights_and_batches(tmp_path, monkeypatch):
+    first = scan(model(), batches(), cache=tmp_path)
+    monkeypatch.setattr(sensitivity, "evaluate", None)
+    again = scan(model(), batches(), cache=tmp_path)
+    assert again.equals(first) and len(list(tmp_path.iterdir())) == 1
+    changed = model()
+    with torch.no_grad():
+        changed[1].bias[0] += 1e-3
+    with pytest.raises(TypeError):
+        scan(changed, batches(), cache=tmp_path)
+    with pytest.raises(TypeError):
+        scan(model(), batches()[:1], cache=tmp_path)
+
+
+@given(st.data())
+def test_choice_is_the_best_that_fits(data):
+    sizes, losses = st.integers(0, 60), st.floats(-1, 5)
+    options = {str(i): data.draw(st.lists(st.tuples(sizes, losses), min_size=1, max_size=4)) for i in range(3)}
+    budget = data.draw(st.integers(1, 200))
+    fitting = [sum(loss for _, loss in choice) for choice in itertools.product(*options.values())
+               if sum(size for size, _ in choice) <= budget]
+    if not fitting:
+        with pytest.raises(ValueError, match="too small"):
+            sensitivity.choose(options, budget)
+        return
+    chosen = [options[name][position] for name, position in sensitivity.choose(options, budget).items()]
+    assert sum(size for size, _ in chosen) <= budget
+    assert sum(loss for _, loss in chosen) == pytest.approx(min(fitting), abs=1e-9)
+
+
+def test_budget_is_kept_and_used():
+    dense = model()
+    table = scan(dense, batches())
+    budget = int(table[table.sparsity == 0.8].bytes.sum())
+    plan = sparsities_for_budget(table, budget)
+    pruned = MagnitudePruner(dense).prune(plan)
+    spent = sum(sensitivity.tensor_bytes(slot) for slot in select(pruned).values())
+    assert 0.8 * budget < spent <= budget
+    predicted = sum(table.set_index(["tensor", "sparsity"]).increase[list(plan.items())])
+    uniform = table[table.sparsity == 0.8].increase.sum()
+    assert predicted <= uniform
+    with pytest.raises(ValueError, match="budget of 10 bytes is too small"):
+        sparsities_for_budget(table, 10)
+    assert bake(pruned)[1].weight.count_nonzero() < dense[1].parametrizations.weight.original.numel()
