@@ -2,11 +2,12 @@
 sequential over N and vectorized over the channels.
 
 Arrays are C-contiguous and channel-last; complex numbers lie as (real, imag) pairs in the last dimension. The work is
-cut into tiles (one batch row x a block of channels) that torch.get_num_threads() threads draw from one iterator: no
+cut into tiles (batch rows x channels) that torch.get_num_threads() threads draw from one iterator: no
 barrier, so a busy machine costs little, and nothing that a forked process could inherit broken.
 """
 
 import functools
+import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 GRAIN = 250_000  # elements a thread must get to be worth waking
-BLOCK = 64  # fewest channels in a tile when the batch alone has too few rows
+BLOCK = 32  # fewest channels in a tile, cut only where the batch has too few rows
 
 
 def _compile(function):
@@ -27,80 +28,88 @@ def _compile(function):
         return numba.njit(**settings)(function)
 
 
-# Row slices and one short loop per few arrays: LLVM vectorizes a loop only if it can prove in at most eight pointer
+# Slices of rows and short loops over few arrays: LLVM vectorizes a loop only if it can prove in at most eight pointer
 # comparisons that its arrays do not overlap.
 @_compile
-def _forward(x, p, eta, g, row, low, high):
+def _forward(x, p, eta, g, first, last, low, high):
     eta = eta[low:high]
-    real, imag = np.zeros_like(eta), np.zeros_like(eta)
+    real, imag = np.empty_like(eta), np.empty_like(eta)
     one = eta.dtype.type(1)
-    for i in range(x.shape[1]):
-        x_i, p_i, g_i = x[row, i, low:high], p[row, i, low:high], g[row, i, 2 * low : 2 * high]
-        for c in range(eta.size):
-            d = x_i[c] - p_i[c] * real[c]
-            e = eta[c] + p_i[c] * imag[c]
-            scale = one / (d * d + e * e)
-            real[c] = d * scale
-            imag[c] = e * scale
-        for c in range(eta.size):
-            g_i[2 * c] = real[c]
-            g_i[2 * c + 1] = imag[c]
+    for b in range(first, last):
+        real[:] = 0
+        imag[:] = 0
+        for i in range(x.shape[1]):
+            x_i, p_i, g_i = x[b, i, low:high], p[b, i, low:high], g[b, i, 2 * low : 2 * high]
+            for c in range(eta.size):
+                d = x_i[c] - p_i[c] * real[c]
+                e = eta[c] + p_i[c] * imag[c]
+                scale = one / (d * d + e * e)
+                real[c] = d * scale
+                imag[c] = e * scale
+            for c in range(eta.size):
+                g_i[2 * c] = real[c]
+                g_i[2 * c + 1] = imag[c]
 
 
 @_compile
-def _backward(g, p, grad, dx, dp, deta, row, low, high):
-    deta = deta[row, low:high]
-    u_real, u_imag = np.zeros_like(deta), np.zeros_like(deta)  # u_i = g_i^2 lambda_i
-    c_real, c_imag = np.zeros_like(deta), np.zeros_like(deta)  # carry p_{i+1} u_{i+1}
-    for i in range(dx.shape[1] - 1, -1, -1):
-        g_i, w_i, dx_i = g[row, i, 2 * low : 2 * high], grad[row, i, 2 * low : 2 * high], dx[row, i, low:high]
-        for c in range(deta.size):
-            real, imag = g_i[2 * c], g_i[2 * c + 1]
-            square, twice = real * real - imag * imag, (real + real) * imag
-            lam_real, lam_imag = c_real[c] + w_i[2 * c], c_imag[c] - w_i[2 * c + 1]
-            u_real[c] = square * lam_real - twice * lam_imag
-            u_imag[c] = square * lam_imag + twice * lam_real
-        for c in range(deta.size):
-            dx_i[c] = -u_real[c]
-            deta[c] -= u_imag[c]
-        dp_i = dp[row, i, low:high]
-        if i == 0:
-            dp_i[:] = 0
-            break
-        p_i, before = p[row, i, low:high], g[row, i - 1, 2 * low : 2 * high]
-        for c in range(deta.size):
-            dp_i[c] = u_real[c] * before[2 * c] - u_imag[c] * before[2 * c + 1]
-            c_real[c] = p_i[c] * u_real[c]
-            c_imag[c] = p_i[c] * u_imag[c]
+def _backward(g, p, grad, dx, dp, deta, first, last, low, high):
+    u_real, u_imag = np.empty_like(deta[0, low:high]), np.empty_like(deta[0, low:high])  # u_i = g_i^2 lambda_i
+    c_real, c_imag = np.empty_like(u_real), np.empty_like(u_real)  # carry p_{i+1} u_{i+1}
+    for b in range(first, last):
+        c_real[:] = 0
+        c_imag[:] = 0
+        deta_b = deta[b, low:high]
+        for i in range(dx.shape[1] - 1, -1, -1):
+            g_i, w_i, dx_i = g[b, i, 2 * low : 2 * high], grad[b, i, 2 * low : 2 * high], dx[b, i, low:high]
+            for c in range(u_real.size):
+                real, imag = g_i[2 * c], g_i[2 * c + 1]
+                square, twice = real * real - imag * imag, (real + real) * imag
+                lam_real, lam_imag = c_real[c] + w_i[2 * c], c_imag[c] - w_i[2 * c + 1]
+                u_real[c] = square * lam_real - twice * lam_imag
+                u_imag[c] = square * lam_imag + twice * lam_real
+            for c in range(u_real.size):
+                dx_i[c] = -u_real[c]
+                deta_b[c] -= u_imag[c]
+            dp_i = dp[b, i, low:high]
+            if i == 0:
+                dp_i[:] = 0
+                break
+            p_i, before = p[b, i, low:high], g[b, i - 1, 2 * low : 2 * high]
+            for c in range(u_real.size):
+                dp_i[c] = u_real[c] * before[2 * c] - u_imag[c] * before[2 * c + 1]
+                c_real[c] = p_i[c] * u_real[c]
+                c_imag[c] = p_i[c] * u_imag[c]
 
 
 @_compile
-def _convolve(x, taps, bias, y, row, low, high):
-    steps, last = x.shape[1], taps.shape[0] - 1
-    for i in range(steps):
-        y_i = y[row, i, low:high]
-        y_i[:] = bias[low:high]
-        for k in range(max(0, last - i), last + 1):
-            x_k, tap = x[row, i + k - last, low:high], taps[k, low:high]
-            for c in range(y_i.size):
-                y_i[c] += tap[c] * x_k[c]
+def _convolve(x, taps, bias, y, first, last, low, high):
+    steps, reach = x.shape[1], taps.shape[0] - 1
+    for b in range(first, last):
+        for i in range(steps):
+            y_i = y[b, i, low:high]
+            y_i[:] = bias[low:high]
+            for k in range(max(0, reach - i), reach + 1):
+                x_k, tap = x[b, i + k - reach, low:high], taps[k, low:high]
+                for c in range(y_i.size):
+                    y_i[c] += tap[c] * x_k[c]
 
 
 @_compile
-def _convolve_backward(x, taps, grad, dx, dtaps, row, low, high):  # the last row of dtaps is the gradient of the bias
-    steps, last = x.shape[1], taps.shape[0] - 1
-    dbias = dtaps[row, last + 1, low:high]
-    for i in range(steps):
-        x_i, dx_i, w_i = x[row, i, low:high], dx[row, i, low:high], grad[row, i, low:high]
-        dx_i[:] = 0
-        for k in range(max(0, last - (steps - 1 - i)), last + 1):
-            w_k, tap, dtap = grad[row, i + last - k, low:high], taps[k, low:high], dtaps[row, k, low:high]
+def _convolve_backward(x, taps, grad, dx, dtaps, first, last, low, high):  # dtaps[:, -1] is the gradient of the bias
+    steps, reach = x.shape[1], taps.shape[0] - 1
+    for b in range(first, last):
+        dbias = dtaps[b, reach + 1, low:high]
+        for i in range(steps):
+            x_i, dx_i, w_i = x[b, i, low:high], dx[b, i, low:high], grad[b, i, low:high]
+            dx_i[:] = 0
+            for k in range(max(0, reach - (steps - 1 - i)), reach + 1):
+                w_k, tap, dtap = grad[b, i + reach - k, low:high], taps[k, low:high], dtaps[b, k, low:high]
+                for c in range(dx_i.size):
+                    dx_i[c] += tap[c] * w_k[c]
+                for c in range(dx_i.size):
+                    dtap[c] += x_i[c] * w_k[c]
             for c in range(dx_i.size):
-                dx_i[c] += tap[c] * w_k[c]
-            for c in range(dx_i.size):
-                dtap[c] += x_i[c] * w_k[c]
-        for c in range(dx_i.size):
-            dbias[c] += w_i[c]
+                dbias[c] += w_i[c]
 
 
 @functools.cache
@@ -108,17 +117,23 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="bk_core")
 
 
+def _cuts(size: int, pieces: int) -> list[tuple[int, int]]:
+    edges = [size * k // pieces for k in range(pieces + 1)]
+    return list(zip(edges, edges[1:]))
+
+
 def _run(kernel, shape: tuple[int, int, int], *tensors: torch.Tensor) -> None:
     batch, steps, channels = shape
     arrays = [tensor.detach().numpy() for tensor in tensors]
     threads = max(1, min(torch.get_num_threads(), batch * steps * channels // GRAIN))
-    blocks = min(-(-threads // max(batch, 1)), -(-channels // BLOCK))
-    edges = [channels * k // blocks for k in range(blocks + 1)]
-    tiles = iter([(row, low, high) for row in range(batch) for low, high in zip(edges, edges[1:])])
+    if threads == 1:
+        return kernel(*arrays, 0, batch, 0, channels)
+    rows, blocks = min(batch, 4 * threads), max(1, min(threads // batch, channels // BLOCK))
+    tiles = itertools.product(_cuts(batch, rows), _cuts(channels, blocks))
 
     def work():
-        for tile in tiles:
-            kernel(*arrays, *tile)
+        for (first, last), (low, high) in tiles:
+            kernel(*arrays, first, last, low, high)
 
     helpers = [_pool(os.getpid(), threads - 1).submit(work) for _ in range(threads - 1)]
     work()
