@@ -160,6 +160,7 @@ def _execute(runs: list[Run], total: int, jobs: int) -> None:
         while waiting or running:
             while waiting and len(running) < jobs:
                 running.append(_Process(waiting.pop(0), _cores() // jobs))
+                running[-1].start()
             for process in [process for process in running if process.poll() is not None]:
                 running.remove(process)
                 seconds.append(process.seconds)
@@ -176,12 +177,12 @@ class _Process:
     """The papermill process of a run. A kernel that did not start is started once more."""
 
     def __init__(self, run: Run, threads: int):
-        self.run, self.attempts, self.begun, self.seconds = run, 0, time.monotonic(), 0.0
+        self.run, self.process, self.attempts, self.seconds = run, None, 0, 0.0
+        self.begun = time.monotonic()
         self.environment = {**os.environ, **{name: str(threads) for name in _THREADS}}
         self.environment.pop("KIT_PROFILE", None)  # its values are among the run's parameters
-        self._start()
 
-    def _start(self) -> None:
+    def start(self) -> None:
         self.attempts += 1
         self.run.prepare()
         with open(self.run.folder / LOG, "w") as log:
@@ -194,7 +195,7 @@ class _Process:
         """The exit code, or None while it runs."""
         code = self.process.poll()
         if code and self.attempts == 1 and any(text in self.run.last_lines(50) for text in _NO_START):
-            self._start()
+            self.start()
             return None
         if code is not None:
             self.seconds = time.monotonic() - self.begun
@@ -203,6 +204,8 @@ class _Process:
 
     def kill(self) -> None:
         """End it and the kernel it started; the run counts as cut short."""
+        if self.process is None:
+            return
         with contextlib.suppress(psutil.NoSuchProcess):
             family = [*self.process.children(recursive=True), self.process]
             for process in family:

@@ -116,8 +116,9 @@ def label_points(ax: Axes, points: list[tuple[float, float, str]],
     ax.figure.draw_without_rendering()  # settles the layout, on which extents depend
     taken = [_around(ax, x, y) for x, y in [*avoid, *((x, y) for x, y, _ in points)]]
     for x, y, text in points:
-        notes = [ax.annotate(text, (x, y), (dx, dy), textcoords="offset points", ha=across, va=up, fontsize=9,
-                             annotation_clip=False, path_effects=_HALO, zorder=2.5) for dx, dy, across, up in _SIDES]
+        look = dict(textcoords="offset points", fontsize=9, annotation_clip=False, path_effects=_HALO)
+        notes = [ax.annotate(text, (x, y), (dx, dy), ha=across, va=up, zorder=2.5, **look)
+                 for dx, dy, across, up in _SIDES]
         extents = [note.get_window_extent() for note in notes]
         meets = [sum(extent.overlaps(box) for box in taken)
                  + 9 * (extent.x1 > ax.figure.bbox.x1 or extent.x0 < ax.bbox.x0) for extent in extents]

@@ -55,6 +55,7 @@ def lines(curves: Mapping | pd.DataFrame, xlabel: str, ylabel: str, *, logx: boo
     measured = {tuple(as_array(x)) for x, *_ in curves.values()}
     if logx and len(measured) == 1 and len(min(measured)) <= 8:
         ax.set_xticks(*measured)
+    ax.autoscale_view()
     label_line_ends(ax, ends)
     return ax
 

@@ -2,18 +2,14 @@
 
 import dataclasses
 import glob
-import importlib.metadata
 import json
 import math
 import os
-import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-
-import kit
 
 RESULT = "result.json"
 _CORE = ["run", "notebook", "seed", "bytes", "ratio", "perplexity", "low", "high", "bits_per_byte",
@@ -47,7 +43,8 @@ def write_result(folder: str | Path, record: dict) -> Path:
         record: ``notebook``, ``parameters`` (dict) and ``seed`` are required. Tables and plots read
             ``corpus`` ``{name, sha256}``, ``stages`` (a list of ``{name, bytes, ratio, perplexity, low, high,
             bits_per_byte, seconds, tokens}``) and the run's own ``bytes``, ``ratio``, ``perplexity`` or
-            ``accuracy``, ``low``, ``high``, ``bits_per_byte``. Anything else is kept. ``versions`` is added.
+            ``accuracy``, ``low``, ``high``, ``bits_per_byte``. Anything else is kept. Versions and machine
+            (`kit.measurement.environment`) are added.
 
     Raises:
         ValueError: a required key is missing, or ``corpus`` or ``stages`` lacks what the comparison needs.
@@ -59,7 +56,9 @@ def write_result(folder: str | Path, record: dict) -> Path:
         raise ValueError(f"The corpus of {folder} is {record['corpus']!r}, expected its name and sha256.")
     if any("name" not in stage for stage in record.get("stages", [])):
         raise ValueError(f"A stage of {folder} has no name; give each stage a dict with a name.")
-    return write_json(Path(folder) / RESULT, {"versions": _versions(), **record})
+    from kit.measurement import environment  # loads torch, which reading records does not need
+
+    return write_json(Path(folder) / RESULT, {**environment(), **record})
 
 
 def read_results(where: str | Path | Iterable[str | Path] = "runs") -> pd.DataFrame:
@@ -91,13 +90,13 @@ def read_stages(where: str | Path | Iterable[str | Path] = "runs") -> pd.DataFra
 
 
 def quality_column(frame: pd.DataFrame) -> str:
-    """The column that orders these runs by quality: ``perplexity`` when all that have one share a vocabulary,
-    ``bits_per_byte`` when vocabularies differ, ``accuracy`` where there is no perplexity.
+    """The column that orders these runs by quality: ``accuracy`` where there is no perplexity,
+    ``bits_per_byte`` where vocabularies differ, else ``perplexity``.
     """
-    if frame["perplexity"].notna().any():
-        several = "parameters.vocab_size" in frame and frame["parameters.vocab_size"].nunique() > 1
-        return "bits_per_byte" if several and frame["bits_per_byte"].notna().any() else "perplexity"
-    return "accuracy"
+    if frame["perplexity"].isna().all() and frame["accuracy"].notna().any():
+        return "accuracy"
+    several = "parameters.vocab_size" in frame and frame["parameters.vocab_size"].nunique() > 1
+    return "bits_per_byte" if several and frame["bits_per_byte"].notna().any() else "perplexity"
 
 
 def dominated_by(frame: pd.DataFrame, minimize: Sequence[str] = ("bytes", "perplexity"),
@@ -167,11 +166,6 @@ def _bits_interval(frame: pd.DataFrame) -> pd.DataFrame:
     constant = numeric["bits_per_byte"] / np.log(numeric["perplexity"])
     return frame.assign(**numeric, bits_per_byte_low=constant * np.log(numeric["low"]),
                         bits_per_byte_high=constant * np.log(numeric["high"]))
-
-
-def _versions() -> dict:
-    return {"python": platform.python_version(), "kit": kit.__version__,
-            **{name: importlib.metadata.version(name) for name in ("torch", "numpy")}}
 
 
 def _plain(value):
