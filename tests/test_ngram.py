@@ -15,7 +15,7 @@ texts = st.lists(st.integers(0, VOCAB - 1), min_size=6, max_size=60)
 
 
 def brute_force(text, order, context, word):
-    """Interpolated Kneser-Ney by its definition: sets, sums, recursion over the order. Grams of `order` words."""
+    """Interpolated Kneser-Ney by its definition: sets, sums, recursion over the order."""
     def counts(k):
         grams = [tuple(text[i:i + k]) for i in range(len(text) - k + 1)]
         if k == order:
@@ -80,7 +80,7 @@ def test_a_higher_order_learns_what_a_lower_one_cannot():
 
 
 @pytest.mark.parametrize("tokens, order, message", [
-    ([0, 1, 2], 3, "order=3 must be 1 or more, and less than the 3 tokens"),
+    ([0, 1, 2], 3, "order=3 must be 1 or more and under the text's 3 tokens"),
     ([0, 1, 2], 0, "order=0"),
     ([0, 1, 7], 1, r"Tokens must lie in 0..3 .*span 0..7"),
 ])
@@ -95,4 +95,5 @@ def test_bad_input(tokens, order, message):
 def test_novels_give_the_known_perplexities():
     novels = load_corpus(f"text:{NOVELS}", 8192)  # in the cache of the session
     for order, known in ((2, 143), (3, 106), (4, 102)):
-        assert KneserNey.fit(novels.train, order, 8192).perplexity(novels.test) == pytest.approx(known, rel=0.02)
+        model = KneserNey.fit(novels.train, order, 8192)
+        assert model.perplexity(novels.test) == pytest.approx(known, rel=0.02)

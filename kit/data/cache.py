@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def cache_dir():
-    """Folder of everything that can be rebuilt: ``$KIT_CACHE``, else ``~/.cache/kit``; created when missing."""
+    """Folder of all that can be rebuilt: ``$KIT_CACHE``, else ``~/.cache/kit``; made when missing."""
     folder = Path(os.environ.get("KIT_CACHE") or Path.home() / ".cache" / "kit").expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder

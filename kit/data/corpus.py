@@ -49,8 +49,8 @@ def load_corpus(name="docs", vocab_size=4096, tokenizer="bpe", train_bytes=None)
     tokenizer: ``"bpe"`` (byte-level) or ``"word"``, learned from the training text alone.
     train_bytes: use about this much of the training text (its beginning); the other splits stay whole.
 
-    Raises ValueError or FileNotFoundError: unknown name or tokenizer, no such file, text that is empty or not UTF-8,
-    vocab_size under the tokenizer's least or over what the text supports.
+    Raises ValueError or FileNotFoundError: unknown name or tokenizer, no such file, text that is empty or not
+    UTF-8, vocab_size under the tokenizer's least or over what the text supports.
     """
     read = _reader(name)
     if tokenizer not in TOKENIZERS:
@@ -63,7 +63,8 @@ def load_corpus(name="docs", vocab_size=4096, tokenizer="bpe", train_bytes=None)
         texts["train"] = texts["train"].encode()[:train_bytes].decode(errors="ignore")
     for split in SPLITS:
         if not texts[split].strip():
-            raise ValueError(f"The {split} split of corpus {name!r} is empty: give a text of some thousand characters.")
+            raise ValueError(f"The {split} split of corpus {name!r} is empty: "
+                             "give a text of some thousand characters.")
     encoded = {split: texts[split].encode() for split in SPLITS}
     sha256 = hashlib.sha256(b"\0".join(encoded.values())).hexdigest()
     learned, tokens = _tokens(texts, sha256, tokenizer, vocab_size)
@@ -106,7 +107,7 @@ def _files(place):
 
 
 def _blocks(files):
-    """Each file's first 90 %, next 5 % and last 5 %, cut at line ends; blocks of a split follow one another."""
+    """Each file's first 90 %, next 5 % and last 5 %, cut at line ends, put together split by split."""
     parts = {split: [] for split in SPLITS}
     for file in files:
         text = _utf8(file)
@@ -130,7 +131,8 @@ def _utf8(file):
 def _tokens(texts, sha256, kind, vocab_size):
     """(tokenizer, {split: tokens}), learned and encoded or from the cache: one file holds both."""
     recipe = hashlib.sha256(Path(tokenization.__file__).read_bytes()).hexdigest()
-    key = key_of(sha256=sha256, kind=kind, vocab_size=vocab_size, recipe=recipe, tokenizers=tokenizers.__version__)
+    key = key_of(sha256=sha256, kind=kind, vocab_size=vocab_size, recipe=recipe,
+                 library=tokenizers.__version__)
     path = cache_dir() / "tokens" / f"{key}.npz"
     if not path.exists():
         learned = TOKENIZERS[kind].train(texts["train"], vocab_size)

@@ -1,7 +1,7 @@
 """The corpus ``docs``: the documentation written inside the kit's own dependencies and inside Python.
 
-Nothing is imported: sources are read with ``ast``. A source (a Python file, or one of Python's help topics) falls in
-one split, by the hash of its name; a paragraph enters the corpus once, and not at all when most of it was seen before.
+Nothing is imported: sources are read with ``ast``. A source (a Python file, or one of Python's help topics)
+falls in one split, by the hash of its name; a paragraph enters the corpus unless half of it was seen before.
 """
 
 import ast
@@ -25,8 +25,11 @@ PERCENT = {"test": 6, "validation": 6}  # of the sources; the rest is for traini
 
 
 def settings():
-    """What the text depends on, as JSON values: versions, and this recipe."""
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    """What the text depends on, as JSON values: versions, and this recipe.
+
+    Raises ModuleNotFoundError when a package is missing.
+    """
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES if _origin(package)}
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     return {"python": platform.python_version(), "recipe": recipe, **versions}
 
@@ -34,8 +37,8 @@ def settings():
 def build():
     """Read, deduplicate and split the documentation: ``{"train": text, "validation": text, "test": text}``.
 
-    About 10 MB in half a minute on one core. Sources stand in the order of the hash of their names, so that the
-    beginning of a split is a sample of all of it. Raises ModuleNotFoundError when a package is missing.
+    About 10 MB in half a minute on one core. Sources stand in the order of the hash of their names, so that
+    the beginning of a split is a sample of all of it.
     """
     splits = {"train": [], "validation": [], "test": []}
     seen = Seen()
@@ -57,8 +60,8 @@ def split_of(digest):
 
 
 def strings(source):
-    """Texts in a Python source: strings standing as statements (docstrings are), strings assigned to ``__doc__`` or
-    another name with "doc" in it, strings given to such functions (``add_docstr``).
+    """Texts in a Python source: strings that are statements (docstrings are), strings assigned to ``__doc__``
+    or another name with "doc" in it, strings given to such functions (``add_docstr``).
 
     Indentation is cleaned as `inspect.cleandoc` does. A file of another version's syntax has none.
     """
@@ -70,9 +73,8 @@ def strings(source):
         return
     for statement in _statements(tree.body):
         for node in _documenting(statement):
-            text = getattr(node, "value", None) if isinstance(node, ast.Constant) else None
-            if isinstance(text, str) and " " in text:
-                yield inspect.cleandoc(text)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+                yield inspect.cleandoc(node.value)
 
 
 def _documenting(statement):
@@ -135,7 +137,7 @@ def _sources():
 def _origin(module):
     spec = importlib.util.find_spec(module)
     if spec is None:
-        raise ModuleNotFoundError(f"The corpus 'docs' reads the documentation of {module!r}, which is not installed: "
+        raise ModuleNotFoundError(f"The corpus 'docs' reads {module!r}, which is not installed: "
                                   "run pip install -r requirements.txt, or use a corpus 'text:<file>'.")
     return spec.origin
 
@@ -151,7 +153,7 @@ def _statements(body):
 
 @contextmanager
 def _quick_parsing():
-    """No garbage collector, which spends most of the time in looking through trees; no warnings about the sources."""
+    """No garbage collector, which would take most of the time; no warnings about the sources."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -26,7 +26,7 @@ def _pieces(text, size=20_000):
 
 
 class BPETokenizer:
-    """Byte-level byte-pair encoding (Sennrich et al. 2016; bytes as in GPT-2): ``decode(encode(text)) == text``."""
+    """Byte-level byte-pair encoding (Sennrich et al. 2016), lossless: ``decode(encode(text)) == text``."""
 
     def __init__(self, backend):
         self._backend = backend
@@ -35,8 +35,8 @@ class BPETokenizer:
     def check(vocab_size):
         """Raises ValueError when vocab_size is under 257."""
         if vocab_size <= BYTES:
-            raise ValueError(f"vocab_size={vocab_size} is too small for byte-level BPE: it needs 257 or more, "
-                             "256 bytes and at least one merge.")
+            raise ValueError(f"vocab_size={vocab_size} is too small for byte-level BPE: "
+                             "it needs 257 or more, 256 bytes and at least one merge.")
 
     @classmethod
     def train(cls, text, vocab_size):
@@ -53,8 +53,8 @@ class BPETokenizer:
         backend.train_from_iterator(_pieces(text), trainer)
         reached = backend.get_vocab_size()
         if reached < vocab_size:
-            raise ValueError(f"vocab_size={vocab_size} is larger than the training text supports: byte-level BPE "
-                             f"reaches {reached} tokens, choose at most that or give more text.")
+            raise ValueError(f"vocab_size={vocab_size} is larger than the training text supports: byte-level "
+                             f"BPE reaches {reached} tokens, choose at most that or give more text.")
         return cls(backend)
 
     @property
@@ -105,7 +105,7 @@ class WordTokenizer:
         counts = Counter(word for word in text.split() if word not in (UNKNOWN, END_OF_LINE))
         if len(counts) + 2 < vocab_size:
             raise ValueError(f"vocab_size={vocab_size} is larger than the training text supports: it has "
-                             f"{len(counts)} distinct words, choose at most {len(counts) + 2} or give more text.")
+                             f"{len(counts)} words, choose at most {len(counts) + 2} or give more text.")
         words = sorted(counts, key=lambda word: (-counts[word], word))
         return cls([UNKNOWN, END_OF_LINE, *words[:vocab_size - 2]])
 

@@ -26,26 +26,27 @@ WIKITEXT2 = Hub(
 def read(hub=WIKITEXT2):
     """Texts of the three splits, as in the original files: a line a row, blank lines as " \\n".
 
-    Files are fetched once to ``cache_dir() / "wikitext-2"``. Raises FileNotFoundError when one is neither there nor
-    to be had, ValueError when its checksum is another.
+    Files are fetched once to ``cache_dir() / "wikitext-2"``.
+
+    Raises FileNotFoundError when one is neither there nor to be had, ValueError when its checksum is another.
     """
     return {split: _text(_fetched(hub, split)) for split in hub.sha256}
 
 
 def _fetched(hub, split):
     name = f"{split}-00000-of-00001.parquet"
-    path = cache_dir() / "wikitext-2" / name
+    path, url = cache_dir() / "wikitext-2" / name, f"{hub.url}/{name}"
     if not path.exists():
         try:
-            with urllib.request.urlopen(f"{hub.url}/{name}", timeout=30) as response, atomic(path) as temporary:
+            with urllib.request.urlopen(url, timeout=30) as response, atomic(path) as temporary:
                 temporary.write_bytes(response.read())
         except OSError as error:
-            raise FileNotFoundError(f"wikitext-2 could not be fetched ({error}): put the file {hub.url}/{name} "
-                                    f"at {path}.") from error
+            raise FileNotFoundError(f"wikitext-2 could not be fetched ({error}): "
+                                    f"put the file {url} at {path}.") from error
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != hub.sha256[split]:
-        raise ValueError(f"{path} has SHA-256 {found}, expected {hub.sha256[split]}: delete it and fetch it again "
-                         f"from {hub.url}/{name}.")
+        raise ValueError(f"{path} has SHA-256 {found}, expected {hub.sha256[split]}: "
+                         f"delete it and fetch it again from {url}.")
     return path
 
 

@@ -16,11 +16,14 @@ class _Order:
 
 @dataclass(frozen=True)
 class KneserNey:
-    """Interpolated Kneser-Ney language model (Kneser & Ney 1995; interpolated as in Chen & Goodman 1999, eq. 4.33).
+    """Interpolated Kneser-Ney language model (Kneser & Ney 1995, interpolated as by Chen & Goodman 1999):
 
-    The highest order counts occurrences, each lower one the distinct words seen before its grams. One discount an
-    order, D = n1 / (n1 + 2 n2); the unigram is interpolated with the uniform distribution, so every token has a
-    probability and each context's sum to one. ``order=1`` is a unigram model of plain counts.
+        p(w | h) = max(c(h w) - D, 0) / c(h .) + D N(h .) / c(h .) p(w | h without its first word)
+
+    with N(h .) the number of distinct words seen after h. At the highest order c counts occurrences, at each
+    lower one the distinct words seen before the gram. One discount an order, D = n1 / (n1 + 2 n2), from the
+    numbers of grams counted once and twice; below the unigram stands the uniform distribution, so that every
+    token has a probability and those of a context sum to one. ``order=1`` is a unigram model of plain counts.
     """
 
     order: int
@@ -31,17 +34,17 @@ class KneserNey:
     def fit(cls, tokens, order, vocab_size):
         """Count a text. tokens: integers (n,) in 0..vocab_size - 1.
 
-        Raises ValueError when order is under 1, the text shorter than order + 1 tokens, or a token out of range.
+        Raises ValueError when order is under 1 or not less than n, or a token is out of range.
         """
         tokens = _checked(tokens, vocab_size)
         if order < 1 or tokens.size <= order:
-            raise ValueError(f"order={order} must be 1 or more, and less than the {tokens.size} tokens of the text.")
-        # grams[k][j]: index of the (k + 1)-gram that begins at j; firsts[k]: where each distinct one first begins
+            raise ValueError(f"order={order} must be 1 or more and under the text's {tokens.size} tokens.")
+        # grams[k][j]: index of the (k + 1)-gram beginning at j; firsts[k]: where each distinct one first does
         keys, grams = [np.arange(vocab_size)], [tokens]
         counts, firsts = np.bincount(tokens, minlength=vocab_size), [None]
         for k in range(1, order):
             key = grams[-1][:-1] * vocab_size + tokens[k:]
-            unique, first, inverse, counts = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
+            unique, first, inverse, counts = np.unique(key, True, True, True)
             keys, grams, firsts = [*keys, unique], [*grams, inverse], [*firsts, first]
         tables = []
         for k in range(order):
@@ -53,7 +56,7 @@ class KneserNey:
         return cls(order, vocab_size, tuple(tables))
 
     def probabilities(self, context):
-        """Distribution of the token after ``context`` (a sequence of tokens, may be empty): float64 (vocab_size,)."""
+        """Distribution of the token after ``context`` (tokens (n,), n may be 0): float64 (vocab_size,)."""
         context = _checked(context, self.vocab_size)
         context = context[max(0, context.size - self.order + 1):]
         rows = np.tile(context, (self.vocab_size, 1))
@@ -71,7 +74,7 @@ class KneserNey:
         return float(np.exp(self.nll(tokens).mean()))
 
     def _likelihood(self, tokens):
-        """Probability of each token given those before it on the last axis: float64, the shape of ``tokens``."""
+        """Probability of each token given those before it on the last axis: float64, of the tokens' shape."""
         unigram = self.tables[0]
         p = unigram.direct[tokens] + unigram.backoff[0] / self.vocab_size
         grams = tokens
@@ -92,9 +95,8 @@ def _table(keys, counts, vocab_size, contexts):
     discount = once / (once + 2 * twice) if once else 0.5
     total = np.bincount(context, counts, contexts)
     types = np.bincount(context, counts > 0, contexts)
-    seen = total > 0
-    backoff = np.divide(discount * types, total, out=np.ones(contexts), where=seen)
-    direct = np.divide(np.maximum(counts - discount, 0), total[context], out=np.zeros(len(keys)), where=seen[context])
+    backoff = np.divide(discount * types, total, out=np.ones(contexts), where=total > 0)
+    direct = np.maximum(counts - discount, 0) / np.maximum(total, 1)[context]
     return _Order(keys, np.append(direct, 0.0), np.append(backoff, 1.0))
 
 
