@@ -106,7 +106,6 @@ def _convolve_backward(x, taps, grad, dx, dtaps, first, last, low, high):  # dta
                 w_k, tap, dtap = grad[b, i + reach - k, low:high], taps[k, low:high], dtaps[b, k, low:high]
                 for c in range(dx_i.size):
                     dx_i[c] += tap[c] * w_k[c]
-                for c in range(dx_i.size):
                     dtap[c] += x_i[c] * w_k[c]
             for c in range(dx_i.size):
                 dbias[c] += w_i[c]
