@@ -155,7 +155,7 @@ def _is_due(run: Run, retry: bool) -> bool:
 def _execute(runs: list[Run], total: int, jobs: int) -> None:
     """Run all, `jobs` at a time, with a line of progress whenever one ends."""
     waiting, running, seconds = list(runs), [], []
-    print(f"{total} runs, {total - len(runs)} of them before; {jobs} at a time", flush=True)
+    print(f"{total} runs, {total - len(runs)} skipped; {jobs} at a time", flush=True)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:

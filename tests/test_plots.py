@@ -55,7 +55,7 @@ DRAWINGS = {
     "pareto": lambda: plots.pareto(runs()),
     "pareto of one run": lambda: plots.pareto(runs(1)),
     "heat_map": lambda: plots.heat_map(pd.DataFrame([[1, np.nan], [3, 4]]), "degradation (%)"),
-    "bars": lambda: plots.bars({"dense": 3.0, "int": 1.0}, "ms", intervals={"dense": (2, 4)}, highlight="int"),
+    "bars": lambda: plots.bars({"a": 3.0, "b": 1.0}, "ms", intervals={"a": (2, 4)}, highlight="b"),
 }
 
 
