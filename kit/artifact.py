@@ -44,7 +44,7 @@ def save(model: nn.Module, path: str | os.PathLike, layouts: tuple[str, ...] = L
     without further help; any other model needs an instance of the same shapes to load into.
     The file is written whole or not at all.
     """
-    header, blobs = {"model": _recipe(model), "modules": _activation_modules(model), "tensors": []}, []
+    header, blobs = {"model": recipe(model), "modules": _activation_modules(model), "tensors": []}, []
     for name, entry, parts in _encoded_tensors(model, layouts):
         header["tensors"].append({"name": name, **entry, "sizes": [len(part) for part in parts]})
         blobs += parts
@@ -109,7 +109,8 @@ def describe(path: str | os.PathLike) -> pd.DataFrame:
 # Writing
 
 
-def _recipe(model: nn.Module) -> dict | None:
+def recipe(model: nn.Module) -> dict | None:
+    """Name and config that rebuild one of the kit's own models; None for any other."""
     name = type(model).__name__
     if name not in MODELS or type(model) is not MODELS[name][0]:
         return None
@@ -180,17 +181,17 @@ def _read(path) -> tuple[dict, Iterator[bytes]]:
 
 
 def _rebuild(header: dict, path) -> nn.Module:
-    recipe = header["model"]
-    if recipe is None:
+    stated = header["model"]
+    if stated is None:
         raise ArtifactError(f"{path} holds a model that is not the kit's own: pass load(path, model=...) an instance")
     with torch.device("meta"):
-        skeleton = build_model(recipe["class"], recipe["config"])
+        skeleton = build_model(stated["class"], stated["config"])
     shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
     stored = {entry["name"]: tuple(entry["shape"]) for entry in header["tensors"]}
     if any(stored.get(name, shape) != shape for name, shape in shapes.items()):
         raise ArtifactError(f"{path} contradicts itself: its config and its tensors have different shapes")
     with torch.random.fork_rng(devices=[]):
-        return build_model(recipe["class"], recipe["config"])
+        return build_model(stated["class"], stated["config"])
 
 
 def _restore_modules(model: nn.Module, modules: dict, path) -> None:

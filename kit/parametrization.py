@@ -53,7 +53,7 @@ def set_steps(model: nn.Module, module: nn.Module, attribute: str, steps: list[n
                for a in [*m._parameters, *getattr(m, "parametrizations", {})] if original_of(m, a) is original]
     for holder, name in holders:
         if parametrize.is_parametrized(holder, name):
-            parametrize.remove_parametrizations(holder, name, leave_parametrized=False)
+            _remove(holder, name, leave_parametrized=False)
         for step in steps:
             parametrize.register_parametrization(holder, name, step, unsafe=True)
         if isinstance(holder, nn.RNNBase):
@@ -61,6 +61,14 @@ def set_steps(model: nn.Module, module: nn.Module, attribute: str, steps: list[n
                 holder._weight_hooks = (holder.register_forward_pre_hook(_read_weights),
                                         holder.register_forward_hook(_forget_weights))
             _forget_weights(holder)
+
+
+def _remove(module: nn.Module, attribute: str, leave_parametrized: bool) -> None:
+    """torch deletes the property from the module's generated class, which copies of the module share: part first."""
+    shared = type(module)
+    own = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, own)
+    parametrize.remove_parametrizations(module, attribute, leave_parametrized=leave_parametrized)
 
 
 def _read_weights(module: nn.RNNBase, *_) -> None:
@@ -82,7 +90,7 @@ def bake(model: nn.Module) -> nn.Module:
         if isinstance(module, parametrize.ParametrizationList):
             continue
         for attribute in list(getattr(module, "parametrizations", {})):
-            parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+            _remove(module, attribute, leave_parametrized=True)
         if hasattr(module, "_weight_hooks"):
             for hook in module._weight_hooks:
                 hook.remove()

@@ -1,0 +1,182 @@
+"""QAT, pruning and distillation one after another, each ending in a file whose bytes and quality are measured."""
+
+import copy
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from kit import artifact
+from kit.data.cache import key_of
+from kit.distillation import DistillationTrainer
+from kit.evaluation import evaluate
+from kit.losses import classification_loss, next_token_loss
+from kit.parametrization import bake, named_weights, original_of
+from kit.models import MoE
+from kit.pruning.experts import prune_unused_experts
+from kit.pruning.magnitude import MagnitudePruner
+from kit.quantization import calibrate, original_mix, quantize_bk_core, quantize_weights
+from kit.quantization.rate import RateLoss, row_sensitivity, set_rate_formats
+from kit.results import write_json
+from kit.training import TrainConfig, train
+
+STAGES = ("qat", "pruning", "distillation")
+CALIBRATION_BATCHES = 8
+
+
+class CompressionPipeline:
+    """Compresses a trained model to a byte budget: its float32 file divided by `target_compression`.
+
+    qat           INT4 groups for experts and INT8 for the rest, straight-through; the BK-core's v and G in INT8
+    pruning       experts under 5 % usage go, the router shrinks; then magnitude pruning on a cubic schedule, as far
+                  as brings the file half way (in ratio) from the last stage to the budget
+    distillation  from the uncompressed model; learned steps and a rate term steer the range-coded size to the budget
+
+    Every stage starts from the file of the stage before it, and is measured after reloading its own.
+
+    Args:
+        model: any trained module. Language models (`hidden`, `output`) are trained on next tokens, others on labels.
+        stages: their order; distillation last if the budget is to be met.
+        lr: peak learning rate of each stage.
+    Raises ValueError for a target below 1 or an unknown stage.
+    """
+
+    def __init__(self, model: nn.Module, target_compression: float = 100.0, device: str = "cpu",
+                 stages: Sequence[str] = STAGES, lr: float = 2e-3, seed: int = 0, log: bool = True):
+        if not target_compression >= 1:
+            raise ValueError(f"target_compression={target_compression} must be at least 1, the float32 file itself")
+        if unknown := set(stages) - set(STAGES):
+            raise ValueError(f"unknown stage {sorted(unknown)[0]!r}: choose from {', '.join(STAGES)}")
+        self.model, self.target_compression, self.device = model, target_compression, device
+        self.stages, self.lr, self.seed, self.log = tuple(stages), lr, seed, log
+        self.loss = next_token_loss if hasattr(model, "output") else classification_loss
+        self.baseline_bytes = artifact.float32_bytes(model)
+        self.budget = math.floor(self.baseline_bytes / target_compression)
+
+    def run_pipeline(self, train_loader, val_loader, qat_epochs: float = 3, pruning_epochs: float = 3,
+                     distillation_epochs: float = 5, save_dir: str | Path = "runs/pipeline") -> tuple[nn.Module, dict]:
+        """Runs the stages and returns (compressed model, metrics).
+
+        Epochs may be fractions. Finished stages found in `save_dir` are not run again; one that was killed goes on
+        from its last checkpoint. The model comes from its file. metrics: `compression_ratio`, `target_met`,
+        `budget_bytes`, `baseline` and, for each stage, `stage_metrics[stage]` with `bytes`, `ratio`,
+        `final_perplexity` (`final_accuracy` of a classifier), `degradation`, `seconds`, `tokens`, `path`.
+        """
+        save_dir = Path(save_dir)
+        save_dir.mkdir(parents=True, exist_ok=True)
+        epochs = {"qat": qat_epochs, "pruning": pruning_epochs, "distillation": distillation_epochs}
+        steps = {name: max(1, round(epochs[name] * len(train_loader))) for name in self.stages}
+        self._claim(save_dir, steps)
+        teacher = copy.deepcopy(bake(self.model)).to(self.device).eval()
+        baseline = self._quality(teacher, val_loader)
+        previous, metrics = None, {"baseline": {"bytes": self.baseline_bytes, **baseline}, "stage_metrics": {}}
+        for name in self.stages:
+            path = save_dir / f"{name}.kit"
+            if not path.with_suffix(".json").exists():
+                self._run_stage(name, previous, teacher, train_loader, steps[name], path)
+                self._record(path, val_loader, baseline)
+            previous = path
+            metrics["stage_metrics"][name] = stage = json.loads(path.with_suffix(".json").read_text())
+            self._say(f"{name}: {stage['bytes']:,} bytes, {stage['ratio']:.1f}x smaller, "
+                      f"{stage['degradation']:+.1%} {'error' if 'final_accuracy' in stage else 'perplexity'}")
+        final = metrics["stage_metrics"][self.stages[-1]]
+        metrics |= {"compression_ratio": final["ratio"], "budget_bytes": self.budget,
+                    "target_met": final["bytes"] <= self.budget}
+        self._say(f"target of {self.target_compression:g}x ({self.budget:,} bytes): " + (
+            "met" if metrics["target_met"] else f"missed by {final['bytes'] - self.budget:,} bytes"))
+        return self._load(previous), metrics
+
+    def _say(self, text: str) -> None:
+        if self.log:
+            print(text, flush=True)
+
+    def _claim(self, save_dir: Path, steps: dict) -> None:
+        """A folder belongs to one model and one set of settings, so that a resumed stage is the stage it says."""
+        digest = float(sum(p.detach().double().abs().sum() for p in self.model.parameters()))
+        claim = key_of(model=digest, target=self.target_compression, steps=steps, lr=self.lr, seed=self.seed)
+        file = save_dir / "settings.json"
+        if file.exists() and json.loads(file.read_text()) != claim:
+            raise ValueError(f"{save_dir} holds a run with another model or other settings: choose another save_dir")
+        write_json(file, claim)
+
+    def _load(self, path: Path, trainable: bool = False) -> nn.Module:
+        return artifact.load(path, self._skeleton(), trainable=trainable).to(self.device)
+
+    def _skeleton(self) -> nn.Module | None:
+        return None if artifact.recipe(self.model) else copy.deepcopy(bake(self.model))
+
+    def _quality(self, model: nn.Module, loader) -> dict:
+        result = evaluate(model, loader)
+        return {"accuracy": result.accuracy} if result.classifier else {"perplexity": result.perplexity}
+
+    def _record(self, path: Path, val_loader, baseline: dict) -> None:
+        """Measures a stage on the model in its file."""
+        quality = self._quality(self._load(path), val_loader)
+        size = path.stat().st_size
+        if "accuracy" in quality:
+            degradation = baseline["accuracy"] - quality["accuracy"]
+        else:
+            degradation = quality["perplexity"] / baseline["perplexity"] - 1
+        training = json.loads(path.with_suffix(".training").read_text())
+        write_json(path.with_suffix(".json"), {
+            "bytes": size, "ratio": self.baseline_bytes / size, "degradation": degradation, "path": str(path), **training,
+            **{f"final_{key}": value for key, value in quality.items()}})
+
+    def _run_stage(self, name: str, previous: Path | None, teacher: nn.Module, loader, steps: int, path: Path) -> None:
+        start = time.perf_counter()
+        torch.manual_seed(self.seed)
+        batches = [tuple(t.to(self.device) for t in batch) for batch in itertools.islice(loader, CALIBRATION_BATCHES)]
+        model = copy.deepcopy(teacher) if previous is None else self._load(previous, trainable=name != "pruning")
+        model, loss, hooks, extra, finish = getattr(self, f"_{name}")(model, teacher, batches, previous)
+        config = TrainConfig(steps=steps, lr=self.lr, seed=self.seed)
+        checkpoint = path.with_suffix(".checkpoint")
+        result = train(model, loader, config, loss=loss, hooks=hooks, checkpoint=checkpoint, log=self.log,
+                       extra_parameters=extra)
+        finish()
+        artifact.save(model, path)
+        write_json(path.with_suffix(".training"), {"seconds": time.perf_counter() - start, "tokens": result.tokens})
+        checkpoint.unlink(missing_ok=True)
+
+    def _qat(self, model, teacher, batches, previous):
+        quantize_bk_core(model)
+        calibrate(model, batches)
+        quantize_weights(model, original_mix(model))
+        return model, self.loss, (), (), lambda: None
+
+    def _pruning(self, model, teacher, batches, previous):
+        formats = previous is not None
+        if any(isinstance(module, MoE) for module in model.modules()):
+            model = prune_unused_experts(model, batches)
+        if formats:
+            quantize_weights(model, original_mix(model))
+        pruner = MagnitudePruner(model, scope="global")
+        sparsity = self._sparsity_for(model, previous)
+        return model, self.loss, (pruner.schedule(sparsity),), (), lambda: None
+
+    def _sparsity_for(self, model: nn.Module, previous: Path | None) -> float:
+        """The global sparsity whose file is half way, in ratio, between the last stage's and the budget."""
+        size = previous.stat().st_size if previous else self.baseline_bytes
+        wanted, probe = math.sqrt(size * self.budget), Path(previous or "probe.kit").with_suffix(".probe")
+        low, high = 0.0, 0.95
+        for _ in range(6):
+            middle = (low + high) / 2
+            trial = copy.deepcopy(model)
+            MagnitudePruner(trial, scope="global").prune(middle)
+            low, high = (middle, high) if artifact.save(trial, probe) > wanted else (low, middle)
+        probe.unlink()
+        return low
+
+    def _distillation(self, model, teacher, batches, previous):
+        distill = DistillationTrainer(teacher, model)
+        if previous is not None and previous.stat().st_size <= self.budget:
+            return model, distill, (distill.step,), distill.parameters(), lambda: None
+        weights = sum(original_of(m, a).numel() for _, m, a in named_weights(model))
+        start = min(3.0 * self.budget, weights / 2)
+        set_rate_formats(model, row_sensitivity(model, batches, self.loss), start)
+        rate = RateLoss(distill, model, self.budget)
+        return model, rate, (distill.step, rate.step), distill.parameters(), rate.finish

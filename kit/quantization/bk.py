@@ -1,0 +1,57 @@
+"""Quantization of the BK-core: its real input v and its complex output G, in training and as integers."""
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from kit.models import BKMixer
+from kit.models.bk_core import left_resolvent
+from kit.quantization.activations import ActivationQuantizer, ComplexQuantizer
+
+
+class QuantizedBKCore(nn.Module):
+    """The causal BK-core between two quantizers: v (B, N, C) -> rounded -> G -> rounded, complex (B, N, C).
+
+    Rounds to `bits` with ranges fixed by `kit.quantization.calibrate`; straight-through in training. `codes` gives the
+    integers that a deployment would keep.
+
+    Args:
+        channels: C for one range a channel; None for one range a tensor.
+        mode: of the complex output, see ComplexQuantizer.
+    """
+
+    def __init__(self, bits: int = 8, channels: int | None = None, mode: str = "separate"):
+        super().__init__()
+        self.quantize_v = ActivationQuantizer(bits, symmetric=False, channels=channels)
+        self.quantize_g = ComplexQuantizer(bits, channels=channels, mode=mode)
+
+    def forward(self, v: Tensor, energy: Tensor, hopping: Tensor, eta: Tensor) -> Tensor:
+        """v (B, N, C), energy (C,), hopping (B, N, C) >= 0, eta (C,) > 0 -> G (B, N, C) complex."""
+        return self.quantize_g(left_resolvent(self.quantize_v(v) - energy, hopping, eta))
+
+    @torch.no_grad()
+    def codes(self, v: Tensor, energy: Tensor, hopping: Tensor, eta: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """int8 codes of v and of the two parts of G."""
+        g = left_resolvent(self.quantize_v(v) - energy, hopping, eta)
+        return self.quantize_v.codes(v), self.quantize_g.codes(g)
+
+    def attach(self, mixer: BKMixer) -> None:
+        """Makes `mixer` compute with this core's quantizers."""
+        mixer.quantize_v, mixer.quantize_g = self.quantize_v, self.quantize_g
+
+
+class PerChannelQuantizedBKCore(QuantizedBKCore):
+    """QuantizedBKCore with a range for each of `channels` channels."""
+
+    def __init__(self, channels: int, bits: int = 8, mode: str = "separate"):
+        super().__init__(bits, channels, mode)
+
+
+def quantize_bk_core(model: nn.Module, bits: int = 8, per_channel: bool = False, mode: str = "separate") -> nn.Module:
+    """Gives every BK mixer of the model quantizers for v and G, in place; calibrate before use. Returns the model.
+
+    A model without BK mixers is returned as it is.
+    """
+    for mixer in [m for m in model.modules() if isinstance(m, BKMixer)]:
+        QuantizedBKCore(bits, len(mixer.energy) if per_channel else None, mode).to(mixer.energy.device).attach(mixer)
+    return model

@@ -1,0 +1,19 @@
+"""Named choices of formats."""
+
+import torch.nn as nn
+
+from kit.parametrization import named_weights, original_of
+from kit.quantization.formats import HALF, Format
+
+INT8 = Format(8)
+INT4_GROUPS = Format(4, granularity="group", group_size=128)
+
+
+def original_mix(model: nn.Module) -> dict[str, Format]:
+    """INT4 in groups of 128 for stacked experts, INT8 per channel for other weights, FP16 for the output layer's and all
+    other vectors: the mix of the original design, as a plan for `quantize_weights`."""
+    plan = {}
+    for name, module, attribute in named_weights(model):
+        dimensions = original_of(module, attribute).ndim
+        plan[name] = HALF if dimensions < 2 else INT4_GROUPS if dimensions == 3 and name.split(".")[-1].startswith("w_") else INT8
+    return plan
