@@ -146,6 +146,13 @@ def test_without_gradients_the_kernel_gives_the_same_and_keeps_no_graph():
     assert not g.requires_grad and torch.equal(g, left_resolvent(x, p, eta))
 
 
+def test_autocast_computes_in_float32():
+    x, p, eta = draw(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        g = left_resolvent(x, p.bfloat16(), eta)
+    assert torch.equal(g, left_resolvent(x, p.bfloat16().float(), eta))
+
+
 def test_threads_calling_at_once_get_the_same_as_one(monkeypatch):
     monkeypatch.setattr(bk_kernels, "GRAIN", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)

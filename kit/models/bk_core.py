@@ -84,12 +84,14 @@ def left_resolvent(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> torch
 
     x (B, N, C) float32 or float64: real diagonal. p (B, N, C) >= 0, not checked: hopping, ``p[:, i]`` links i-1 and i,
     ``p[:, 0]`` is ignored. eta (C,) > 0. Returns g (B, N, C), complex64 or complex128, with Im g > 0, |g| <= 1/eta and
-    exact gradients for all three arguments.
+    exact gradients for all three arguments. Autocast leaves it in float32.
 
     Raises ValueError for other shapes or dtypes and for eta <= 0.
     """
     if torch.compiler.is_exporting():
         return torch.complex(*left_resolvent_pair(x, p, eta))
+    if torch.is_autocast_enabled(x.device.type):
+        x, p, eta = (part if part.dtype == torch.float64 else part.float() for part in (x, p, eta))
     _check(x, p, eta)
     if x.device.type == "cpu":
         from kit.models import bk_kernels as backend  # numba takes half a second to import
