@@ -1,0 +1,141 @@
+"""INT8 layers on torch's own integer kernels: oneDNN where torch has it, else `torch._int_mm`.
+
+Weights are int8 with a scale a row; inputs are rounded to uint8, with a calibrated range or the range of
+the batch. The product is exact int32, y = s_x s_w (q_x - z_x) q_w + b (Jacob et al. 2018,
+arXiv:1712.05877, eq. 4).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from kit.engines.layers import IntegerWeight, float_copy, integer_weight
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+
+
+def quantize_batch(x: Tensor, grid: tuple[float, int] | None) -> tuple[Tensor, float, int]:
+    """x as uint8 codes of its shape, with scale and zero point: `grid`, or the range of x widened to
+    contain 0.
+    """
+    if grid is None:
+        low, high = (bound.item() for bound in torch.aminmax(x)) if x.numel() else (0.0, 0.0)
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = max((high - low) / 255, 1e-30)
+        grid = scale, min(max(round(-low / scale), 0), 255)
+    scale, zero = grid
+    return (x * (1 / scale)).round_().add_(zero).clamp_(0, 255).to(torch.uint8), scale, zero
+
+
+class _Integer(nn.Module):
+    """Codes and scales of a weight; `weight` multiplies them out for code that reads it, as
+    nn.MultiheadAttention.
+    """
+
+    def __init__(self, codes: Tensor, weight: IntegerWeight, bias: Tensor | None):
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", weight.scale[:, 0].contiguous())
+        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+        self.input_grid = weight.input_grid
+        self.zeros = torch.zeros(len(codes), dtype=torch.int64)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.codes.float() * self.scale.reshape(-1, *[1] * (self.codes.ndim - 1))
+
+
+class Int8Linear(_Integer):
+    """F.linear with an int8 weight: inputs (..., K) float32 -> (..., N) float32."""
+
+    def __init__(self, weight: IntegerWeight, bias: Tensor | None):
+        super().__init__(weight.codes, weight, bias)
+        self.packed = torch.ops.onednn.qlinear_prepack(weight.codes, None) if ONEDNN else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        q, scale, zero = quantize_batch(rows, self.input_grid)
+        if self.packed is None:
+            y = self._int_mm(q, zero).float() * (self.scale * scale)
+            y = y if self.bias is None else y + self.bias
+        else:
+            y = torch.ops.onednn.qlinear_pointwise(
+                q,
+                scale,
+                zero,
+                self.packed,
+                self.scale,
+                self.zeros,
+                self.bias,
+                1.0,
+                0,
+                torch.float32,
+                "none",
+                [],
+                "",
+            )
+        return y.reshape(*x.shape[:-1], len(self.codes))
+
+    def _int_mm(self, q: Tensor, zero: int) -> Tensor:
+        signed = (q.to(torch.int16) - 128).to(torch.int8)
+        return torch._int_mm(signed, self.codes.t()) + (128 - zero) * self.codes.sum(1, dtype=torch.int32)
+
+
+class Int8Conv2d(_Integer):
+    """F.conv2d with an int8 weight: (B, C, H, W) float32 -> (B, C', H', W') float32; needs oneDNN."""
+
+    def __init__(self, layer: nn.Conv2d, weight: IntegerWeight):
+        super().__init__(weight.codes.reshape(layer.weight.shape), weight, layer.bias)
+        self.geometry = [list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups]
+        self.packed = torch.ops.onednn.qconv_prepack(self.codes, self.scale, 1.0, 0, *self.geometry, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, scale, zero = quantize_batch(x, self.input_grid)
+        return torch.ops.onednn.qconv_pointwise(
+            q,
+            scale,
+            zero,
+            self.packed,
+            self.scale,
+            self.zeros,
+            self.bias,
+            *self.geometry,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+
+
+def int8_layer(layer: nn.Module) -> nn.Module | None:
+    """The integer layer in place of a quantized nn.Linear or nn.Conv2d; None for what the kernels cannot
+    do.
+    """
+    weight = integer_weight(layer) if isinstance(layer, (nn.Linear, nn.Conv2d)) else None
+    if weight is None or not weight.per_row:
+        return None
+    if isinstance(layer, nn.Linear):
+        return Int8Linear(weight, layer.bias)
+    plain = ONEDNN and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return Int8Conv2d(layer, weight) if plain else None
+
+
+def int8_model(model: nn.Module) -> nn.Module:
+    """A copy of a quantized model with integer layers where there are kernels, dequantized floats elsewhere.
+
+    Raises ValueError if no layer can be replaced.
+    """
+    made = {layer: int8_layer(layer) for layer in model.modules()}
+    names = model.named_modules(remove_duplicate=False)
+    replacements = {name: made[layer] for name, layer in names if made.get(layer) is not None}
+    if not replacements:
+        raise ValueError(
+            f"{type(model).__name__} has no Linear or Conv2d with INT8 codes a row for torch's kernels"
+        )
+    if "" in replacements:
+        return replacements[""].eval()
+    copy = float_copy(model)
+    for name, layer in replacements.items():
+        copy.set_submodule(name, layer)
+    return copy.eval()

@@ -1,0 +1,264 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kit import engines
+from kit.engines import OnnxEngine, build_engine, choose_engine
+from kit.engines.choice import relative_error
+from kit.engines.folding import absorb_batch_norms, batch_norm_pairs
+from kit.engines.kernels import Int8Conv2d, Int8Linear, int8_model, quantize_batch
+from kit.engines.layers import add_input_quantizers, drop_input_quantizers, float_copy, integer_weight
+from kit.models import build_model
+from kit.quantization import Format, quantize_weights
+from kit.quantization.activations import calibrate
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind=nn.LSTM):
+        super().__init__()
+        self.rnn, self.head = kind(12, 24, batch_first=True), nn.Linear(24, 5)
+
+    def forward(self, x):
+        states, _ = self.rnn(x)
+        return {"logits": self.head(states[:, -1]), "states": (states,)}
+
+
+def mlp(*widths):
+    layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(*layers[:-1]).eval()
+
+
+def quantized(model, format=Format(8), calibration=None):
+    model = quantize_weights(copy.deepcopy(model), format).eval()
+    if calibration is not None:
+        calibrate(add_input_quantizers(model, (nn.Linear, nn.Conv2d)), [calibration])
+    return model
+
+
+@pytest.fixture(scope="module")
+def dense():
+    torch.manual_seed(0)
+    return mlp(40, 64, 10)
+
+
+@pytest.fixture(scope="module")
+def cnn():
+    torch.manual_seed(0)
+    model = build_model("DigitsCNN", {"channels": (8, 16)})
+    model(torch.rand(64, 1, 8, 8))  # batch statistics
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def x():
+    return torch.randn(20, 40, generator=torch.Generator().manual_seed(1))
+
+
+def integer_product(layer, x, grid=None):
+    """The layer's integer arithmetic in float64, which is exact here."""
+    weight = integer_weight(layer)
+    q, scale, zero = quantize_batch(x, grid)
+    exact = (q.double() - zero) @ weight.codes.double().t()
+    return (exact * weight.scale[:, 0].double() * scale + layer.bias.double()).float()
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_int8_linear_is_exact_integer_arithmetic(dense, x, onednn, calibrated, monkeypatch):
+    if onednn and not engines.kernels.ONEDNN:
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(engines.kernels, "ONEDNN", onednn)
+    layer = quantized(dense, calibration=x if calibrated else None)[0]
+    grid = integer_weight(layer).input_grid
+    assert (grid is not None) == calibrated
+    for shape in ((20, 40), (2, 10, 40), (1, 40), (0, 40)):
+        rows = x.flatten()[: torch.Size(shape).numel()].view(shape)
+        expected = integer_product(layer, rows.reshape(-1, 40), grid).view(*shape[:-1], 64)
+        result = Int8Linear(integer_weight(layer), layer.bias)(rows)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_calibrated_integer_layers_equal_the_fake_quantized_model(cnn):
+    images = torch.rand(32, 1, 8, 8)
+    model = quantized(cnn, calibration=images)
+    integer = int8_model(model)
+    assert [type(integer[i]) for i in (0, 3, 8)] == [Int8Conv2d, Int8Conv2d, Int8Linear]
+    with torch.no_grad():
+        assert relative_error(integer(images), model(images)) < 1e-6  # but for rounding of ties
+
+
+def test_int8_model_keeps_weights_that_other_code_reads():
+    attention = nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    model = quantized(attention)
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(int8_model(model)(x, x, x)[0], model(x, x, x)[0])
+    with pytest.raises(ValueError, match="no Linear or Conv2d"):
+        int8_model(quantized(nn.Sequential(nn.Embedding(5, 4))))
+
+
+def test_int8_model_replaces_shared_modules_everywhere():
+    layer = nn.Linear(8, 8)
+    model = quantized(nn.Sequential(layer, nn.ReLU(), layer))
+    integer = int8_model(model)
+    assert isinstance(integer[0], Int8Linear) and integer[2] is integer[0]
+
+
+@pytest.fixture(scope="module")
+def exported(dense, x):
+    """Every engine of the small MLP, calibrated."""
+    model = quantized(dense, calibration=x)
+    builder = engines.choice._Builder(model, (x,))
+    return model, {name: builder.build(name) for name in engines.ENGINES}
+
+
+@pytest.mark.parametrize("name", engines.ENGINES)
+@pytest.mark.parametrize("rows", [1, 7, 20])
+def test_every_engine_computes_the_mlp_at_any_batch_size(exported, dense, x, name, rows):
+    _, built = exported
+    y = built[name](x[:rows])
+    assert y.dtype == torch.float32 and y.shape == (rows, 10)
+    with torch.no_grad():
+        assert relative_error(y, dense(x[:rows])) < 1e-3
+
+
+def test_onnx_engines_compute_with_the_codes_of_the_model(exported, x):
+    model, built = exported
+    with torch.no_grad():
+        floats = float_copy(model)
+        torch.testing.assert_close(built["onnx-float32"](x), floats(x), rtol=1e-5, atol=1e-5)
+        assert relative_error(built["onnx-static"](x), model(x)) < 1e-6
+        hidden = integer_product(model[0], x).relu()
+        expected = integer_product(model[2], hidden)
+        torch.testing.assert_close(built["onnx-int8"](x), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_float_copy_leaves_the_model_alone(dense, x):
+    model = quantized(dense, calibration=x)
+    with torch.no_grad():
+        before = model(x)
+        float_copy(model)
+        torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+        drop_input_quantizers(model)
+        torch.testing.assert_close(model(x), float_copy(model)(x), rtol=0, atol=0)
+
+
+def test_batch_norms_are_absorbed_without_changing_names_or_outputs(cnn):
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Linear(10, 6), nn.BatchNorm1d(6), nn.Linear(6, 3, bias=False), nn.BatchNorm1d(3))
+    model = nn.Sequential(cnn, head)
+    images = torch.rand(16, 1, 8, 8)
+    head.train()(cnn(images)), model.eval()
+    absorbed = absorb_batch_norms(copy.deepcopy(model))
+    assert absorbed.state_dict().keys() == model.state_dict().keys() and not absorbed[0][1].running_mean.any()
+    with torch.no_grad():
+        torch.testing.assert_close(absorbed(images), model(images), rtol=1e-4, atol=1e-5)
+
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            y = self.linear(x)
+            return y + self.norm(y)  # the layer's output is read twice: nothing may be absorbed
+
+    assert batch_norm_pairs(Branch()) == []
+
+
+def test_convolutions_are_fused_to_integer_ones(cnn, tmp_path):
+    import onnx
+    import onnxruntime
+
+    images = torch.rand(16, 1, 8, 8)
+    model = quantized(absorb_batch_norms(copy.deepcopy(cnn)), calibration=images)
+    engine = build_engine(model, "onnx-static", (images,))
+    with torch.no_grad():
+        assert relative_error(engine(images), model(images)) < 1e-3
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "fused.onnx"), 3
+    onnxruntime.InferenceSession(engine.graph.numpy().tobytes(), options, providers=["CPUExecutionProvider"])
+    operators = {node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node}
+    assert "QLinearConv" in operators and "Conv" not in operators
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_models_with_nested_outputs(kind):
+    torch.manual_seed(0)
+    model, x = Recurrent(kind).eval(), torch.randn(3, 6, 12)
+    with torch.no_grad():
+        engine = build_engine(quantized(model), "onnx-int8", (x,))
+        y, expected = engine(x), model(x)
+        assert y.keys() == expected.keys() and isinstance(y["states"], tuple)
+        assert relative_error(y, expected) < 1e-3
+        longer = torch.randn(2, 9, 12)
+        assert relative_error(engine(longer), model(longer)) < 1e-3
+    operators = str(engine.graph.numpy().tobytes())
+    assert ("DynamicQuantizeLSTM" in operators) == (kind is nn.LSTM)
+
+
+def test_int4_blocks_use_the_codes_of_the_model(dense, x):
+    model = quantized(dense, Format(4, granularity="group", group_size=32))
+    engine = build_engine(model, "onnx-blocks", (x,))
+    with torch.no_grad():
+        assert relative_error(engine(x), model(x)) < 2e-4  # what rounding the inputs costs
+    for name in ("onnx-int8", "torch-int8", "onnx-static"):
+        with pytest.raises(ValueError, match="has no"):
+            build_engine(model, name, (x,))
+
+
+def test_onnx_engine_is_copied_pickled_saved_and_loaded(exported, x, tmp_path):
+    engine = exported[1]["onnx-int8"]
+    expected = engine(x)
+    engine.save(tmp_path / "model.onnx")
+    save_file(engine.state_dict(), tmp_path / "model.safetensors")
+    filled = OnnxEngine(b"")
+    filled.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    loaded = OnnxEngine.load(tmp_path / "model.onnx")
+    for other in (loaded, filled, copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
+        assert torch.equal(other(x), expected)
+
+
+def test_choice_measures_all_and_keeps_the_stated_error(exported, dense, x):
+    model, _ = exported
+    choice = choose_engine(model, (x,), reference=dense, max_error=1e-3, seconds=0.05)
+    table = choice.table.set_index("engine")
+    assert list(table.index) == list(engines.ENGINES) and table["error"].notna().all()
+    assert table.loc[choice.name, "why not"] == "" and table.loc[choice.name, "error"] < 1e-3
+    assert (table["why not"] == "").sum() == 1
+    low = table["low"].dropna()
+    assert low[choice.name] <= 1.0001 * low["float32"]
+    with torch.no_grad():
+        assert relative_error(choice.engine(x), dense(x)) == pytest.approx(table.loc[choice.name, "error"])
+    strict = choose_engine(model, (x,), reference=dense, max_error=0.0, names=("torch-int8",), seconds=0.01)
+    reasons = strict.table.set_index("engine")["why not"]
+    assert strict.name == "float32" and "error above" in reasons["torch-int8"]
+
+
+def test_choice_falls_back_to_float32_where_nothing_else_works():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, x):
+            return x @ self.weight if float(x.sum()) > -1e9 else x  # data-dependent: no exporter follows it
+
+    model = quantized(Odd())
+    choice = choose_engine(model, (torch.randn(2, 3),), names=("torch-int8", "onnx-float32"), seconds=0.01)
+    assert choice.name == "float32"
+    reasons = choice.table.set_index("engine")["why not"]
+    assert "no Linear" in reasons["torch-int8"] and "cannot be exported" in reasons["onnx-float32"]
+    with pytest.raises(ValueError, match="unknown"):
+        build_engine(model, "fastest", (torch.randn(2, 3),))
+
+
+def test_errors_of_other_shapes_and_nan_are_infinite():
+    assert relative_error(torch.ones(3), torch.ones(2)) == float("inf")
+    assert relative_error(torch.tensor([float("nan")]), torch.ones(1)) == float("inf")
+    swapped = (torch.ones(2), torch.zeros(1)), (torch.zeros(2), torch.ones(1))
+    assert relative_error(*swapped) == pytest.approx(3.0)
