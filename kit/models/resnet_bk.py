@@ -9,6 +9,7 @@ from torch import nn
 
 from kit.models.base import LanguageModel, check_positive
 from kit.models.bk_core import left_resolvent, left_resolvent_pair
+from kit.models.convolution import causal_convolution
 from kit.models.moe import MoE
 
 ETA_FLOOR = 1e-3
@@ -77,20 +78,19 @@ class BKMixer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, N, D) -> (B, N, D)."""
-        taps = self.convolution.kernel_size[0]
-        x = F.silu(self.convolution(F.pad(x.transpose(1, 2), (taps - 1, 0))).transpose(1, 2))
+        x = F.silu(causal_convolution(x, self.convolution.weight, self.convolution.bias))
         v, hopping = self.input(x).chunk(2, -1)
         diagonal = self.quantize_v(v) - self.energy
         hopping = F.softplus(hopping) + HOPPING_FLOOR
-        features = torch.cat(self._resolvent(diagonal, hopping), -1)
-        return self.output(features) * F.silu(self.gate(x))
+        return self.output(self._resolvent(diagonal, hopping)) * F.silu(self.gate(x))
 
-    def _resolvent(self, diagonal: torch.Tensor, hopping: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _resolvent(self, diagonal: torch.Tensor, hopping: torch.Tensor) -> torch.Tensor:
+        """[Re g, Im g] (B, N, 2 C)."""
         eta = F.softplus(self.raw_eta) + ETA_FLOOR
         if torch.compiler.is_exporting() and isinstance(self.quantize_g, nn.Identity):
-            return left_resolvent_pair(diagonal, hopping, eta)
+            return torch.cat(left_resolvent_pair(diagonal, hopping, eta), -1)
         g = self.quantize_g(left_resolvent(diagonal, hopping, eta))
-        return g.real, g.imag
+        return torch.view_as_real(g).transpose(-1, -2).flatten(-2)  # one copy; g.real, g.imag and cat make six
 
 
 class ResNetBKLayer(nn.Module):
