@@ -109,14 +109,16 @@ class Slot:
 def select(model: nn.Module, tensors: str | Iterable[str] = "*") -> dict[str, Slot]:
     """Floating-point weights of two or more dimensions whose dotted name matches a shell pattern, by name.
 
+    The stacked biases of experts (`b_in`, `b_out`) are no weights.
+
     Raises:
         ValueError: a pattern that matches nothing; the message names the weights there are.
     """
     patterns = [tensors] if isinstance(tensors, str) else list(tensors)
     slots = {name: Slot(model, module, attribute, name)
              for name, module, attribute in matching(model, patterns)}
-    chosen = {name: slot for name, slot in slots.items()
-              if slot.parameter.dim() >= 2 and slot.parameter.is_floating_point()}
+    chosen = {name: slot for name, slot in slots.items() if slot.parameter.is_floating_point()
+              and slot.parameter.dim() >= 2 and not slot.attribute.startswith(("b_", "bias"))}
     if not chosen:
         raise ValueError(f"no weight of two or more dimensions matches {', '.join(patterns)!r}: there is "
                          f"only {', '.join(slots) or 'nothing to prune'}")
