@@ -1,8 +1,8 @@
-"""Measurement: size of the float32 file, latency side by side, peak memory, multiply-accumulates, the machine."""
+"""Measurement: size of the float32 file, latency side by side, peak memory, multiply-accumulates, the
+machine."""
 
 import os
 import platform
-import resource
 import statistics
 import sys
 import tempfile
@@ -24,13 +24,15 @@ PACKAGES = ("torch", "numpy", "numba", "tokenizers", "safetensors", "scikit-lear
 @dataclass(frozen=True)
 class Latency:
     """Seconds a call: the median, and the quartiles around it."""
+
     median: float
     low: float
     high: float
 
 
 def float32_bytes(model: nn.Module) -> int:
-    """Bytes of the kit's own file of `model` with every weight in plain float32: what compression is compared with."""
+    """Bytes of the kit's own file of `model` with every weight in plain float32: what compression is compared
+    with."""
     from kit import artifact
 
     with tempfile.TemporaryDirectory() as folder:
@@ -42,7 +44,7 @@ def float32_bytes(model: nn.Module) -> int:
 def latency(calls: dict[str, Callable[[], object]], repeats: int = 20) -> dict[str, Latency]:
     """Times the calls in turn, round after round, so that a busy machine slows all alike: trust the ratios.
 
-    Two unmeasured rounds come first.  Raises ValueError for no calls or fewer than 3 repeats.
+    Two unmeasured rounds come first. Raises ValueError for no calls or fewer than 3 repeats.
     """
     if not calls or repeats < 3:
         raise ValueError(f"latency got {len(calls)} calls and {repeats} repeats: give at least 1 and 3.")
@@ -53,7 +55,9 @@ def latency(calls: dict[str, Callable[[], object]], repeats: int = 20) -> dict[s
             call()
             if round_ >= 2:
                 seconds[name].append(_now() - start)
-    return {name: Latency(statistics.median(s), *statistics.quantiles(s, n=4)[::2]) for name, s in seconds.items()}
+    return {
+        name: Latency(statistics.median(s), *statistics.quantiles(s, n=4)[::2]) for name, s in seconds.items()
+    }
 
 
 def _now() -> float:
@@ -63,9 +67,12 @@ def _now() -> float:
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int:
-    """Bytes: the largest resident size of this process so far, or torch's largest allocation on a CUDA device."""
+    """Bytes: the largest resident size of this process so far, or torch's largest allocation on a CUDA
+    device."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -73,8 +80,8 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
 def macs(model: nn.Module, example: Tensor | tuple) -> int:
     """Multiply-accumulates of all matrix products, convolutions and attentions in `model(example)`.
 
-    Counted as executed, so an expert counts for the tokens routed to it (and for padding, where its layer pads).
-    Element-wise work, the BK-core's recurrence included, is not counted.
+    Counted as executed, so an expert counts for the tokens routed to it (and for padding, where its layer
+    pads). Element-wise work, the BK-core's recurrence included, is not counted.
     """
     was_training = model.training
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -92,8 +99,14 @@ def environment() -> dict:
         except PackageNotFoundError:
             pass
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"versions": versions, "platform": platform.platform(), "cpu": _cpu_name(), "cores": _cores(),
-            "threads": torch.get_num_threads(), "gpu": gpu}
+    return {
+        "versions": versions,
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": _cores(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
 
 
 def _cpu_name() -> str:
@@ -109,13 +122,24 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def has_fast_bfloat16(device: torch.device | str = "cpu") -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware, so that precision="bfloat16" pays."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def oversubscribed(cpu_share: float, load: float | None = None, cores: int | None = None) -> str | None:
-    """A hint when this process gets under 70 % of one core (`cpu_share`: its CPU seconds a second) or more processes
-    want to run (`load`: the 1-minute average, by default this machine's) than there are cores; else None."""
+    """A hint when this process gets under 70 % of one core (`cpu_share`: its CPU seconds a second) or more
+    processes want to run (`load`: the 1-minute average, by default this machine's) than there are cores; else
+    None."""
     cores = cores or os.cpu_count() or 1
     if load is None:
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load < cores + 1 and cpu_share >= 0.7:
         return None
-    return (f"hint: this machine is busy (load {load:.1f} on {cores} cores, {cpu_share:.1f} cores for this process): "
-            "threads that wait for each other run up to 20x slower; stop other jobs or set OMP_NUM_THREADS=1")
+    return (
+        f"hint: this machine is busy (load {load:.1f} on {cores} cores, this process gets {cpu_share:.1f}): "
+        "threads that wait for each other run up to 20x slower; stop other jobs or set OMP_NUM_THREADS=1"
+    )

@@ -1,20 +1,18 @@
-"""The one training loop: language models, classifiers, distillation (its loss passed in), quantization-aware training
-and masks (parametrizations of the model, hooks).  It knows nothing of any of them."""
+"""The one training loop: language models, classifiers, distillation (its loss passed in), quantization-aware
+training and masks (parametrizations of the model, hooks). It knows nothing of any of them."""
 
-import dataclasses
 import math
 import random
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kit.checkpoint import copy_into, read_checkpoint, rng_state, set_rng_state, write_checkpoint
+from kit.checkpoint import Batches, copy_into, read_checkpoint, rng_state, set_rng_state, write_checkpoint
 from kit.losses import next_token_loss
 from kit.measurement import oversubscribed
 
@@ -26,10 +24,12 @@ SAVE_SECONDS = 120  # between two checkpoints, when evaluations are further apar
 class TrainConfig:
     """AdamW (Loshchilov & Hutter 2019) with linear warm-up, cosine decay and clipping of the gradient's norm.
 
-    `warmup` is a fraction of the steps, `final_lr` a fraction of `lr`; parameters with one axis (biases, norms) are
-    not decayed.  `eval_every` defaults to a tenth of the steps; training stops after `patience` evaluations without
-    improvement.  `precision="bfloat16"` runs the loss under autocast.
+    `warmup` is a fraction of the steps, `final_lr` a fraction of `lr`; parameters with one axis (biases,
+    norms) are not decayed. `eval_every` defaults to a tenth of the steps; training stops after `patience`
+    evaluations without improvement. `precision` is "float32", or "bfloat16" to
+    run the loss under autocast.
     """
+
     steps: int
     lr: float = 3e-3
     weight_decay: float = 0.01
@@ -38,18 +38,21 @@ class TrainConfig:
     clip: float = 1.0
     eval_every: int | None = None
     patience: int | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: str = "float32"
     seed: int = 0
 
     def __post_init__(self):
         for name, good, expected in [
-                ("steps", self.steps >= 1, "at least 1"), ("lr", 0 < self.lr < math.inf, "above 0"),
-                ("weight_decay", self.weight_decay >= 0, "0 or above"), ("clip", self.clip > 0, "above 0"),
-                ("warmup", 0 <= self.warmup <= 1, "a fraction of the steps, 0 to 1"),
-                ("final_lr", 0 <= self.final_lr <= 1, "a fraction of lr, 0 to 1"),
-                ("eval_every", self.eval_every is None or self.eval_every >= 1, "None or at least 1"),
-                ("patience", self.patience is None or self.patience >= 1, "None or at least 1"),
-                ("precision", self.precision in ("float32", "bfloat16"), "'float32' or 'bfloat16'")]:
+            ("steps", self.steps >= 1, "at least 1"),
+            ("lr", 0 < self.lr < math.inf, "above 0"),
+            ("weight_decay", self.weight_decay >= 0, "0 or above"),
+            ("clip", self.clip > 0, "above 0"),
+            ("warmup", 0 <= self.warmup <= 1, "a fraction of the steps, 0 to 1"),
+            ("final_lr", 0 <= self.final_lr <= 1, "a fraction of lr, 0 to 1"),
+            ("eval_every", self.eval_every is None or self.eval_every >= 1, "None or at least 1"),
+            ("patience", self.patience is None or self.patience >= 1, "None or at least 1"),
+            ("precision", self.precision in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+        ]:
             if not good:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {expected}.")
 
@@ -68,29 +71,39 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     warm = round(config.warmup * config.steps)
     if step < warm:
         return config.lr * (step + 1) / warm
-    progress = (step - warm) / max(1, config.steps - 1 - warm)
-    return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
+    progress = min(1, (step - warm) / max(1, config.steps - 1 - warm))
+    return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(model: nn.Module, loader: Iterable, config: TrainConfig, *,
-          loss: Callable[[nn.Module, object], Tensor] = next_token_loss,
-          validate: Callable[[nn.Module], float] | None = None, hooks: Iterable[Callable] = (),
-          checkpoint: Path | None = None, log: bool = True, extra_parameters: Iterable[nn.Parameter] = ()) -> TrainResult:
+def train(
+    model: nn.Module,
+    loader: Iterable,
+    config: TrainConfig,
+    *,
+    loss: Callable[[nn.Module, object], Tensor] = next_token_loss,
+    validate: Callable[[nn.Module], float] | None = None,
+    hooks: Iterable[Callable] = (),
+    checkpoint: Path | None = None,
+    log: bool = True,
+    extra_parameters: Iterable[nn.Parameter] = (),
+) -> TrainResult:
     """Trains `model` in place on the batches of `loader` (repeated), on the device the model is on.
 
-    loss(model, batch) is a scalar; a batch's last tensor is its targets.  validate(model) is a number, lower is
-    better; the best state is restored at the end (return math.inf for states that must not be chosen, as while a
-    mask still grows).  hook(step, steps, model) runs after each optimizer step (step counts from 1); one that returns
-    True has replaced parameters: the optimizer takes them over and the best state so far is forgotten.
-    extra_parameters are trained too (projections of a distillation loss).
+    loss(model, batch) is a scalar; a batch is a tensor, tuple or dict of tensors, the targets last.
+    validate(model) is a number, lower is better; the best state is restored at the end (return math.inf for
+    states that must not be chosen, as while a mask still grows). hook(step, steps, model) runs after each
+    optimizer step (step counts from 1); one that returns True has replaced parameters: the optimizer takes
+    them over and the best state so far is forgotten. extra_parameters are trained too (projections of a
+    distillation loss).
 
-    `checkpoint` is written at every evaluation; called again with the same arguments after a kill, the run continues
-    from it and ends with the same numbers, bit for bit, as without the kill.  The model then needs the same tensors
-    as when it was written: register masks and quantizers before, not in a hook.  Seeds torch, numpy and random.
+    `checkpoint` is written at every evaluation; called again with the same arguments after a kill, the run
+    continues from it and ends with the same numbers, bit for bit, as without the kill. The model then needs
+    the same tensors as when it was written: register masks and quantizers before, not in a hook. Seeds
+    torch, numpy and random.
 
     Raises ValueError when nothing can be trained, the loss is not finite, or the checkpoint does not fit.
     """
-    run = _Run(model, loader, config, list(extra_parameters))
+    run, hooks = _Run(model, loader, config, extra_parameters), list(hooks)
     if config.patience and validate is None:
         raise ValueError(f"patience is {config.patience} but there is nothing to validate: pass validate=.")
     if checkpoint and Path(checkpoint).exists():
@@ -99,7 +112,6 @@ def train(model: nn.Module, loader: Iterable, config: TrainConfig, *,
         torch.manual_seed(config.seed), np.random.seed(config.seed % 2**32), random.seed(config.seed)
     every, record_every = config.eval_every or max(1, config.steps // 10), max(1, config.steps // 100)
     report, was_training, saved = _Report(config, log), model.training, time.perf_counter()
-    hooks = list(hooks)
     while not run.finished:
         run.advance(loss, hooks)
         milestone = run.step % every == 0 or run.step == config.steps
@@ -117,9 +129,11 @@ def train(model: nn.Module, loader: Iterable, config: TrainConfig, *,
 class _Run:
     """Everything a checkpoint holds, and the steps that change it."""
 
+    HEADER = "step tokens stale best_step best_validation seconds loss_sum loss_steps history".split()
+
     def __init__(self, model, loader, config, extra_parameters):
-        self.model, self.config, self.extra = model, config, extra_parameters
-        self.batches = _Batches(loader)
+        self.model, self.config, self.batches = model, config, Batches(loader)
+        self.extra = {f"extra.{i}": p for i, p in enumerate(extra_parameters)}
         self.step = self.tokens = self.stale = self.best_step = 0
         self.seconds, self.loss_sum, self.loss_steps = 0.0, 0.0, 0
         self.history, self.best, self.best_validation = [], {}, None
@@ -128,16 +142,15 @@ class _Run:
 
     @property
     def finished(self) -> bool:
-        return self.step >= self.config.steps or (self.config.patience is not None and self.stale >= self.config.patience)
+        return self.step >= self.config.steps or self.stale >= (self.config.patience or math.inf)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        named = dict(self.model.named_parameters()) | {f"extra.{i}": p for i, p in enumerate(self.extra)}
+        named = dict(self.model.named_parameters()) | self.extra
         return {name: p for name, p in named.items() if p.requires_grad}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a state is made of: parameters and buffers, also those that the model's own file leaves out."""
-        extra = {f"extra.{i}": p for i, p in enumerate(self.extra)}
-        return dict(self.model.named_parameters()) | dict(self.model.named_buffers()) | extra
+        """What a state is made of: parameters and all buffers."""
+        return dict(self.model.named_parameters()) | dict(self.model.named_buffers()) | self.extra
 
     def build_optimizer(self) -> None:
         """A new AdamW over the present parameters; those that were there before keep their moments."""
@@ -146,10 +159,11 @@ class _Run:
             raise ValueError("The model has no trainable parameters: set requires_grad on those to train.")
         self.device = parameters[0].device
         old = self.optimizer.state if self.optimizer else {}
-        groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.config.weight_decay},
-                  {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+        matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+        groups = [(matrices, self.config.weight_decay), (vectors, 0.0)]
+        groups = [{"params": ps, "weight_decay": decay} for ps, decay in groups if ps]
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.config.lr, fused=fused or None)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.config.lr, fused=fused or None)
         for p in parameters:
             if p in old and old[p]["exp_avg"].shape == p.shape:
                 self.optimizer.state[p] = old[p]
@@ -157,7 +171,8 @@ class _Run:
     def advance(self, loss, hooks) -> None:
         """One optimizer step on the next batch."""
         start = time.perf_counter()
-        batch = _to_device(self.batches.next(), self.device)
+        batch = self.batches.next()
+        tokens, batch = _count_targets(batch), _to_device(batch, self.device)
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
@@ -170,31 +185,33 @@ class _Run:
         self._check(value, norm.item())
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.step, self.tokens = self.step + 1, self.tokens + _count_targets(batch)
+        self.step, self.tokens = self.step + 1, self.tokens + tokens
         self.loss_sum, self.loss_steps = self.loss_sum + value, self.loss_steps + 1
         if any([hook(self.step, self.config.steps, self.model) is True for hook in hooks]):
             self.build_optimizer()
-            self.best, self.best_validation, self.best_step = {}, None, 0
+            self.best, self.best_validation, self.best_step, self.stale = {}, None, 0, 0
         self.seconds += time.perf_counter() - start
 
     def _check(self, loss: float, norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"The gradient (loss {loss:.4g})" if math.isfinite(loss) else f"The loss ({loss})"
             rate = self.optimizer.param_groups[0]["lr"]
-            raise ValueError(f"{what} is not finite at step {self.step + 1} of {self.config.steps} (lr {rate:.2e}): "
-                             "lower lr, lengthen warmup, or look for NaN in the weights and inputs.")
+            raise ValueError(
+                f"{what} is not finite at step {self.step + 1} of {self.config.steps} (lr {rate:.2e}): "
+                "lower lr, lengthen warmup, or look for NaN in the weights and inputs."
+            )
 
     def record(self, validate) -> None:
         """Appends to the history; with `validate`, evaluates and keeps the state if it is the best so far."""
-        entry = {"step": self.step, "loss": self.loss_sum / self.loss_steps,
-                 "lr": self.optimizer.param_groups[0]["lr"], "seconds": self.seconds}
+        entry = {"step": self.step, "loss": self.loss_sum / self.loss_steps, "seconds": self.seconds}
+        entry["lr"] = self.optimizer.param_groups[0]["lr"]
         self.loss_sum, self.loss_steps = 0.0, 0
         if validate is not None:
             state = rng_state()
             value = entry["validation"] = float(validate(self.model))
             set_rng_state(state)  # evaluating changes nothing about the training that follows
             if math.isnan(value):
-                raise ValueError(f"The validation loss is NaN at step {self.step}: lower lr or check the data.")
+                raise ValueError(f"The validation loss is NaN at step {self.step}: lower lr, check the data.")
             if value < (math.inf if self.best_validation is None else self.best_validation):
                 self.best = {name: t.detach().clone() for name, t in self.tensors().items()}
                 self.best_validation, self.best_step, self.stale = value, self.step, 0
@@ -206,23 +223,24 @@ class _Run:
         if self.best and self.best_step != self.step:
             copy_into(self.tensors(), self.best, "The best state")
 
-    HEADER = ("step", "tokens", "stale", "best_step", "best_validation", "seconds", "loss_sum", "loss_steps", "history")
-
     def save(self, path: Path) -> None:
-        names = {p: name for name, p in self.parameters().items()}
-        groups = {"model": self.tensors(), "best": self.best, "rng.now": rng_state(), "rng.epoch": self.batches.epoch_rng,
-                  "optimizer": {f"{names[p]}/{key}": value for p, state in self.optimizer.state.items()
-                                for key, value in state.items()}}
+        states = {name: self.optimizer.state[p] for name, p in self.parameters().items()}
+        moments = {f"{name}/{key}": t for name, state in states.items() for key, t in state.items()}
+        groups = {"model": self.tensors(), "best": self.best, "optimizer": moments}
+        groups |= {"rng.now": rng_state(), "rng.epoch": self.batches.epoch_rng}
         header = {key: getattr(self, key) for key in self.HEADER}
-        header |= {"position": self.batches.position, "config": dataclasses.asdict(self.config)}
-        write_checkpoint(path, {f"{g}/{name}": t for g, ts in groups.items() for name, t in ts.items()}, header)
+        header |= {"position": self.batches.position, "config": asdict(self.config)}
+        tensors = {f"{group}/{name}": t for group, ts in groups.items() for name, t in ts.items()}
+        write_checkpoint(path, tensors, header)
 
     def restore(self, path: Path) -> None:
         tensors, header = read_checkpoint(path)
         for name, theirs in header["config"].items():
             if getattr(self.config, name) != theirs:
-                raise ValueError(f"The checkpoint {path} was written with {name}={theirs!r}, not "
-                                 f"{getattr(self.config, name)!r}: use the same settings, or delete it to start anew.")
+                raise ValueError(
+                    f"The checkpoint {path} was written with {name}={theirs!r}, not "
+                    f"{getattr(self.config, name)!r}: use the same settings, or delete it to start anew."
+                )
         groups: dict[str, dict] = {g: {} for g in ("model", "best", "rng.now", "rng.epoch", "optimizer")}
         for name, tensor in tensors.items():
             group, key = name.split("/", 1)
@@ -245,48 +263,21 @@ class _Run:
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": states})
 
 
-class _Batches:
-    """The loader's batches, epoch after epoch.  A place in them is the generators' state at the start of the epoch,
-    from which a shuffling loader draws its order, and the number of batches taken since."""
-
-    def __init__(self, loader):
-        self.loader, self.iterator, self.epoch_rng, self.position = loader, None, {}, 0
-
-    def _start(self):
-        self.epoch_rng, self.iterator, self.position = rng_state(), iter(self.loader), 0
-
-    def next(self):
-        for _ in range(2):
-            if self.iterator is None:
-                self._start()
-            for batch in self.iterator:
-                self.position += 1
-                return batch
-            self.iterator = None
-        raise ValueError("The loader gives no batches: give more data, or a smaller batch_size or seq_len.")
-
-    def resume(self, epoch_rng: dict[str, Tensor], position: int) -> None:
-        set_rng_state(epoch_rng)
-        self._start()
-        for _ in range(position):
-            self.next()
-
-
 def _to_device(batch, device):
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
         return {key: _to_device(value, device) for key, value in batch.items()}
-    return type(batch)(_to_device(value, device) for value in batch) if isinstance(batch, (tuple, list)) else batch
+    return tuple(_to_device(value, device) for value in batch)
 
 
 def _count_targets(batch) -> int:
-    targets = batch if isinstance(batch, Tensor) else list(batch.values() if isinstance(batch, dict) else batch)[-1]
-    return int((targets != -100).sum())
+    values = list(batch.values()) if isinstance(batch, dict) else batch
+    return int(((values if isinstance(values, Tensor) else values[-1]) != -100).sum())
 
 
 class _Report:
-    """One plain line at most every LOG_SECONDS, and a last one; reads well in a terminal, a notebook and a log."""
+    """One plain line at most every LOG_SECONDS, and a last one: for terminals, notebooks and logs alike."""
 
     def __init__(self, config: TrainConfig, log: bool):
         self.config, self.log, self.hinted = config, log, False
@@ -299,9 +290,12 @@ class _Report:
         self.wall, self.cpu, entry = self.wall + wall, self.cpu + cpu, run.history[-1]
         validation = f"  validation {entry['validation']:.4f}" if "validation" in entry else ""
         left = run.seconds / run.step * (self.config.steps - run.step)
-        print(f"step {run.step}/{self.config.steps}  loss {entry['loss']:.4f}{validation}  lr {entry['lr']:.1e}  "
-              f"{run.tokens / run.seconds:,.0f} tokens/s  {run.seconds:.0f} s"
-              + ("" if run.finished else f", about {left:.0f} s left"), flush=True)
+        left = "" if run.finished else f", about {left:.0f} s left"
+        print(
+            f"step {run.step}/{self.config.steps}  loss {entry['loss']:.4f}{validation}  "
+            f"lr {entry['lr']:.1e}  {run.tokens / run.seconds:,.0f} tokens/s  {run.seconds:.0f} s{left}",
+            flush=True,
+        )
         hint = oversubscribed(cpu / wall if run.device.type == "cpu" else 1.0)
         if hint and not self.hinted and wall > 1:
             self.hinted = True

@@ -1,0 +1,213 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from kit.losses import (
+    classification_loss,
+    linear_cross_entropy,
+    linear_token_losses,
+    next_token_loss,
+    plain_next_token_loss,
+)
+
+
+def problem(shape=(3, 5), vocab_size=17, width=6, dtype=torch.float64, bias=True, seed=0, scale=1.0):
+    g = torch.Generator().manual_seed(seed)
+    hidden = (torch.randn(*shape, width, generator=g, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+    weight = torch.randn(vocab_size, width, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    offset = (
+        torch.randn(vocab_size, generator=g, dtype=torch.float64).to(dtype).requires_grad_() if bias else None
+    )
+    return hidden, weight, offset, torch.randint(vocab_size, shape, generator=g)
+
+
+def reference(hidden, weight, bias, targets):
+    logits = F.linear(hidden.double(), weight.double(), None if bias is None else bias.double())
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+def gradients(loss, *tensors):
+    return torch.autograd.grad(loss, [t for t in tensors if t is not None])
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 30),
+    st.integers(1, 9),
+    st.integers(1, 50),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_equals_cross_entropy_of_all_logits(tokens, vocab_size, width, chunk, bias, seed):
+    hidden, weight, offset, targets = problem((tokens,), vocab_size, width, bias=bias, seed=seed)
+    targets[torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) < 0.2] = -100
+    targets[0] = 0
+    loss = linear_cross_entropy(hidden, weight, offset, targets, chunk=chunk)
+    expected = reference(hidden, weight, offset, targets)
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(
+        gradients(loss, hidden, weight, offset), gradients(expected, hidden, weight, offset)
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_gradcheck():
+    hidden, weight, bias, targets = problem((2, 4))
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: 3 * linear_cross_entropy(h, w, b, targets, chunk=3), (hidden, weight, bias)
+    )
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_low_precision_is_as_good_as_its_inputs(dtype, tolerance):
+    hidden, weight, bias, targets = problem((4, 64), 999, 16, dtype, scale=0.3)
+    loss, expected = (
+        linear_cross_entropy(hidden, weight, bias, targets, chunk=50),
+        reference(hidden, weight, bias, targets),
+    )
+    assert loss.dtype == torch.float32 and abs(loss - expected) < tolerance * expected
+    for ours, theirs in zip(gradients(loss, hidden, weight, bias), gradients(expected, hidden, weight, bias)):
+        assert ours.dtype == dtype and (ours - theirs).norm() < 2 * tolerance * theirs.norm()
+
+
+def test_autocast_keeps_float32_gradients():
+    tensors = *arguments, targets = problem((4, 64), 999, 16, torch.float32, scale=0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(*tensors)
+    expected = reference(*tensors)
+    assert loss.dtype == torch.float32 and abs(loss - expected) < 4e-3 * expected
+    for ours, theirs in zip(gradients(loss, *arguments), gradients(expected, *arguments)):
+        assert ours.dtype == torch.float32 and (ours - theirs).norm() < 0.01 * theirs.norm()
+
+
+def test_huge_logits_stay_exact():
+    hidden, weight, bias, targets = problem((2, 8), dtype=torch.float32, scale=1e4)
+    loss, expected = (
+        linear_cross_entropy(hidden, weight, bias, targets),
+        reference(hidden, weight, bias, targets),
+    )
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        linear_token_losses(hidden, weight, bias, targets)[0].mean().double(), expected, rtol=1e-6, atol=0
+    )
+
+
+def test_frozen_tensors_get_no_gradient_and_trained_ones_do():
+    hidden, weight, bias, targets = problem()
+    full = gradients(linear_cross_entropy(hidden, weight, bias, targets), hidden, weight, bias)
+    linear_cross_entropy(hidden, weight.detach(), bias.detach(), targets).backward()
+    assert torch.equal(hidden.grad, full[0]) and weight.grad is None
+    linear_cross_entropy(hidden.detach(), weight, bias.detach(), targets).backward()
+    assert torch.equal(weight.grad, full[1]) and bias.grad is None
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, bias, targets)
+    assert not loss.requires_grad and torch.allclose(loss, reference(hidden, weight, bias, targets))
+
+
+def test_token_losses_and_hits():
+    hidden, weight, bias, targets = problem((4, 30), vocab_size=5)
+    targets[1, 3:] = -100
+    losses, hits = linear_token_losses(hidden, weight, bias, targets, chunk=7)
+    logits = F.linear(hidden, weight, bias)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(4, 30)
+    torch.testing.assert_close(losses, expected.detach())
+    assert torch.equal(hits, logits.argmax(-1) == targets) and losses.shape == targets.shape
+    constant = linear_token_losses(torch.zeros(6, 2), torch.ones(3, 2), None, torch.arange(6) % 3)
+    assert constant[1].tolist() == [True, False, False] * 2  # a tie counts once, as argmax does
+
+
+def test_one_block_of_logits_is_all_there_is(monkeypatch):
+    monkeypatch.setattr("kit.losses.CPU_BLOCK", 1000)
+    sizes, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **kw: (sizes.append(size), empty(*size, **kw))[1])
+    linear_cross_entropy(*problem((20, 10), vocab_size=50)).backward()
+    assert (20, 50) in sizes and max(size[0] * (size[1:] or (1,))[0] for size in sizes) == 1000
+
+
+def test_tied_and_auxiliary_loss():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(7, 4, dtype=torch.float64)
+
+        def hidden(self, tokens):
+            return self.embedding(tokens)
+
+        def output(self):
+            return self.embedding.weight, None
+
+        def forward(self, tokens):
+            return F.linear(self.hidden(tokens), *self.output())
+
+        def auxiliary_loss(self):
+            return self.embedding.weight.square().sum()
+
+    model, tokens = Tied(), torch.arange(6).view(2, 3)
+    weight = model.embedding.weight
+    expected = (
+        F.cross_entropy((weight[tokens] @ weight.T).flatten(0, 1), (tokens + 1).flatten())
+        + 0.01 * weight.square().sum()
+    )
+    loss = next_token_loss(model, (tokens, tokens + 1))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients(loss, weight), gradients(expected, weight))
+    torch.testing.assert_close(plain_next_token_loss(model, (tokens, tokens + 1)), expected)
+
+
+def test_classification_loss():
+    model, x, labels = nn.Linear(3, 4), torch.randn(5, 3), torch.tensor([0, 1, 2, 3, 0])
+    torch.testing.assert_close(
+        classification_loss(model, (x, labels)), F.nll_loss(model(x).log_softmax(1), labels)
+    )
+
+
+def test_misfits_are_named():
+    hidden, weight, bias, targets = problem()
+    with pytest.raises(ValueError, match="do not fit"):
+        linear_cross_entropy(hidden, weight, bias, targets[:, 1:])
+    with pytest.raises(ValueError, match="do not fit"):
+        linear_cross_entropy(hidden[..., 1:], weight, bias, targets)
+    with pytest.raises(ValueError, match="bias has shape"):
+        linear_cross_entropy(hidden, weight, bias[1:], targets)
+    with pytest.raises(ValueError, match="outside the vocabulary of 17"):
+        linear_token_losses(hidden, weight, bias, targets + 17)
+    assert linear_cross_entropy(hidden, weight, bias, torch.full_like(targets, -100)).isnan()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_agrees():
+    hidden, weight, bias, targets = problem((4, 64), 999, 16, torch.float32)
+    on_gpu = linear_cross_entropy(
+        *(t.detach().cuda().requires_grad_(t.is_floating_point()) for t in (hidden, weight, bias, targets))
+    )
+    torch.testing.assert_close(
+        on_gpu.cpu().double(), reference(hidden, weight, bias, targets), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_bfloat16_kernel_against_float64():
+    from kit.softmax_kernel import softmax_errors_
+
+    g = torch.Generator().manual_seed(0)
+    for rows, vocab_size, scale in [(3, 1, 1.0), (5, 7, 30.0), (4, 1000, 3.0), (2, 300, 1e3)]:
+        logits = (torch.randn(rows, vocab_size, generator=g) * scale).bfloat16()
+        bias, targets = torch.randn(vocab_size, generator=g), torch.randint(vocab_size, (rows,), generator=g)
+        scores = logits.double() + bias
+        expected = scores.softmax(1) - F.one_hot(targets, vocab_size)
+        losses, sums = softmax_errors_(logits, bias, targets)
+        torch.testing.assert_close(
+            losses.double(), F.cross_entropy(scores, targets, reduction="none"), rtol=1e-5, atol=1e-5
+        )
+        torch.testing.assert_close(logits.double(), expected, rtol=2**-7, atol=1e-12)
+        torch.testing.assert_close(sums.double(), expected.sum(0), rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bad_weight_shows_in_the_loss(bad, dtype):
+    hidden, weight, bias, targets = problem(vocab_size=500, dtype=dtype)
+    weight.data[3, 2] = bad
+    assert not linear_cross_entropy(hidden, weight, bias, targets).isfinite()

@@ -1,0 +1,70 @@
+import pathlib
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from kit import measurement
+from kit.measurement import environment, has_fast_bfloat16, latency, macs, oversubscribed, peak_memory
+
+
+def test_latency_alternates_and_takes_medians(monkeypatch):
+    clock, order = [0.0], []
+    monkeypatch.setattr(measurement, "_now", lambda: clock[0])
+    costs = {"a": iter([9, 9, 1, 2, 3, 4, 50]), "b": iter([9, 9, 2, 2, 2, 2, 2])}
+
+    def call(name):
+        order.append(name)
+        clock[0] += next(costs[name])
+
+    result = latency({name: lambda name=name: call(name) for name in costs}, repeats=5)
+    assert order == ["a", "b"] * 7
+    assert (
+        result["a"].median == 3
+        and result["a"].low == 1.5
+        and result["a"].high == 27
+        and result["b"].median == 2
+    )
+    with pytest.raises(ValueError, match="0 calls"):
+        latency({})
+
+
+def test_latency_of_real_work():
+    matrix = torch.randn(500, 500)
+    result = latency({"short": lambda: None, "long": lambda: matrix @ matrix}, 9)
+    assert 0 < result["short"].low <= result["short"].median <= result["short"].high
+    assert result["short"].median < result["long"].median
+
+
+def test_macs_are_exact():
+    assert macs(nn.Linear(7, 5), torch.zeros(3, 7)) == 3 * 7 * 5
+    assert macs(nn.Conv2d(2, 4, 3), torch.zeros(1, 2, 8, 8)) == 4 * 6 * 6 * 2 * 9
+
+    class Routed(nn.Module):
+        def forward(self, x, rows):
+            return x[:rows] @ torch.ones(6, 2)
+
+    model = Routed().train()
+    assert macs(model, (torch.zeros(10, 6), 4)) == 4 * 6 * 2 and model.training
+
+
+def test_peak_memory_is_what_the_kernel_says():
+    status = pathlib.Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("needs Linux")
+    high_water = int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    assert peak_memory() == pytest.approx(high_water, rel=0.05)
+
+
+def test_environment_names_the_machine():
+    facts = environment()
+    assert facts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert isinstance(has_fast_bfloat16(), bool)
+    assert facts["threads"] == torch.get_num_threads() and facts["cores"] >= 1 and facts["cpu"]
+
+
+def test_hint_only_when_busy():
+    assert oversubscribed(1.0, load=2.0, cores=2) is None and oversubscribed(0.9, load=0.5, cores=1) is None
+    assert "load 5.3 on 2 cores" in oversubscribed(1.8, load=5.3, cores=2)
+    assert "this process gets 0.4" in oversubscribed(0.4, load=1.0, cores=4)
