@@ -64,13 +64,6 @@ def next_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return loss + AUXILIARY_WEIGHT * model.auxiliary_loss()
 
 
-def plain_next_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """The same number from all logits at once: what `next_token_loss` is tested and timed against."""
-    inputs, targets = batch
-    loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-    return loss + AUXILIARY_WEIGHT * model.auxiliary_loss()
-
-
 def classification_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Cross-entropy of `model(inputs)` (B, classes) against labels (B,) int64."""
     inputs, labels = batch

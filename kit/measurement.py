@@ -5,7 +5,6 @@ import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,14 +30,11 @@ class Latency:
 
 
 def float32_bytes(model: nn.Module) -> int:
-    """Bytes of the kit's own file of `model` with every weight in plain float32: what compression is compared
-    with."""
+    """Bytes of the model's uncompressed file, what compression is compared with:
+    `kit.artifact.float32_bytes`."""
     from kit import artifact
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "dense.kit"
-        artifact.save(model, path)
-        return artifact.nbytes(path)
+    return artifact.float32_bytes(model)
 
 
 def latency(calls: dict[str, Callable[[], object]], repeats: int = 20) -> dict[str, Latency]:

@@ -17,6 +17,7 @@ from kit.losses import next_token_loss
 from kit.measurement import oversubscribed
 
 LOG_SECONDS = 20  # between two lines of the log
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 SAVE_SECONDS = 120  # between two checkpoints, when evaluations are further apart
 
 
@@ -26,8 +27,7 @@ class TrainConfig:
 
     `warmup` is a fraction of the steps, `final_lr` a fraction of `lr`; parameters with one axis (biases,
     norms) are not decayed. `eval_every` defaults to a tenth of the steps; training stops after `patience`
-    evaluations without improvement. `precision` is "float32", or "bfloat16" to
-    run the loss under autocast.
+    evaluations without improvement. `precision` "bfloat16" computes the loss under autocast.
     """
 
     steps: int
@@ -235,29 +235,25 @@ class _Run:
 
     def restore(self, path: Path) -> None:
         tensors, header = read_checkpoint(path)
-        for name, theirs in header["config"].items():
-            if getattr(self.config, name) != theirs:
-                raise ValueError(
-                    f"The checkpoint {path} was written with {name}={theirs!r}, not "
-                    f"{getattr(self.config, name)!r}: use the same settings, or delete it to start anew."
-                )
+        for name, ours in asdict(self.config).items():
+            theirs = header["config"].get(name, ours)
+            if theirs != ours:
+                what = f"The checkpoint {path} was written with {name}={theirs!r}, not {ours!r}"
+                raise ValueError(f"{what}: use the same settings, or delete it to start anew.")
         groups: dict[str, dict] = {g: {} for g in ("model", "best", "rng.now", "rng.epoch", "optimizer")}
         for name, tensor in tensors.items():
             group, key = name.split("/", 1)
             groups[group][key] = tensor
         copy_into(self.tensors(), groups["model"], f"The checkpoint {path}")
         self._load_moments(groups["optimizer"])
-        self.best = groups["best"]
-        for key in self.HEADER:
-            setattr(self, key, header[key])
+        vars(self).update({key: header[key] for key in self.HEADER}, best=groups["best"])
         self.batches.resume(groups["rng.epoch"], header["position"])
         set_rng_state(groups["rng.now"])
 
     def _load_moments(self, moments: dict[str, Tensor]) -> None:
         names, states = {p: name for name, p in self.parameters().items()}, {}
         for index, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
-            prefix = names[p] + "/"
-            found = {key.removeprefix(prefix): t for key, t in moments.items() if key.startswith(prefix)}
+            found = {key: moments[f"{names[p]}/{key}"] for key in MOMENTS if f"{names[p]}/{key}" in moments}
             if found:  # absent for a parameter that has had no gradient yet
                 states[index] = found
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": states})
@@ -298,5 +294,5 @@ class _Report:
         )
         hint = oversubscribed(cpu / wall if run.device.type == "cpu" else 1.0)
         if hint and not self.hinted and wall > 1:
-            self.hinted = True
             print(hint, flush=True)
+            self.hinted = True

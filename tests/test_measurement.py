@@ -6,7 +6,15 @@ import torch
 from torch import nn
 
 from kit import measurement
-from kit.measurement import environment, has_fast_bfloat16, latency, macs, oversubscribed, peak_memory
+from kit.measurement import (
+    environment,
+    float32_bytes,
+    has_fast_bfloat16,
+    latency,
+    macs,
+    oversubscribed,
+    peak_memory,
+)
 
 
 def test_latency_alternates_and_takes_medians(monkeypatch):
@@ -47,6 +55,11 @@ def test_macs_are_exact():
 
     model = Routed().train()
     assert macs(model, (torch.zeros(10, 6), 4)) == 4 * 6 * 2 and model.training
+
+
+def test_float32_bytes_are_those_of_a_file():
+    weights = 4 * (300 * 200 + 300)
+    assert weights < float32_bytes(nn.Linear(200, 300)) < weights + 2000
 
 
 def test_peak_memory_is_what_the_kernel_says():
