@@ -23,8 +23,9 @@ def model():
 
 def batches():
     generator = torch.Generator().manual_seed(0)
-    data = TensorDataset(torch.randn(60, 1, 8, 8, generator=generator), torch.randint(0, 10, (60,), generator=generator))
-    return list(DataLoader(data, batch_size=30))
+    images = torch.randn(60, 1, 8, 8, generator=generator)
+    labels = torch.randint(0, 10, (60,), generator=generator)
+    return list(DataLoader(TensorDataset(images, labels), batch_size=30))
 
 
 def test_each_cell_is_the_loss_with_one_tensor_pruned():
@@ -66,7 +67,8 @@ def test_a_scan_is_read_again_only_for_the_same_weights_and_batches(tmp_path, mo
 @given(st.data())
 def test_choice_is_the_best_that_fits(data):
     sizes, losses = st.integers(0, 60), st.floats(-1, 5)
-    options = {str(i): data.draw(st.lists(st.tuples(sizes, losses), min_size=1, max_size=4)) for i in range(3)}
+    pairs = st.lists(st.tuples(sizes, losses), min_size=1, max_size=4)
+    options = {str(i): data.draw(pairs) for i in range(3)}
     budget = data.draw(st.integers(1, 200))
     fitting = [sum(loss for _, loss in choice) for choice in itertools.product(*options.values())
                if sum(size for size, _ in choice) <= budget]

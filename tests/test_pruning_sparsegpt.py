@@ -70,7 +70,8 @@ def test_blocks_of_columns_agree_with_one_pass_over_all():
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) > 0.5
     solved, _ = sparsegpt(weight, x.T @ x, allowed=mask, damping=0.01)
     gram = x.T @ x
-    upper = torch.linalg.cholesky(torch.linalg.inv(gram + 0.01 * gram.diagonal().mean() * torch.eye(160)), upper=True)
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(160)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     brute = weight.clone()
     for j in range(160):
         wrong = brute[:, j] * ~mask[:, j] / upper[j, j]
@@ -82,7 +83,7 @@ def test_blocks_of_columns_agree_with_one_pass_over_all():
 def test_features_that_never_fire_are_ranked_by_magnitude():
     weight = torch.tensor([[3.0, -1.0, 2.0, 0.5]])
     solved, mask = sparsegpt(weight, torch.zeros(4, 4), 0.5)
-    assert torch.equal(solved, torch.tensor([[3.0, 0.0, 2.0, 0.0]])) and mask.tolist() == [[True, False, True, False]]
+    assert torch.equal(solved, torch.tensor([[3.0, 0.0, 2.0, 0.0]])) and torch.equal(mask, solved != 0)
 
 
 @pytest.mark.parametrize("layer, shape", [
@@ -138,7 +139,7 @@ def test_pruned_weights_stay_pruned():
 @pytest.mark.parametrize("arguments, message", [
     ({"sparsity": 1.5}, r"sparsity 1.5 is outside"),
     ({"sparsity": 0.5, "batches": []}, "at least one batch"),
-    ({"sparsity": 0.5, "tensors": "embedding.*"}, r"inputs of 'embedding.weight' \(Embedding\) cannot be collected"),
+    ({"sparsity": 0.5, "tensors": "embedding.*"}, r"'embedding.weight' \(Embedding\) cannot be"),
     ({"pattern": (2, 4)}, "needs rows whose length 4 divides, not 10"),
 ])
 def test_bad_input(arguments, message):

@@ -81,8 +81,7 @@ def test_scores_are_torch_prunings_own(p, importance):
 def test_pruned_cnn_computes_what_the_dense_one_does_without_those_channels():
     model = cnn()
     small = prune_channels(model, IMAGES, 0.25)
-    keep = [(model[i].weight.flatten(1)[:, None, :9] == small[i].weight.flatten(1)[None, :, :9]).all(-1).any(1)
-            for i in (0,)][0]
+    keep = (model[0].weight.flatten(1)[:, None] == small[0].weight.flatten(1)[None]).all(-1).any(1)
     assert keep.sum() == 12
     zeroed = copy.deepcopy(model)
     with torch.no_grad():
@@ -118,7 +117,7 @@ class Residual(nn.Module):
 
 def test_both_sides_of_a_residual_sum_lose_the_same_channels():
     small = prune_channels(Residual().eval(), IMAGES, 0.5)
-    assert (small.a.out_channels, small.b.in_channels, small.b.out_channels, small.head.in_features) == (4, 4, 4, 4)
+    assert small.a.out_channels == small.b.in_channels == small.b.out_channels == small.head.in_features == 4
     assert small(IMAGES).shape == (4, 3)
 
 
@@ -159,7 +158,8 @@ def test_hidden_units_of_an_expert_rank_as_neurons_of_the_same_mlp_in_torch_prun
     x = torch.randn(5, 6)
     small = prune_hidden_units(nn.Sequential(moe), 0.4)
     theirs = prune_channels(mlp, x, 0.4)
-    assert torch.equal(small[0].w_in[0], theirs[0].weight) and torch.equal(small[0].w_out[0], theirs[2].weight)
+    assert torch.equal(small[0].w_in[0], theirs[0].weight)
+    assert torch.equal(small[0].w_out[0], theirs[2].weight)
     assert torch.allclose(small(x), theirs(x), atol=1e-6)
 
 
@@ -210,7 +210,7 @@ class Untraceable(nn.Module):
 
 @pytest.mark.parametrize("act, message", [
     (lambda: prune_channels(cnn(), IMAGES, 1.0), r"sparsity 1.0 is outside \[0, 1\)"),
-    (lambda: prune_channels(cnn(), IMAGES, 0.5, importance="hessian"), "unknown importance 'hessian'; choose from l1"),
+    (lambda: prune_channels(cnn(), IMAGES, 0.5, importance="hessian"), "importance 'hessian'; choose from"),
     (lambda: prune_channels(cnn(), IMAGES, 0.5, importance="taylor"), "pass batches="),
     (lambda: prune_channels(cnn(), IMAGES, 0.5, layers="conv1"), "named 'conv1': DigitsCNN has 0, 3, 8"),
     (lambda: prune_channels(cnn(), torch.randn(4, 3, 8, 8), 0.5), "cannot prune this DigitsCNN"),

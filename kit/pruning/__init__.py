@@ -10,7 +10,7 @@ from kit.pruning.sensitivity import scan, sparsities_for_budget
 from kit.pruning.sparsegpt import prune_sparsegpt, sparsegpt
 from kit.pruning.structured import prune_bk_channels, prune_channels, prune_hidden_units
 
-__all__ = ["MagnitudePruner", "Mask", "ProgressivePruningScheduler", "PrunedMoELayer", "expert_scores", "get_mask",
-           "input_norms", "prune_bk_channels", "prune_channels", "prune_hidden_units", "prune_sparsegpt",
-           "prune_unused_experts", "reduce_experts", "remove_masks", "rewind", "scan", "set_mask", "sparsegpt", "sparsities_for_budget",
-           "track_experts"]
+__all__ = ["MagnitudePruner", "Mask", "ProgressivePruningScheduler", "PrunedMoELayer", "expert_scores",
+           "get_mask", "input_norms", "prune_bk_channels", "prune_channels", "prune_hidden_units",
+           "prune_sparsegpt", "prune_unused_experts", "reduce_experts", "remove_masks", "rewind", "scan",
+           "set_mask", "sparsegpt", "sparsities_for_budget", "track_experts"]

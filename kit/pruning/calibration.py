@@ -46,14 +46,14 @@ def run(model: nn.Module, batches: Sequence) -> None:
 
 
 def routing(moe: MoE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows (M, D), gates (M, top_k) and expert of each gate (M, top_k) for inputs x (..., D), as in its forward."""
+    """Rows (M, D), gates and their experts (M, top_k) for inputs x (..., D), as in the layer's forward."""
     rows = x.reshape(-1, x.shape[-1])
     gates, chosen = moe.router(rows).softmax(-1).topk(moe.top_k)
     return rows, gates, chosen
 
 
 def expert_rows(moe: MoE, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For each expert: the inputs (m, D) routed to it, its hidden units (m, F) after GELU, and its gates (m,)."""
+    """For each expert: the inputs (m, D) routed to it, its hidden units (m, F) after GELU, its gates (m,)."""
     rows, gates, chosen = routing(moe, x)
     w_in, b_in = moe.w_in, moe.b_in
     for expert in range(w_in.shape[0]):
@@ -92,8 +92,9 @@ def _readers(slot: Slot) -> Callable[[nn.Module, Tensor], list[Tensor]] | None:
 def input_grams(model: nn.Module, batches: Sequence, tensors: str | Iterable[str] = "*") -> dict[str, Tensor]:
     """X^T X of what multiplies each weight, summed over all calibration tokens, float64 (groups, C, C).
 
-    The weight as `Slot.stack` (groups, R, C): linear layers have one group, convolutions their own groups, expert
-    stacks one group an expert (only the tokens routed to it). In the order in which the model uses the weights.
+    The weight as `Slot.stack` (groups, R, C): linear layers have one group, convolutions their own groups,
+    expert stacks one group an expert (only the tokens routed to it). In the order in which the model uses the
+    weights.
 
     Raises:
         ValueError: a selected tensor whose inputs are not known, or no batches.
@@ -102,7 +103,8 @@ def input_grams(model: nn.Module, batches: Sequence, tensors: str | Iterable[str
     readers = {name: _readers(slot) for name, slot in slots.items()}
     for name, reader in readers.items():
         if reader is None:
-            raise ValueError(f"the inputs of {name!r} ({type(slots[name].module).__name__}) cannot be collected: "
+            kind = type(slots[name].module).__name__
+            raise ValueError(f"the inputs of {name!r} ({kind}) cannot be collected: "
                              "select weights of linear, convolution or mixture-of-experts layers")
     grams: dict[str, Tensor] = {}
 
@@ -111,8 +113,8 @@ def input_grams(model: nn.Module, batches: Sequence, tensors: str | Iterable[str
         gram = torch.stack([x.T @ x for x in rows])
         grams[name] = grams[name] + gram if name in grams else gram
 
-    handles = [slot.module.register_forward_pre_hook(lambda module, args, name=name: collect(name, module, args))
-               for name, slot in slots.items()]
+    handles = [slot.module.register_forward_pre_hook(
+        lambda module, args, name=name: collect(name, module, args)) for name, slot in slots.items()]
     try:
         run(model, batches)
     finally:
@@ -120,12 +122,12 @@ def input_grams(model: nn.Module, batches: Sequence, tensors: str | Iterable[str
             handle.remove()
     missing = [name for name in slots if name not in grams]
     if missing:
-        raise ValueError(f"the model reads {missing[0]!r} without calling its layer, so that its inputs cannot be "
-                         "collected: select other weights")
+        raise ValueError(f"the model reads {missing[0]!r} without calling its layer, so that its inputs "
+                         "cannot be collected: select other weights")
     return grams
 
 
 def input_norms(model: nn.Module, batches: Sequence, tensors: str | Iterable[str] = "*") -> dict[str, Tensor]:
-    """Norm over the calibration tokens of each input feature, float32 (groups, C): what Wanda multiplies by."""
+    """Norm of each input feature over the calibration tokens, float32 (groups, C): what Wanda needs."""
     grams = input_grams(model, batches, tensors)
     return {name: gram.diagonal(dim1=-2, dim2=-1).sqrt().float() for name, gram in grams.items()}

@@ -25,8 +25,8 @@ def check_threshold(threshold: float) -> None:
 class PrunedMoELayer(MoE):
     """A mixture of experts that counts the tokens of each expert and can lose those that have too few.
 
-    Wraps a MoE: parameters and buffers are the same objects. `origin` holds the position each remaining expert had
-    at first; `history` one entry a pruning: {"origin", "share", "kept"}, all by original position.
+    Wraps a MoE: parameters and buffers are the same objects. `origin` holds the position each remaining
+    expert had at first; `history` one entry a pruning: {"origin", "share", "kept"}, all by original position.
 
     Args:
         moe: the layer to take over; it should not be used afterwards.
@@ -46,13 +46,13 @@ class PrunedMoELayer(MoE):
 
     @property
     def shares(self) -> Tensor:
-        """(E,) share of the routed tokens that went to each expert since `reset_usage`, in training and evaluation.
+        """(E,) share of the routed tokens that went to each expert since `reset_usage`, training or not.
 
         Raises:
             ValueError: no token has been counted.
         """
         if not self.usage.sum():
-            raise ValueError("no token has been routed since the last reset: run the model over some data first")
+            raise ValueError("no token has been counted yet: run the model over some data first")
         return self.usage / self.usage.sum()
 
     def prune(self) -> list[int]:
@@ -74,7 +74,8 @@ class PrunedMoELayer(MoE):
         """
         keep = sorted(int(expert) for expert in experts)
         if len(keep) < self.top_k:
-            raise ValueError(f"{len(keep)} experts would stay, but each token is routed to {self.top_k}: keep more")
+            raise ValueError(f"{len(keep)} experts would stay, but each token is routed to {self.top_k}: "
+                             "keep more")
         shares = (self.usage / self.usage.sum().clamp(min=1)).tolist()
         origin, gone = self.origin, [p for i, p in enumerate(self.origin) if i not in keep]
         with resizing(self):
@@ -111,9 +112,10 @@ def track_experts(model: nn.Module, threshold: float = 0.05) -> nn.Module:
 
 
 def prune_unused_experts(model: nn.Module, batches: Sequence, threshold: float = 0.05) -> nn.Module:
-    """A copy of the model without the experts that get less than `threshold` of their layer's tokens in `batches`.
+    """A copy of the model without the experts that get less than `threshold` of their layer's tokens.
 
-    Its mixtures of experts are PrunedMoELayers; each keeps at least its top_k most used experts.
+    Tokens are counted over `batches`. The copy's mixtures of experts are PrunedMoELayers; each keeps at
+    least its top_k most used experts.
 
     Raises:
         ValueError: no mixture of experts, no batches, or a threshold outside [0, 1).
@@ -130,11 +132,11 @@ def prune_unused_experts(model: nn.Module, batches: Sequence, threshold: float =
 
 def reduce_experts(model: nn.Module, keep: int, batches: Sequence, *, criterion: str = "usage",
                    seed: int = 0) -> nn.Module:
-    """A copy of the model with at most `keep` experts a layer, chosen by what the tokens of `batches` do with them.
+    """A copy of the model with at most `keep` experts a layer, chosen by what the tokens of `batches` do.
 
     Args:
-        criterion: "usage", "reap" or "random" drop the experts of lowest score (`expert_scores`); "merge" joins the
-            most similar ones (`merge_experts`) until `keep` are left.
+        criterion: "usage", "reap" or "random" drop the experts of lowest score (`expert_scores`); "merge"
+            joins the most similar ones (`merge_experts`) until `keep` are left.
 
     Raises:
         ValueError: fewer than top_k experts to keep, an unknown criterion, no mixture of experts, no batches.
@@ -171,11 +173,12 @@ def reduce_in_place(model: nn.Module, keep: int, batches: Sequence, criterion: s
     refresh_config(model)
 
 
-def expert_scores(model: nn.Module, batches: Sequence, criterion: str = "usage", seed: int = 0) -> dict[str, Tensor]:
+def expert_scores(model: nn.Module, batches: Sequence, criterion: str = "usage",
+                  seed: int = 0) -> dict[str, Tensor]:
     """The score (E,) of each expert, by the name of its layer, from one pass over `batches`.
 
-    "usage": share of the routed tokens. "reap": mean over an expert's tokens of gate * ||expert output||_2 (Lasby et
-    al. 2025, "REAP the Experts"). "random": the control, drawn from `seed` and the layer's name.
+    "usage": share of the routed tokens. "reap": mean over an expert's tokens of gate * ||expert output||_2
+    (Lasby et al. 2025, "REAP the Experts"). "random": the control, drawn from `seed` and the layer's name.
 
     Raises:
         ValueError: no mixture of experts in the model, or no batches.
@@ -207,10 +210,10 @@ def expert_scores(model: nn.Module, batches: Sequence, criterion: str = "usage",
 
 
 def align(units: Tensor, reference: Tensor) -> tuple[Tensor, float]:
-    """The order of `units` (F, n) that brings each nearest to its row of `reference`, and the squared distance left.
+    """The order of `units` (F, n) that brings each nearest to its row of `reference`, and the distance left.
 
-    Hidden units have no order of their own, so two experts are compared after the best one-to-one assignment
-    (Ainsworth et al. 2023, "Git Re-Basin").
+    Hidden units have no order of their own, so two experts are compared after the best one-to-one assignment;
+    the distance is squared (Ainsworth et al. 2023, "Git Re-Basin").
     """
     cost = torch.cdist(reference.double(), units.double()).square().cpu().numpy()
     rows, order = linear_sum_assignment(cost)
@@ -220,12 +223,13 @@ def align(units: Tensor, reference: Tensor) -> tuple[Tensor, float]:
 def merge_experts(moe: MoE, keep: int, usage: Tensor) -> Tensor:
     """Join the two most similar experts, again and again, until `keep` are left; returns their positions.
 
-    In place, without changing shapes: the more used expert of each pair becomes the usage-weighted mean of both,
-    hidden units aligned first, and the other one is to be dropped (`PrunedMoELayer.keep`).
+    In place, without changing shapes: the more used expert of each pair becomes the usage-weighted mean of
+    both, hidden units aligned first, and the other one is to be dropped (`PrunedMoELayer.keep`).
     """
     weights = {expert: max(int(count), 1) for expert, count in enumerate(usage)}
     units = [torch.cat([moe.w_in[e], moe.b_in[e, :, None], moe.w_out[e].T], 1).detach() for e in weights]
-    shared = [torch.cat([moe.b_out[e], moe.router.weight[e], moe.router.bias[e, None]]).detach() for e in weights]
+    shared = [torch.cat([moe.b_out[e], moe.router.weight[e], moe.router.bias[e, None]]).detach()
+              for e in weights]
     aligned = {(a, b): align(units[b], units[a]) for a in weights for b in weights if a != b}
     while len(weights) > keep:
         pairs = [(a, b) for a in weights for b in weights if (weights[a], -a) > (weights[b], -b)]
@@ -236,7 +240,8 @@ def merge_experts(moe: MoE, keep: int, usage: Tensor) -> Tensor:
         weights[a] += weights.pop(b)
         for other in weights:
             if other != a:
-                aligned[a, other], aligned[other, a] = align(units[other], units[a]), align(units[a], units[other])
+                aligned[a, other] = align(units[other], units[a])
+                aligned[other, a] = align(units[a], units[other])
     d_model = moe.b_out.shape[1]
     with torch.no_grad():
         for e in weights:

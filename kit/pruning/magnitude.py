@@ -57,7 +57,8 @@ class MagnitudePruner:
             generator = torch.Generator().manual_seed(self.seed + zlib.crc32(slot.name.encode()))
             values = slot.matrix(score.random(weight, generator))
         elif self.score == "wanda":
-            values = score.wanda(slot.stack(weight), self.input_norms[slot.name].to(weight.device)).flatten(0, 1)
+            norm = self.input_norms[slot.name].to(weight.device)
+            values = score.wanda(slot.stack(weight), norm).flatten(0, 1)
         else:
             values = slot.matrix(score.magnitude(weight))
         return values.masked_fill(~slot.matrix(slot.mask), -torch.inf)
@@ -138,8 +139,8 @@ class MagnitudePruner:
     def schedule(self, final: float, *, start: float = 0.0, end: float = 0.7, every: int = 10) -> Callable:
         """Hook for `kit.training.train(hooks=...)`: the cubic schedule, from the present sparsity to `final`.
 
-        It returns True whenever masks have changed, so that the loop forgets the best state so far and the one it
-        ends with has the final sparsity.
+        It returns True whenever masks have changed, so that the loop forgets the best state so far and the
+        one it ends with has the final sparsity.
 
         Args:
             start, end: fractions of the run's steps; the rest after `end` retrains at the final sparsity.

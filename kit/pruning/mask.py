@@ -96,7 +96,7 @@ class Slot:
         return tensor.reshape(matrix_shape(self.module, tensor.shape))
 
     def stack(self, tensor: Tensor) -> Tensor:
-        """`tensor` as (groups, rows, columns), one group for each set of inputs: an expert, a convolution's group."""
+        """`tensor` as (groups, rows, columns), a group for each set of inputs (expert, convolution group)."""
         matrix = self.matrix(tensor)
         groups = getattr(self.module, "groups", self.parameter.shape[0] if self.parameter.dim() == 3 else 1)
         return matrix.unflatten(0, (groups, -1))
@@ -128,8 +128,9 @@ def select(model: nn.Module, tensors: str | Iterable[str] = "*") -> dict[str, Sl
 def copy_model(model: nn.Module) -> nn.Module:
     """A deep copy that shares nothing with the model, parametrized or not.
 
-    Tensors that modules computed and hold are copied without their graph. Each parametrized module gets a class of
-    its own: `copy.deepcopy` shares it, and taking a parametrization off the copy would break the original.
+    Tensors that modules computed and hold are copied without their graph. Each parametrized module gets a
+    class of its own: `copy.deepcopy` shares it, and taking a parametrization off the copy would break the
+    original.
     """
     held = [value for module in model.modules() for entry in vars(module).values()
             for value in (entry if isinstance(entry, list) else [entry])]

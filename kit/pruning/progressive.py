@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kit.checkpoint import copy_into, read_checkpoint, write_checkpoint
 from kit.distillation import DistillationTrainer
 from kit.losses import next_token_loss
-from kit.pruning.experts import (PrunedMoELayer, check_reduction, keep_experts, reduce_in_place, track_experts)
+from kit.pruning.experts import PrunedMoELayer, check_reduction, keep_experts, reduce_in_place, track_experts
 from kit.pruning.mask import copy_model
 from kit.pruning.shapes import modules_of, refresh_config, resizing
 from kit.training import TrainConfig, train
@@ -25,8 +25,8 @@ class ProgressivePruningScheduler:
         stages: experts a layer after each stage, falling.
         batches: what the experts are judged on: a few (inputs, targets) of the training split.
         criterion: "usage", "reap", "random" or "merge" (`kit.pruning.reduce_experts`).
-        distill: retrain towards the unpruned model's predictions as well (`kit.distillation.DistillationTrainer`
-            with its defaults), not on `loss` alone.
+        distill: retrain towards the unpruned model's predictions as well
+            (`kit.distillation.DistillationTrainer` with its defaults), not on `loss` alone.
         loss: loss(model, batch) when not distilling.
         seed: of the random criterion.
 
@@ -53,7 +53,8 @@ class ProgressivePruningScheduler:
     @property
     def history(self) -> pd.DataFrame:
         """One row an expert and pruning: stage, layer, expert (original position), share of tokens, kept."""
-        rows = [{"stage": stage, "layer": name, "expert": expert, "share": share, "kept": expert in entry["kept"]}
+        rows = [{"stage": stage, "layer": name, "expert": expert, "share": share,
+                 "kept": expert in entry["kept"]}
                 for name, layer in self.layers.items() for stage, entry in enumerate(layer.history)
                 for expert, share in zip(entry["origin"], entry["share"])]
         return pd.DataFrame(rows)
@@ -62,8 +63,8 @@ class ProgressivePruningScheduler:
             folder: Path | None = None, log: bool = True) -> nn.Module:
         """All stages, each a pruning and `config.steps` steps of training; returns the model.
 
-        With a `folder`, each finished stage is kept there and training is checkpointed: called again after a kill,
-        with a new scheduler over the same unpruned model, it goes on and ends with the same numbers.
+        With a `folder`, each finished stage is kept there and training is checkpointed: called again after a
+        kill, with a new scheduler over the same unpruned model, it goes on and ends with the same numbers.
 
         Raises:
             ValueError: the folder holds stages of other settings.
@@ -101,7 +102,8 @@ class ProgressivePruningScheduler:
         tensors, header = read_checkpoint(path)
         settings = self._header(stage)["settings"]
         if header["settings"] != settings:
-            raise ValueError(f"{path} was written with {header['settings']}, not {settings}: use another folder")
+            raise ValueError(f"{path} was written with {header['settings']}, not {settings}: "
+                             "use another folder")
         with resizing(self.model):
             for name, layer in self.layers.items():
                 layer.history = header["history"][name]

@@ -32,8 +32,8 @@ def scan(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], tensors: st
         cache: folder for the result; a scan of the same weights, batches and settings is then only read.
 
     Returns:
-        a row a tensor and sparsity: tensor, sparsity, loss (nats a token), increase over the unpruned loss, bytes
-        of the tensor in the artifact. The model is untouched.
+        a row a tensor and sparsity: tensor, sparsity, loss (nats a token), increase over the unpruned loss,
+        bytes of the tensor in the artifact. The model is untouched.
 
     Raises:
         ValueError: a sparsity outside [0, 1), or a pattern that matches nothing.
@@ -98,11 +98,12 @@ def sparsities_for_budget(table: pd.DataFrame, budget: int) -> dict[str, float]:
     return {name: values[name][position] for name, position in chosen.items()}
 
 
-def choose(options: Mapping[str, Sequence[tuple[int, float]]], budget: int, cells: int = 10_000) -> dict[str, int]:
-    """For each name the position of one (bytes, loss) so that the bytes fit the budget and the losses sum to least.
+def choose(options: Mapping[str, Sequence[tuple[int, float]]], budget: int,
+           cells: int = 10_000) -> dict[str, int]:
+    """For each name the position of one (bytes, loss): the bytes fit the budget, the losses sum to least.
 
-    Multiple-choice knapsack by dynamic programming over `cells` slices of the budget; bytes are rounded up to whole
-    slices, so that the budget holds.
+    Multiple-choice knapsack by dynamic programming over `cells` slices of the budget; bytes are rounded up to
+    whole slices, so that the budget holds.
 
     Raises:
         ValueError: the smallest options together exceed the budget.

@@ -1,4 +1,4 @@
-"""Changing the shapes of a model's weights: compression is taken off, put back after, and the config follows."""
+"""Changing the shapes of a model's weights: compression comes off and goes back on, the config follows."""
 
 import dataclasses
 import fnmatch
@@ -18,8 +18,8 @@ from kit.quantization.fake import FakeQuantize, quantize_weights
 def resizing(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the block every weight of `model` is a plain tensor, which may be replaced by a smaller one.
 
-    Masked weights are exact zeros inside and masked again afterwards; fake quantizers come back with the formats
-    they had, their ranges (and learned scales) found anew; the config describes the new shapes.
+    Masked weights are exact zeros inside and masked again afterwards; fake quantizers come back with the
+    formats they had, their ranges (and learned scales) found anew; the config describes the new shapes.
     """
     masked, formats = [], {}
     for name, module, attribute in list(named_weights(model)):

@@ -16,14 +16,16 @@ def sparsegpt(weight: Tensor, gram: Tensor, sparsity: float = 0.0, *, pattern: t
               allowed: Tensor | None = None, damping: float = 0.01) -> tuple[Tensor, Tensor]:
     """Prune a matrix and update what remains so that its outputs on the calibration inputs change least.
 
-    Columns go left to right; the error of removing w_j is spread over the columns to its right by the optimal brain
-    surgeon step, w_{>j} -= w_j / U_jj * U_{j,>j} with U^T U = (X^T X + damping)^-1, and a weight's saliency is
-    (w_j / U_jj)^2 (Frantar and Alistarh 2023, algorithm 1). Blocks of 128 columns choose their masks together.
+    Columns go left to right; the error of removing w_j is spread over the columns to its right by the optimal
+    brain surgeon step, w_{>j} -= w_j / U_jj * U_{j,>j} with U^T U = (X^T X + damping)^-1, and a weight's
+    saliency is (w_j / U_jj)^2 (Frantar and Alistarh 2023, algorithm 1). Blocks of 128 columns choose their
+    masks together.
 
     Args:
         weight: (R, C). gram: X^T X of its inputs, (C, C).
         sparsity: share to remove, over the whole matrix. pattern: (n, m) keeps n of every m in a row instead.
-        allowed: bool (R, C), weights that may be kept; with sparsity 0 the mask is this, and only values change.
+        allowed: bool (R, C), weights that may be kept; with sparsity 0 the mask is this, and only values
+        change.
         damping: added to the diagonal of the gram matrix, as a share of its mean.
 
     Returns:
@@ -58,7 +60,7 @@ def sparsegpt(weight: Tensor, gram: Tensor, sparsity: float = 0.0, *, pattern: t
 
 
 def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """Upper U with U^T U = (gram + damping * mean diagonal)^-1; inputs that never fired count as independent."""
+    """Upper U with U^T U = (gram + damping * mean diagonal)^-1; silent inputs are independent."""
     diagonal = gram.diagonal()
     extra = damping * diagonal.mean() + (diagonal == 0)
     lower = torch.linalg.cholesky(gram + torch.diag(extra))
@@ -77,11 +79,12 @@ def prune_sparsegpt(model: nn.Module, batches: Sequence, sparsity: float = 0.0,
                     damping: float = 0.01) -> nn.Module:
     """SparseGPT on the selected weights, in place, in the order the model uses them; returns the model.
 
-    Each weight's inputs are collected after everything before it is pruned, one pass a weight over `batches` (a
-    list of inputs, or of tuples that start with them).
+    Each weight's inputs are collected after everything before it is pruned, one pass a weight over `batches`
+    (a list of inputs, or of tuples that start with them).
 
     Raises:
-        ValueError: bad sparsity, pattern or names, or inputs that cannot be collected. The model is untouched then.
+        ValueError: bad sparsity, pattern or names, or inputs that cannot be collected. The model is untouched
+        then.
     """
     score.check_sparsity(sparsity)
     slots = select(model, tensors)

@@ -1,4 +1,4 @@
-"""Structured pruning: whole channels, neurons and hidden units go, and what is left is a smaller dense model."""
+"""Structured pruning: channels, neurons and hidden units go, a smaller dense model stays."""
 
 import warnings
 from collections.abc import Callable, Iterable
@@ -21,28 +21,28 @@ Loss = Callable[[nn.Module, object], Tensor]
 
 
 def unit_saliency(weight: Tensor, importance: str) -> Tensor:
-    """What each weight adds to the score of its unit: |w|, w^2, or |w dL/dw| (Molchanov et al. 2019, first order)."""
+    """What each weight adds to its unit's score: |w|, w^2, or |w dL/dw| (Molchanov et al. 2019)."""
     if importance == "taylor":
         return (weight * weight.grad).detach().abs()
     return weight.detach().abs() if importance == "l1" else weight.detach().square()
 
 
 def kept_units(scores: Tensor, sparsity: float) -> Tensor:
-    """Positions, ascending, of the units that stay when round(sparsity * n) of the n lowest along the last axis go.
+    """Positions, ascending, of the units that stay when the round(sparsity * n) lowest of n go.
 
-    At least one unit stays.
+    Along the last axis; at least one unit stays.
     """
     drop = min(round(sparsity * scores.shape[-1]), scores.shape[-1] - 1)
     return scores.argsort(dim=-1, stable=True)[..., drop:].sort(-1).values
 
 
 def hidden_unit_scores(moe: MoE, importance: str = "l2") -> Tensor:
-    """(E, F): the saliency of each hidden unit of each expert, over its row of w_in and its column of w_out."""
+    """(E, F): the saliency of each expert's hidden units, over their rows of w_in and columns of w_out."""
     return unit_saliency(moe.w_in, importance).sum(2) + unit_saliency(moe.w_out, importance).sum(1)
 
 
 def bk_channel_scores(mixer: BKMixer, importance: str = "l2") -> Tensor:
-    """(C,): the saliency of each channel, over what makes its v and its hopping and what reads its Re g and Im g."""
+    """(C,): the saliency of each channel, over what makes its v and hopping and what reads its g."""
     rows = unit_saliency(mixer.input.weight, importance).sum(1)
     columns = unit_saliency(mixer.output.weight, importance).sum(0)
     return (rows + columns).view(2, -1).sum(0)
@@ -57,7 +57,7 @@ def shrink_hidden(moe: MoE, keep: Tensor) -> None:
 
 
 def shrink_channels(mixer: BKMixer, keep: Tensor) -> None:
-    """Keep channels `keep` (C',) int64 of a mixer in place: v, hopping, energy, eta and output columns together."""
+    """Keep channels `keep` (C',) int64 of a mixer, in place: v, hopping, energy, eta, output columns."""
     channels = len(mixer.energy)
     both = torch.cat([keep, keep + channels])
     replace(mixer.input, "weight", mixer.input.weight[both])
@@ -74,7 +74,7 @@ def shrink_channels(mixer: BKMixer, keep: Tensor) -> None:
 
 def prune_hidden_units(model: nn.Module, sparsity: float, *, layers: str = "*", importance: str = "l2",
                        batches: Iterable | None = None, loss: Loss = next_token_loss) -> nn.Module:
-    """A copy of the model whose experts have lost a share `sparsity` of their hidden units, the least salient of each.
+    """A copy of the model whose experts have each lost a share `sparsity` of their hidden units.
 
     Args:
         layers: shell pattern of the names of mixture-of-experts layers.
@@ -83,7 +83,8 @@ def prune_hidden_units(model: nn.Module, sparsity: float, *, layers: str = "*", 
     Raises:
         ValueError: sparsity outside [0, 1), unknown importance, no such layer, taylor without batches.
     """
-    return _prune_groups(model, MoE, hidden_unit_scores, shrink_hidden, sparsity, layers, importance, batches, loss)
+    return _prune_groups(model, MoE, hidden_unit_scores, shrink_hidden, sparsity, layers, importance, batches,
+                         loss)
 
 
 def prune_bk_channels(model: nn.Module, sparsity: float, *, layers: str = "*", importance: str = "l2",
@@ -93,8 +94,8 @@ def prune_bk_channels(model: nn.Module, sparsity: float, *, layers: str = "*", i
     A channel is a group of its own: its potential v, hopping, energy, eta, and the columns that read its g go
     together. Arguments and errors as for `prune_hidden_units`, with `layers` naming mixers.
     """
-    return _prune_groups(model, BKMixer, bk_channel_scores, shrink_channels, sparsity, layers, importance, batches,
-                         loss)
+    return _prune_groups(model, BKMixer, bk_channel_scores, shrink_channels, sparsity, layers, importance,
+                         batches, loss)
 
 
 def _prune_groups(model, kind, scores, shrink, sparsity, layers, importance, batches, loss) -> nn.Module:
@@ -130,15 +131,16 @@ def accumulate_gradients(model: nn.Module, batches: Iterable, loss: Loss) -> Non
 def prune_channels(model: nn.Module, example: Tensor, sparsity: float, *, layers: str = "*",
                    importance: str = "l2", batches: Iterable | None = None,
                    loss: Loss = classification_loss) -> nn.Module:
-    """A copy of a CNN or MLP that has lost a share `sparsity` of the outputs of each convolution and linear layer.
+    """A copy of a CNN or MLP that has lost a share `sparsity` of the outputs of each layer.
 
-    What has to go with an output (batch norm, inputs of the next layer, the other side of a residual sum) is found
-    by Torch-Pruning's dependency graph (Fang et al. 2023); the layers that make the model's output keep theirs.
-    Masks stay masks only as zeros: the copy has no parametrizations.
+    What has to go with an output (batch norm, inputs of the next layer, the other side of a residual sum) is
+    found by Torch-Pruning's dependency graph (Fang et al. 2023); the layers that make the model's output keep
+    theirs. Masks stay masks only as zeros: the copy has no parametrizations.
 
     Args:
         example: an input to trace the model with.
-        layers: shell pattern of the layers that lose outputs; those coupled to one that is not named stay whole.
+        layers: shell pattern of the layers that lose outputs; those coupled to one that is not named stay
+        whole.
 
     Raises:
         ValueError: as `prune_hidden_units`; or the graph cannot be traced, or does not describe the model.
@@ -152,9 +154,9 @@ def prune_channels(model: nn.Module, example: Tensor, sparsity: float, *, layers
         shape = _output_shape(small, example)
         with evaluating(small), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pruner = tp.pruner.BasePruner(small, example, channel_importance(importance), pruning_ratio=sparsity,
-                                          ignored_layers=_fixed_layers(small, example, layers))
-            pruner.step()
+            fixed = _fixed_layers(small, example, layers)
+            tp.pruner.BasePruner(small, example, channel_importance(importance), pruning_ratio=sparsity,
+                                 ignored_layers=fixed).step()
         pruned = _output_shape(small, example)
         if sparsity and parameter_count(small) == parameter_count(model):
             raise ValueError("it finds nothing that could go")
@@ -200,5 +202,5 @@ def _output_shape(model: nn.Module, example: Tensor) -> tuple[int, ...]:
 
 def _untraceable(model: nn.Module, reason: object) -> str:
     first = str(reason).splitlines()[0] if str(reason) else type(reason).__name__
-    return (f"the dependency graph cannot prune this {type(model).__name__} ({first}): name the layers it can "
-            "prune, or use prune_hidden_units, prune_bk_channels or masks")
+    return (f"the dependency graph cannot prune this {type(model).__name__} ({first}): name the layers "
+            "it can prune, or use prune_hidden_units, prune_bk_channels or masks")
