@@ -1,7 +1,9 @@
-"""The compressed file: integer codes really packed or range-coded, scales, sparse floats, and how to rebuild the model.
+"""The compressed file: integer codes really packed or range-coded, scales, sparse floats, and how to
+rebuild the model.
 
-Layout: magic (4 bytes), header length (4), header (zlib, JSON), blobs one after another, SHA-256 of all before it (32).
-Nothing in it is executable. Each tensor is written in whichever layout of kit.layouts is smallest.
+Layout: magic (4 bytes), header length (4), header (zlib, JSON), blobs one after another, SHA-256 of all
+before it (32). Nothing in it is executable. Each tensor is written in whichever layout of kit.layouts is
+smallest.
 """
 
 import dataclasses
@@ -20,6 +22,7 @@ import pandas as pd
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from kit.layouts import LAYOUTS, decode, decode_grid, encode_codes, encode_float, format_of
 from kit.models import MODELS, build_model
@@ -40,9 +43,9 @@ class ArtifactError(ValueError):
 def save(model: nn.Module, path: str | os.PathLike, layouts: tuple[str, ...] = LAYOUTS) -> int:
     """Writes the model, with the formats and masks it carries, and returns the bytes of the file.
 
-    Quantized weights are stored as codes, other tensors in their own dtype. Models of kit.models can be loaded
-    without further help; any other model needs an instance of the same shapes to load into.
-    The file is written whole or not at all.
+    Quantized weights are stored as codes, other tensors in their own dtype. Models of kit.models can be
+    loaded without further help; any other model needs an instance of the same shapes to load into. The
+    file is written whole or not at all.
     """
     header, blobs = {"model": recipe(model), "modules": _activation_modules(model), "tensors": []}, []
     for name, entry, parts in _encoded_tensors(model, layouts):
@@ -111,15 +114,17 @@ def describe(path: str | os.PathLike) -> pd.DataFrame:
 
 def recipe(model: nn.Module) -> dict | None:
     """Name and config that rebuild one of the kit's own models; None for any other."""
-    name = type(model).__name__
-    if name not in MODELS or type(model) is not MODELS[name][0]:
+    kind = type(model).__bases__[0] if parametrize.is_parametrized(model) else type(model)
+    name = kind.__name__
+    if name not in MODELS or kind is not MODELS[name][0]:
         return None
     return {"class": name, "config": dataclasses.asdict(model.config)}
 
 
 def _activation_modules(model: nn.Module) -> dict:
-    return {path: {"class": type(module).__name__, **module.settings()} for path, module in model.named_modules()
-            if type(module) in ACTIVATION_MODULES.values()}
+    found = {path: module for path, module in model.named_modules() if type(module) in ACTIVATION_MODULES.values()}
+    return {path: {"class": type(module).__name__, **module.settings()} for path, module in found.items()
+            if path.rpartition(".")[0] not in found}
 
 
 def _buffers(model: nn.Module):
@@ -211,8 +216,8 @@ def _restore_steps(model: nn.Module, entries: list[dict], grids: dict) -> None:
         if "format" in entry or entry.get("half"):
             format = format_of(entry) if "format" in entry else HALF
             quantizer = FakeQuantize(weight, matrix_shape(module, weight.shape), format, entry.get("learned", False))
-            if quantizer.scale is not None:
-                quantizer.set_grid(*grids[name])
+            if name in grids and (quantizer.scale is not None or not torch.equal(quantizer(weight), weight)):
+                quantizer.set_grid(*grids[name])  # also where rounded weights would not give their own range again
             steps.append(quantizer)
         if steps:
             set_steps(model, module, attribute, steps)

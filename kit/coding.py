@@ -1,10 +1,11 @@
 """Adaptive binary range coding of small integers: the entropy coder behind the artifact.
 
-A code is written as a few binary decisions (zero?, sign, |q| > 1?, |q| > 2?, ... , then an Elias-gamma tail), each
-but sign and low tail bits coded with a probability that adapts as coding goes on, so no table is stored. The context of a decision is the recent
-magnitude in the same row and in the same column: rows of a weight matrix differ in spread, and so do columns.
-This is the scheme of CABAC as DeepCABAC uses it for weights (Wiedemann et al. 2019, arXiv:1905.08318), with the
-carry-propagating range coder of LZMA (Martin 1979). Integers only, so a stream decodes alike on every machine.
+A code is written as a few binary decisions (zero?, sign, |q| > 1?, |q| > 2?, ... , then an Elias-gamma
+tail), each but sign and low tail bits coded with a probability that adapts as coding goes on, so no table
+is stored. The context of a decision is the recent magnitude in the same row and in the same column, for
+rows of a weight matrix differ in spread, and so do columns. This is the scheme of CABAC as DeepCABAC uses
+it for weights (Wiedemann et al. 2019, arXiv:1905.08318), with the carry-propagating range coder of LZMA
+(Martin 1979). Integers only, so a stream decodes alike on every machine.
 """
 
 import numpy as np
@@ -18,6 +19,7 @@ ONE = 1 << BITS
 TOP = np.uint64(1 << 24)
 MASK = np.uint64(0xFFFFFFFF)
 BYTE = np.uint64(8)
+MOST = 128            # bytes that one code can take: under 80 decisions of at most 10 bits each, and the flush
 
 
 @njit(cache=True)
@@ -52,7 +54,9 @@ def _adapt(state, bit):
 
 @njit(cache=True)
 def _put(out, coder, probability, bit):
-    """coder: low, range, cached byte, pending 0xFF count, bytes written. Codes one bit with P(0) = probability / ONE."""
+    """coder: low, range, cached byte, pending 0xFF count, bytes written. Codes one bit with P(0) =
+    probability / ONE.
+    """
     bound = (coder[1] >> np.uint64(BITS)) * np.uint64(probability)
     if bit:
         coder[0] += bound
@@ -128,6 +132,8 @@ def _encode(codes, out):
     ideal = 0.0
     for r in range(rows):
         for c in range(columns):
+            if coder[4] + coder[3] + np.uint64(MOST) > np.uint64(len(out)):
+                return np.int64(-1), ideal
             q = np.int64(codes[r, c])
             size = abs(q)
             states = tables[_level(row_mean) * LEVELS + _level(column_mean[c])]
@@ -197,14 +203,22 @@ def encode(codes: np.ndarray) -> bytes:
 
 def encode_with_entropy(codes: np.ndarray) -> tuple[bytes, float]:
     """`encode`, and the information content in bits under the coder's own adaptive model."""
-    codes = np.ascontiguousarray(codes, np.int32)
-    out = np.empty(codes.size * 12 + 16, np.uint8)
-    length, bits = _encode(codes, out)
+    codes = np.asarray(codes)
+    if codes.ndim != 2 or (codes.size and not -(2**31) < codes.min() <= codes.max() < 2**31):
+        raise ValueError(f"the range coder takes a matrix of integers below 2**31 in magnitude, not shape {codes.shape}"
+                         + (f" with {codes.min()} to {codes.max()}" if codes.size else ""))
+    codes, room, length = np.ascontiguousarray(codes, np.int32), 2 * codes.size + MOST, -1
+    while length < 0:
+        out = np.empty(room, np.uint8)
+        length, bits = _encode(codes, out)
+        room *= 4
     return out[:length].tobytes().rstrip(b"\0"), bits
 
 
 def decode(data: bytes, shape: tuple[int, int]) -> np.ndarray:
-    """The int32 matrix of `shape` that `encode` wrote. Any bytes decode to something: check a checksum first."""
+    """The int32 matrix of `shape` that `encode` wrote. Any bytes decode to something: check a checksum
+    first.
+    """
     codes = np.empty(shape, np.int32)
     _decode(np.frombuffer(data, np.uint8), codes)
     return codes

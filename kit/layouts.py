@@ -54,12 +54,16 @@ def encode_codes(weight: Tensor, quantizer: FakeQuantize, layouts: tuple[str, ..
 
 
 def decode(entry: dict, parts: list[bytes]) -> Tensor:
-    """The tensor that was encoded: floats exactly; codes dequantized, exactly as the fake quantizer does it."""
+    """The tensor that was encoded: floats exactly; codes dequantized, exactly as the fake quantizer does
+    it.
+    """
     return _decode_codes(entry, list(parts)) if "format" in entry else _decode_float(entry, list(parts))
 
 
 def decode_grid(entry: dict, parts: list[bytes]) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point (blocks, 1) of an encoded weight, the zero point None if its format is symmetric."""
+    """Scale and zero point (blocks, 1) of an encoded weight, the zero point None if its format is
+    symmetric.
+    """
     format, shape = format_of(entry), _matrix_shape(entry)
     if format.symmetric:
         return _decode_scale(parts[-1], format, shape), None

@@ -1,8 +1,9 @@
-"""Compression as parametrization: any tensor of any module may carry a mask, a quantizer, or both in that order.
+"""Compression as parametrization: any tensor of any module may carry a mask, a quantizer, or both in that
+order.
 
-torch.nn.utils.parametrize keeps the trained values under `original` and computes the compressed tensor on access. This
-file adds what compression needs on top: the order of the steps, tensors shared by several modules, and recurrent
-layers, whose cached weight list would otherwise go stale.
+torch.nn.utils.parametrize keeps the trained values under `original` and computes the compressed tensor on
+access. This file adds what compression needs on top: the order of the steps, tensors shared by several
+modules, and recurrent layers, whose cached weight list would otherwise go stale.
 """
 
 import copy
@@ -10,13 +11,15 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 
 import torch.nn as nn
+from torch import Tensor
 from torch.nn.utils import parametrize
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """(dotted name, module, attribute) of every parameter, under the names of the uncompressed model.
 
-    A parameter shared by several modules is named once, by the first. The order does not depend on what is parametrized.
+    A parameter shared by several modules is named once, by the first. The order does not depend on what
+    is parametrized.
     """
     seen = set()
     for path, module in model.named_modules():
@@ -47,13 +50,16 @@ def find_step(module: nn.Module, attribute: str, kind: type) -> nn.Module | None
 
 
 def set_steps(model: nn.Module, module: nn.Module, attribute: str, steps: list[nn.Module]) -> None:
-    """Replaces the parametrizations of a tensor, wherever in `model` that tensor is shared, keeping trained values."""
+    """Replaces the parametrizations of a tensor, wherever in `model` that tensor is shared, keeping
+    trained values.
+    """
     original = original_of(module, attribute)
     holders = [(m, a) for m in list(model.modules()) if not isinstance(m, parametrize.ParametrizationList)
                for a in [*m._parameters, *getattr(m, "parametrizations", {})] if original_of(m, a) is original]
     for holder, name in holders:
+        _own_class(holder)
         if parametrize.is_parametrized(holder, name):
-            _remove(holder, name, leave_parametrized=False)
+            parametrize.remove_parametrizations(holder, name, leave_parametrized=False)
         for step in steps:
             parametrize.register_parametrization(holder, name, step, unsafe=True)
         if isinstance(holder, nn.RNNBase):
@@ -63,12 +69,14 @@ def set_steps(model: nn.Module, module: nn.Module, attribute: str, steps: list[n
             _forget_weights(holder)
 
 
-def _remove(module: nn.Module, attribute: str, leave_parametrized: bool) -> None:
-    """torch deletes the property from the module's generated class, which copies of the module share: part first."""
-    shared = type(module)
-    own = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
-    module.__class__ = type(shared.__name__, shared.__bases__, own)
-    parametrize.remove_parametrizations(module, attribute, leave_parametrized=leave_parametrized)
+def _own_class(module: nn.Module) -> None:
+    """torch puts properties on the module's generated class, or takes them off, and copies share that
+    class: part them.
+    """
+    if parametrize.is_parametrized(module):
+        shared = type(module)
+        own = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
+        module.__class__ = type(shared.__name__, shared.__bases__, own)
 
 
 def _read_weights(module: nn.RNNBase, *_) -> None:
@@ -80,17 +88,27 @@ def _forget_weights(module: nn.RNNBase, *_) -> None:
     module._flat_weights = [None] * len(module._flat_weights_names)
 
 
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy that shares nothing with the model; tensors that modules computed and hold leave their
+    graph behind.
+    """
+    held = [value for module in model.modules() for entry in vars(module).values()
+            for value in (entry if isinstance(entry, list) else [entry])]
+    computed = {id(value): value.detach() for value in held if isinstance(value, Tensor) and not value.is_leaf}
+    copied = copy.deepcopy(model, computed)
+    for module in copied.modules():
+        _own_class(module)
+    return copied
+
+
 def bake(model: nn.Module) -> nn.Module:
     """A copy of the model with every parametrization replaced by the tensor it computes."""
-    for module in model.modules():
-        if hasattr(module, "_weight_hooks"):
-            _forget_weights(module)
-    model = copy.deepcopy(model)
+    model = copy_model(model)
     for module in list(model.modules()):
         if isinstance(module, parametrize.ParametrizationList):
             continue
         for attribute in list(getattr(module, "parametrizations", {})):
-            _remove(module, attribute, leave_parametrized=True)
+            parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
         if hasattr(module, "_weight_hooks"):
             for hook in module._weight_hooks:
                 hook.remove()

@@ -1,5 +1,6 @@
 """Quantization of what flows between layers, real or complex: calibrate on batches, then round with fixed ranges."""
 
+import math
 from collections.abc import Iterable
 from contextlib import contextmanager
 
@@ -19,41 +20,51 @@ class ActivationQuantizer(nn.Module):
 
     Args:
         channels: length of the last dimension for a range per channel; None for one range.
+        bounds: (low, high) of what is bounded by definition, such as an angle; calibration leaves them.
+    Raises ValueError for a complex input, when used before calibration, and for NaN or infinite values in calibration.
     """
 
-    def __init__(self, bits: int = 8, symmetric: bool = True, channels: int | None = None):
+    def __init__(self, bits: int = 8, symmetric: bool = True, channels: int | None = None,
+                 bounds: tuple[float, float] | None = None):
         super().__init__()
         self.format = Format(bits, symmetric, "channel", scale="float32")
-        self.channels = channels
+        self.channels, self.bounds = channels, bounds
         self.observing = False
-        self.register_buffer("low", torch.zeros(channels or 1))
-        self.register_buffer("high", torch.zeros(channels or 1))
+        self.register_buffer("low", torch.empty(channels or 1))
+        self.register_buffer("high", torch.empty(channels or 1))
+        self.reset()
 
     def settings(self) -> dict:
-        return {"bits": self.format.bits, "symmetric": self.format.symmetric, "channels": self.channels}
+        return {"bits": self.format.bits, "symmetric": self.format.symmetric, "channels": self.channels,
+                "bounds": self.bounds}
 
     @classmethod
     def from_settings(cls, settings: dict) -> "ActivationQuantizer":
         return cls(**settings)
 
     def reset(self) -> None:
-        self.low.zero_()
-        self.high.zero_()
+        """Forgets the range: nothing seen yet."""
+        low, high = self.bounds or (math.inf, -math.inf)
+        self.low.fill_(low)
+        self.high.fill_(high)
 
     def grid(self) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point, shape (channels,) or (1,), the zero point None if symmetric.
 
         Raises ValueError before calibration.
         """
-        if not (self.high > self.low).any():
+        if (self.low > self.high).any():
             raise ValueError("an activation quantizer was used before calibration: run kit.quantization.calibrate first")
-        scale, zero = formats._grid(self.low, self.high, self.format)
-        return scale, zero
+        return formats._grid(self.low.clamp(max=0), self.high.clamp(min=0), self.format)
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         flat = x.detach().reshape(-1, x.shape[-1]) if self.channels else x.detach().reshape(-1, 1)
+        if self.bounds or not len(flat):
+            return
         low, high = torch.aminmax(flat, dim=0)
+        if not (torch.isfinite(low) & torch.isfinite(high)).all():
+            raise ValueError("calibration met NaN or infinite activations: check the batches and the model's weights")
         self.low.copy_(torch.minimum(self.low, low))
         self.high.copy_(torch.maximum(self.high, high))
 
@@ -63,21 +74,21 @@ class ActivationQuantizer(nn.Module):
         return formats.quantize(x, scale, zero, self.format)
 
     def forward(self, x: Tensor) -> Tensor:
-        formats_error = x.is_complex()
-        if formats_error:
+        if x.is_complex():
             formats.check_weights(x, "activation")
         if self.observing:
             self.observe(x)
             return x
         scale, zero = self.grid()
-        return formats.fake_quantize(x, scale, zero, self.format)
+        return formats.fake_quantize(x.float(), scale, zero, self.format).to(x.dtype)
 
 
 class ComplexQuantizer(nn.Module):
     """Rounds a complex tensor to pairs of integers, per tensor or per channel of the last dimension.
 
     mode "separate": real and imaginary parts have scales of their own. "joint": they share one, so that the grid is
-    square and phase is kept as well as modulus. "polar": modulus and phase are rounded, uniformly in each.
+    square and phase is kept as well as modulus. "polar": modulus and phase are rounded, uniformly in each, the phase on
+    a fixed grid over [-pi, pi].
     Calibrated like ActivationQuantizer. Dtype and shape are kept; the gradient is straight through in both parts.
     """
 
@@ -87,7 +98,7 @@ class ComplexQuantizer(nn.Module):
             raise ValueError(f"mode={mode!r} is not a complex quantization: choose 'separate', 'joint' or 'polar'")
         self.mode = mode
         self.first = ActivationQuantizer(bits, symmetric=mode != "polar", channels=channels)
-        self.second = ActivationQuantizer(bits, symmetric=True, channels=channels)
+        self.second = ActivationQuantizer(bits, True, channels, (-math.pi, math.pi) if mode == "polar" else None)
 
     def settings(self) -> dict:
         return {"bits": self.first.format.bits, "channels": self.first.channels, "mode": self.mode}
@@ -118,7 +129,9 @@ class ComplexQuantizer(nn.Module):
                 self.second.observe(part)
             return z
         first, second = self.first(first), self.second(second)
-        return torch.polar(first, second) if self.mode == "polar" else torch.complex(first, second)
+        if self.mode == "polar":  # torch.polar has no gradient where the modulus is rounded to 0
+            first, second = first * second.cos(), first * second.sin()
+        return torch.complex(first, second)
 
 
 ACTIVATION_MODULES = {"ActivationQuantizer": ActivationQuantizer, "ComplexQuantizer": ComplexQuantizer}
@@ -127,7 +140,7 @@ ACTIVATION_MODULES = {"ActivationQuantizer": ActivationQuantizer, "ComplexQuanti
 @contextmanager
 def _observing(model: nn.Module):
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     for quantizer in quantizers:
         quantizer.observing = True
     try:
@@ -135,7 +148,8 @@ def _observing(model: nn.Module):
     finally:
         for quantizer in quantizers:
             quantizer.observing = False
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 @torch.no_grad()
@@ -149,9 +163,10 @@ def calibrate(model: nn.Module, batches: Iterable) -> nn.Module:
         for quantizer in quantizers:
             quantizer.reset()
         model.eval()
+        device = next((p.device for p in model.parameters()), None)
         count = 0
         for batch in batches:
-            inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+            inputs = (batch[0] if isinstance(batch, (tuple, list)) else batch).to(device)
             model.hidden(inputs) if hasattr(model, "hidden") else model(inputs)
             count += 1
     if count == 0:

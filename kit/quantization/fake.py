@@ -25,7 +25,7 @@ def matrix_shape(module: nn.Module, shape: torch.Size) -> tuple[int, int]:
 
 
 class FakeQuantize(nn.Module):
-    """Parametrization: weight -> the nearest values of `format`, float32, same shape; gradients straight through.
+    """Parametrization: weight -> the nearest values of `format`, same shape and dtype; gradients straight through.
 
     A "minmax" range follows the weight at every step. "percentile" and "mse" ranges are fixed from `weight` when
     the quantizer is made, because searching at each step is slow. With `learned` the step starts there and is trained
@@ -44,29 +44,39 @@ class FakeQuantize(nn.Module):
         self.learned = learned and format.bits != 16
         scale = zero = None
         if format.bits != 16 and (self.learned or format.range != "minmax"):
-            scale, zero = formats.choose_grid(self._blocks(weight, fill=math.nan), format)
+            scale, zero = formats.choose_grid(self.blocks(weight, fill=math.nan), format)
         self.register_buffer("zero", zero)
         if self.learned:
             self.scale = nn.Parameter(scale)
         else:
             self.register_buffer("scale", scale)
 
-    def _blocks(self, weight: Tensor, fill: float = 0.0) -> Tensor:
+    def blocks(self, weight: Tensor, fill: float = 0.0) -> Tensor:
+        """The weight as (blocks, length), a block a scale."""
         return formats.to_blocks(weight.reshape(self.shape), self.format, fill)
+
+    def spread(self, part: Tensor) -> Tensor:
+        """A scale or zero point (blocks, 1) as (rows, columns): the one of each weight."""
+        length = self.blocks(part.new_empty(()).expand(self.shape)).shape[1]
+        return formats.from_blocks(part.expand(-1, length), self.shape, self.format)
 
     def grid(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale (blocks, 1), exactly as the artifact stores it, and zero point (blocks, 1) or None."""
         if self.scale is None:
-            return formats.choose_grid(self._blocks(weight), self.format)
+            return formats.choose_grid(self.blocks(weight), self.format)
         if not self.learned:
             return self.scale, self.zero
-        stored = formats.round_scale(self.scale.detach().abs(), self.format.scale)
-        return self.scale.abs() + (stored - self.scale.detach().abs()), self.zero
+        step = self.scale.abs()
+        return formats.round_scale(step.detach(), self.format.scale) + (step - step.detach()), self.zero
 
     @torch.no_grad()
     def set_grid(self, scale: Tensor, zero: Tensor | None = None) -> None:
-        """Overwrites a fixed or learned grid; scale (and zero point) of shape (blocks, 1)."""
-        self.scale.copy_(formats.round_scale(scale, self.format.scale))
+        """Overwrites a fixed or learned grid, or fixes one that followed the weight; both of shape (blocks, 1)."""
+        scale = formats.round_scale(scale, self.format.scale)
+        if self.scale is None:
+            self.scale, self.zero = scale, zero
+            return
+        self.scale.copy_(scale)
         if zero is not None:
             self.zero.copy_(zero)
 
@@ -74,16 +84,16 @@ class FakeQuantize(nn.Module):
         if self.format.bits == 16:
             return _half(weight)
         scale, zero = self.grid(weight)
-        blocks = self._blocks(weight)
+        blocks = self.blocks(weight)
         gradient = 1 / math.sqrt(max(blocks.shape[1], 1) * self.format.qmax) if self.learned else 0.0
-        values = formats.fake_quantize(blocks, scale, zero, self.format, gradient)
-        return formats.from_blocks(values, self.shape, self.format).reshape(weight.shape)
+        values = formats.fake_quantize(blocks.float(), scale, zero, self.format, gradient)
+        return formats.from_blocks(values, self.shape, self.format).reshape(weight.shape).to(weight.dtype)
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes int8 (rows, columns), scale and zero point (blocks, 1): what `forward` multiplies out again."""
         scale, zero = self.grid(weight)
-        codes = formats.quantize(self._blocks(weight), scale, zero, self.format)
+        codes = formats.quantize(self.blocks(weight), scale, zero, self.format)
         return formats.from_blocks(codes, self.shape, self.format), scale.detach(), zero
 
 
@@ -118,7 +128,8 @@ def quantize_weights(model: nn.Module, plan: Format | Mapping[str, Format | None
         weights = matching(model, plan)
         chosen = [(w, next(f for p, f in plan.items() if fnmatch(w[0], p))) for w in weights]
     if not chosen:
-        raise ValueError(f"{type(model).__name__} has no weight to quantize: expected parameters of two or more dimensions")
+        raise ValueError(f"{type(model).__name__} has no weight to quantize: expected parameters of two or more "
+                         "dimensions")
     for (name, module, attribute), _ in chosen:
         formats.check_weights(original_of(module, attribute), name)
     for (name, module, attribute), format in chosen:
@@ -129,6 +140,16 @@ def quantize_weights(model: nn.Module, plan: Format | Mapping[str, Format | None
             step = FakeQuantize(weight, matrix_shape(module, weight.shape), format, learned)
             set_steps(model, module, attribute, [*keep, step])
     return model
+
+
+def seen_by(quantizer: FakeQuantize, module: nn.Module, attribute: str) -> Tensor:
+    """The tensor that a fake quantizer rounds: the trained values after the steps before it, such as a mask."""
+    weight = original_of(module, attribute)
+    for step in steps_of(module, attribute):
+        if step is quantizer:
+            return weight
+        weight = step(weight)
+    raise ValueError(f"{type(module).__name__}.{attribute} does not carry this quantizer: take it from find_step")
 
 
 def quantizers(model: nn.Module) -> dict[str, FakeQuantize]:

@@ -1,9 +1,9 @@
 """Number formats and the arithmetic of uniform quantization, as pure functions of tensors.
 
 A tensor is viewed as a matrix (rows, columns), and the matrix as blocks that share one scale: the whole tensor, a row
-("channel"), `group_size` neighbours in a row ("group") or `group_size` whole rows ("rows"). Every function below works on blocks, shape (blocks, length), with
-scale and zero point of shape (blocks, 1). Quantization follows Jacob et al. 2018 (arXiv:1712.05877), eq. 1:
-x = scale * (code - zero).
+("channel"), `group_size` neighbours in a row ("group") or `group_size` whole rows ("rows"). Every function below works
+on blocks, shape (blocks, length), with scale and zero point of shape (blocks, 1). Quantization follows Jacob et al. 2018
+(arXiv:1712.05877), eq. 1: x = scale * (code - zero).
 """
 
 import math
@@ -73,7 +73,7 @@ def to_blocks(matrix: Tensor, format: Format, fill: float = 0.0) -> Tensor:
         return matrix
     if format.granularity == "rows":
         size = min(format.group_size, max(rows, 1))
-        return F.pad(matrix, (0, 0, 0, -rows % size), value=fill).reshape(-1, size * columns)
+        return F.pad(matrix, (0, 0, 0, -rows % size), value=fill).reshape(-(-rows // size), size * columns)
     size = min(format.group_size, max(columns, 1))
     return F.pad(matrix, (0, -columns % size), value=fill).reshape(-1, size)
 
@@ -114,14 +114,20 @@ def log_scale_values(codes: Tensor, largest: Tensor) -> Tensor:
     return largest * _log_table().to(largest.device)[codes.long()]
 
 
+def _half_above(scale: Tensor) -> Tensor:
+    """The smallest float16 that is not below a positive scale, so that a range rounded to it is still covered."""
+    half = scale.half()
+    return (half.view(torch.int16) + (half.float() < scale)).view(torch.float16)
+
+
 def round_scale(scale: Tensor, kind: str) -> Tensor:
-    """The float32 value that `scale` has after being stored as `kind`."""
+    """The float32 value that `scale` has after being stored as `kind`, up rather than down."""
     if scale.numel() == 0:
         return scale.float()
     if kind == "float16":
         if scale.max() > 65504:
             raise ValueError(f"a scale of {scale.max():.3g} exceeds float16 (65504): use Format(scale='float32')")
-        return scale.half().float().clamp(min=SMALLEST_SCALE[kind])
+        return _half_above(scale.float()).float().clamp(min=SMALLEST_SCALE[kind])
     if kind == "log8":
         return log_scale_values(*log_scale_codes(scale))
     return scale.float().clamp(min=SMALLEST_SCALE[kind])
@@ -155,6 +161,12 @@ def _grid(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor | N
     return scale, (format.qmin - torch.round(low / scale)).clamp(format.qmin, format.qmax)
 
 
+def _percentile(x: Tensor, share: float) -> Tensor:
+    """The value (blocks, 1) that `share` of a block does not exceed, NaN left out; torch.quantile stops at 2**24 values."""
+    ordered, count = x.sort(dim=1).values, (~x.isnan()).sum(1, keepdim=True)
+    return ordered.gather(1, (torch.ceil(share * count).long() - 1).clamp(min=0))
+
+
 def choose_grid(blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
     """Scale (blocks, 1) float32, as it will be stored, and zero point (blocks, 1) or None, by `format.range`.
 
@@ -166,7 +178,7 @@ def choose_grid(blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
     if format.range == "minmax" or x.numel() == 0:
         return _grid(low, high, format)
     if format.range == "percentile":
-        bound = torch.nanquantile(x.abs(), 0.999, dim=1, keepdim=True)
+        bound = _percentile(x.abs(), 0.999)
         return _grid(torch.maximum(low, -bound), torch.minimum(high, bound), format)
     best, best_error = _grid(low, high, format), None
     for ratio in torch.linspace(1.0, 0.2 if format.qmax > 1 else 0.05, 65).tolist():
@@ -204,7 +216,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x, scale, zero, qmin, qmax, step_gradient):
         ratio = x / scale
         unclipped = torch.round(ratio) if zero is None else torch.round(ratio) + zero
-        q = unclipped.clamp(qmin, qmax)
+        q = unclipped.clamp(qmin, qmax) + 0.0  # integer codes know no -0.0
         ctx.save_for_backward(ratio if step_gradient else None, q, unclipped, zero)
         ctx.step_gradient = step_gradient
         return (q if zero is None else q - zero) * scale

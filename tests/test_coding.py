@@ -1,0 +1,86 @@
+"""The range coder: exact round trips of random and adversarial streams, and sizes close to the entropy of its model."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from kit import coding
+
+LARGEST = 2**31 - 1
+
+
+def round_trip(codes):
+    data = coding.encode(codes)
+    assert np.array_equal(coding.decode(data, codes.shape), codes)
+    return data
+
+
+@given(arrays(np.int32, st.tuples(st.integers(0, 12), st.integers(0, 12)), elements=st.integers(-LARGEST, LARGEST)))
+def test_any_integers(codes):
+    round_trip(codes)
+
+
+@given(st.integers(0, 10**6), st.floats(0.001, 3000), st.integers(1, 40))
+def test_random_streams(seed, spread, columns):
+    rng = np.random.default_rng(seed)
+    round_trip(np.round(rng.laplace(scale=spread, size=(50, columns))).astype(np.int64))
+
+
+ADVERSARIAL = {
+    "empty": np.zeros((0, 5)),
+    "one zero": np.zeros((1, 1)),
+    "zeros, then the largest": np.r_[np.zeros(5000), np.full(500, LARGEST)][None],
+    "largest, alternating signs": np.tile([LARGEST, -LARGEST], 2000)[None],
+    "always the unlikely": np.tile(np.r_[np.zeros(60), LARGEST], 200)[None],
+    "powers of two and their neighbours": np.concatenate([[2**k - 1, 2**k, -(2**k)] for k in range(31)])[:, None],
+    "unary border": np.tile(np.arange(-16, 17), 40)[:, None],
+    "one row": np.arange(3000)[None] % 7,
+    "one column": np.arange(3000)[:, None] % 7,
+}
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_adversarial_streams(name):
+    round_trip(ADVERSARIAL[name].astype(np.int64))
+
+
+@pytest.mark.parametrize("byte", [0x00, 0xFF])
+def test_carries_run_through_long_chains_of_bytes(byte):
+    """Streams found by search: encode what the decoder reads from constant bytes, which keeps carries pending."""
+    codes = coding.decode(bytes([byte]) * 400, (30, 30))
+    assert np.array_equal(coding.decode(coding.encode(codes), codes.shape), codes)
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.3, 1.0, 4.0, 40.0])
+def test_size_is_within_a_percent_of_the_models_entropy(spread):
+    codes = np.round(np.random.default_rng(0).laplace(scale=spread, size=(800, 200))).astype(np.int64)
+    data, bits = coding.encode_with_entropy(codes)
+    assert bits / 8 <= len(data) * 1.0001 + 1 and len(data) <= 1.01 * bits / 8 + 8
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 4.0])
+def test_model_is_close_to_the_entropy_of_independent_symbols(spread):
+    codes = np.round(np.random.default_rng(0).laplace(scale=spread, size=(1500, 200))).astype(np.int64)
+    _, counts = np.unique(codes, return_counts=True)
+    share = counts / codes.size
+    assert len(coding.encode(codes)) * 8 / codes.size <= -(share * np.log2(share)).sum() * 1.04
+
+
+def test_rows_and_columns_of_different_spread_are_told_apart():
+    rng = np.random.default_rng(0)
+    scale = np.exp2(rng.uniform(-3, 3, 400))[:, None] * np.exp2(rng.uniform(-1, 1, 64))
+    codes = np.round(rng.laplace(size=(400, 64)) * scale).astype(np.int64)
+    mixed = rng.permutation(codes.reshape(-1)).reshape(codes.shape)
+    assert len(round_trip(codes)) < 0.95 * len(round_trip(mixed))
+
+
+def test_zeros_take_almost_nothing():
+    assert len(round_trip(np.zeros((1000, 1000), np.int64))) < 2000
+
+
+@pytest.mark.parametrize("codes", [np.zeros(3), np.full((1, 1), 2**31), np.full((1, 1), -(2**31))])
+def test_what_cannot_be_coded_is_an_error(codes):
+    with pytest.raises(ValueError, match="a matrix of integers below 2\\*\\*31"):
+        coding.encode(codes.astype(np.int64))
