@@ -1,11 +1,13 @@
-"""QAT, pruning and distillation one after another, each ending in a file whose bytes and quality are measured."""
+"""QAT, pruning and distillation one after another, each ending in a file whose bytes and quality are
+measured.
+"""
 
 import copy
 import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,8 +18,8 @@ from kit.data.cache import key_of
 from kit.distillation import DistillationTrainer
 from kit.evaluation import evaluate
 from kit.losses import classification_loss, next_token_loss
-from kit.parametrization import bake, named_weights, original_of
 from kit.models import MoE
+from kit.parametrization import bake, named_weights, original_of
 from kit.pruning.experts import prune_unused_experts
 from kit.pruning.magnitude import MagnitudePruner
 from kit.quantization import calibrate, original_mix, quantize_bk_core, quantize_weights
@@ -32,18 +34,17 @@ CALIBRATION_BATCHES = 8
 class CompressionPipeline:
     """Compresses a trained model to a byte budget: its float32 file divided by `target_compression`.
 
-    qat           INT4 groups for experts and INT8 for the rest, straight-through; the BK-core's v and G in INT8
-    pruning       experts under 5 % usage go, the router shrinks; then magnitude pruning on a cubic schedule, as far
-                  as brings the file half way (in ratio) from the last stage to the budget
-    distillation  from the uncompressed model; learned steps and a rate term steer the range-coded size to the budget
+    qat           INT4 groups for experts and INT8 for the rest, straight-through; the BK-core's v and G
+    in INT8 pruning       experts under 5 % usage go, the router shrinks; then magnitude pruning on a
+    cubic schedule, as far as brings the file half way (in ratio) from the last stage to the budget
+    distillation  from the uncompressed model; learned steps and a rate term steer the range-coded size to
+    the budget
 
     Every stage starts from the file of the stage before it, and is measured after reloading its own.
 
-    Args:
-        model: any trained module. Language models (`hidden`, `output`) are trained on next tokens, others on labels.
-        stages: their order; distillation last if the budget is to be met.
-        lr: peak learning rate of each stage.
-    Raises ValueError for a target below 1 or an unknown stage.
+    Args: model: any trained module. Language models (`hidden`, `output`) are trained on next tokens,
+    others on labels. stages: their order; distillation last if the budget is to be met. lr: peak learning
+    rate of each stage. Raises ValueError for a target below 1 or an unknown stage.
     """
 
     def __init__(self, model: nn.Module, target_compression: float = 100.0, device: str = "cpu",
@@ -62,10 +63,11 @@ class CompressionPipeline:
                      distillation_epochs: float = 5, save_dir: str | Path = "runs/pipeline") -> tuple[nn.Module, dict]:
         """Runs the stages and returns (compressed model, metrics).
 
-        Epochs may be fractions. Finished stages found in `save_dir` are not run again; one that was killed goes on
-        from its last checkpoint. The model comes from its file. metrics: `compression_ratio`, `target_met`,
-        `budget_bytes`, `baseline` and, for each stage, `stage_metrics[stage]` with `bytes`, `ratio`,
-        `final_perplexity` (`final_accuracy` of a classifier), `degradation`, `seconds`, `tokens`, `path`.
+        Epochs may be fractions. Finished stages found in `save_dir` are not run again; one that was
+        killed goes on from its last checkpoint. The model comes from its file. metrics:
+        `compression_ratio`, `target_met`, `budget_bytes`, `baseline` and, for each stage,
+        `stage_metrics[stage]` with `bytes`, `ratio`, `final_perplexity` (`final_accuracy` of a
+        classifier), `degradation`, `seconds`, `tokens`, `path`.
         """
         save_dir = Path(save_dir)
         save_dir.mkdir(parents=True, exist_ok=True)
@@ -96,7 +98,9 @@ class CompressionPipeline:
             print(text, flush=True)
 
     def _claim(self, save_dir: Path, steps: dict) -> None:
-        """A folder belongs to one model and one set of settings, so that a resumed stage is the stage it says."""
+        """A folder belongs to one model and one set of settings, so that a resumed stage is the stage it
+        says.
+        """
         digest = float(sum(p.detach().double().abs().sum() for p in self.model.parameters()))
         claim = key_of(model=digest, target=self.target_compression, steps=steps, lr=self.lr, seed=self.seed)
         file = save_dir / "settings.json"
@@ -178,5 +182,5 @@ class CompressionPipeline:
         weights = sum(original_of(m, a).numel() for _, m, a in named_weights(model))
         start = min(3.0 * self.budget, weights / 2)
         set_rate_formats(model, row_sensitivity(model, batches, self.loss), start)
-        rate = RateLoss(distill, model, self.budget)
-        return model, rate, (distill.step, rate.step), distill.parameters(), rate.finish
+        rate = RateLoss(distill, model, self.budget, batches[:2])
+        return model, rate, (distill.step, rate.step), [*distill.parameters(), *rate.parameters()], rate.finish

@@ -129,25 +129,32 @@ def set_rate_formats(model: nn.Module, sensitivity: dict[str, Tensor], target_by
 
 
 class RateLoss:
-    """loss + lambda * bits / weights, with lambda steered so that the file follows a schedule down to `file_bytes`.
+    """loss + lambda * bits / weights for kit.training.train, with the size of the file on a schedule; `step` is its hook.
 
-    Wraps the `loss` of kit.training.train; `step` is its hook. The size falls geometrically from where it is to the
-    target during the first `ramp` of the run and is held there; `finish`, after training, trims what is over.
-    What is not range-coded (header, scales, small tensors) is measured once and counted.
+    The size falls geometrically to `file_bytes` during the first `ramp` of the run and is held there: some forty
+    times a run one factor on all steps brings the range-coded codes to the size that is due. lambda is the slope of
+    the loss against bits along that factor, measured at the same time, so that pulling a weight to zero and widening
+    its step cost the same. `finish`, after training, fits the file exactly. What is not range-coded (header, scales,
+    small tensors) is measured and counted.
     """
 
-    def __init__(self, loss: Callable, model: nn.Module, file_bytes: int, ramp: float = 0.6, every: int = 5):
-        self.loss, self.model, self.ramp, self.every = loss, model, ramp, every
+    def __init__(self, loss: Callable, model: nn.Module, file_bytes: int, batches: list, ramp: float = 0.5):
+        self.loss, self.model, self.file_bytes, self.batches, self.ramp = loss, model, file_bytes, batches, ramp
         self.members = rate_quantizers(model)
         if not self.members:
             raise ValueError("the model carries no learned steps: call set_rate_formats first")
         self.weights = sum(original_of(m, a).numel() for m, a, _ in self.members)
-        self.multiplier, self.start, self.history = 0.02, self.coded(), []
+        self.start, self.history = self.coded(), []
         overhead = _file_bytes(model) - self.start
         if file_bytes <= 1.1 * overhead:
             raise ValueError(f"{file_bytes} bytes are too few: header, scales and small tensors alone take {overhead}; "
                              "ask for less compression or a model with fewer small tensors")
-        self.file_bytes, self.target = file_bytes, file_bytes - overhead
+        self.target = file_bytes - overhead
+        self.multiplier = nn.Parameter(torch.tensor(self._slope()), requires_grad=False)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What a checkpoint has to keep: pass as `extra_parameters`."""
+        return [self.multiplier]
 
     def coded(self) -> int:
         """Bytes of the range-coded codes as the weights stand."""
@@ -157,30 +164,64 @@ class RateLoss:
         bits = sum(code_bits(_before(m, a, s), s) for m, a, s in self.members)
         return self.loss(model, batch) + self.multiplier * bits / self.weights
 
+    @torch.no_grad()
     def step(self, step: int, steps: int, model: nn.Module) -> None:
-        if step % self.every:
+        if step % max(5, steps // 40):
             return
-        size = self.coded()
         progress = min(1.0, step / (self.ramp * steps))
         wanted = self.start * (self.target / self.start) ** progress
-        self.multiplier = min(max(self.multiplier * size / wanted, 1e-4), 100.0)
-        self.history.append({"step": step, "bytes": size, "wanted": wanted, "lambda": self.multiplier})
+        drifted = self.coded()
+        self._fit(wanted)
+        self.multiplier.fill_(self._slope())
+        self.history.append({"step": step, "bytes": drifted, "wanted": wanted, "lambda": self.multiplier.item()})
+
+    @torch.no_grad()
+    def _widen(self, factor: float) -> None:
+        for _, _, quantizer in self.members:
+            quantizer.scale.mul_(factor)
+
+    def _fit(self, wanted: float, tolerance: float = 0.01) -> None:
+        """Widens or narrows all steps until the codes take `wanted` bytes, by the secant method in log-log."""
+        exponent, size = 1.0, self.coded()
+        for _ in range(6):
+            if abs(size / wanted - 1) < tolerance:
+                return
+            factor = min(max((size / wanted) ** (1 / exponent), 0.7), 1.5)
+            self._widen(factor)
+            before, size = size, self.coded()
+            if factor != 1 and size != before:
+                exponent = min(max(math.log(before / size) / math.log(factor), 0.4), 4.0)
+
+    @torch.no_grad()
+    def _slope(self, factor: float = 1.15) -> float:
+        """-d loss / d (bits / weights) along a common factor on all steps, on the calibration batches."""
+        losses, sizes = [], []
+        for change in (1 / factor, factor * factor):
+            self._widen(change)
+            losses.append(sum(float(self.loss(self.model, batch)) for batch in self.batches) / len(self.batches))
+            sizes.append(8 * self.coded() / self.weights)
+        self._widen(1 / factor)
+        return max((losses[1] - losses[0]) / max(sizes[0] - sizes[1], 1e-6), 1e-4)
 
     @torch.no_grad()
     def finish(self) -> None:
-        """After training: sets the smallest codes of magnitude 1 to zero until the file is within its target."""
-        overhead = _file_bytes(self.model) - self.coded()
-        self.target = min(self.target, self.file_bytes - overhead)
-        low, high = 0.5, 1.5
+        """After training: sets the smallest codes to zero, as many as it takes for the file to be within its bytes."""
         kept = [original_of(m, a).detach().clone() for m, a, _ in self.members]
-        for _ in range(12 if self.coded() > self.target else 0):
-            threshold = (low + high) / 2
+        self.target = self.coded()
+        while (over := _file_bytes(self.model) - self.file_bytes) > 0:
+            self.target -= over
+            self._trim(kept)
+
+    def _trim(self, kept: list[Tensor]) -> None:
+        """Zeroes all weights within a factor of their step, the least factor from 0.5 that reaches the target."""
+        low, high = 0.5, 129.0
+        for left in reversed(range(17)):
+            middle = math.sqrt(low * high) if left else high
             for (m, a, s), weight in zip(self.members, kept):
                 blocks = formats.to_blocks(weight.reshape(s.shape), s.format)
-                small = blocks.abs() < threshold * s.grid(blocks)[0]
-                small = formats.from_blocks(small, s.shape, s.format).reshape(weight.shape)
-                original_of(m, a).copy_(weight.masked_fill(small, 0.0))
-            low, high = (threshold, high) if self.coded() > self.target else (low, threshold)
+                small = formats.from_blocks(blocks.abs() < middle * s.grid(blocks)[0], s.shape, s.format)
+                original_of(m, a).copy_(weight.masked_fill(small.reshape(weight.shape), 0.0))
+            low, high = (middle, high) if self.coded() > self.target else (low, middle)
 
 
 def _file_bytes(model: nn.Module) -> int:

@@ -1,0 +1,130 @@
+import json
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from kit import artifact
+from kit.data.loaders import Windows
+from kit.evaluation import evaluate
+from kit.models import build_model
+from kit.pipeline import CompressionPipeline
+from kit.training import TrainConfig, train
+
+
+def loader(seed, windows, shuffle):
+    """Text of a noisy cycle: every token tells the next nine times in ten."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.zeros(windows * 16 + 1, dtype=torch.int32)
+    for i in range(1, len(tokens)):
+        surprise = torch.rand((), generator=generator) < 0.1
+        tokens[i] = torch.randint(0, 64, (), generator=generator) if surprise else (tokens[i - 1] * 5 + 3) % 64
+    return DataLoader(Windows(tokens.numpy(), 16, full_only=True), 8, shuffle=shuffle)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(0)
+    model = build_model("ResNetBK", dict(vocab_size=64, d_model=32, layers=1, d_ff=64, channels=16))
+    loaders = loader(0, 160, True), loader(1, 40, False)
+    train(model, loaders[0], TrainConfig(steps=120, lr=1e-2), log=False)
+    return model, *loaders
+
+
+def run(trained, folder, **settings):
+    model, training, validation = trained
+    pipeline = CompressionPipeline(model, **{"target_compression": 12.0, "log": False, **settings})
+    return pipeline.run_pipeline(training, validation, 1, 1, 2, folder)
+
+
+@pytest.fixture(scope="module")
+def finished(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, *run(trained, folder)
+
+
+def test_metrics_are_those_of_the_files(trained, finished):
+    folder, model, metrics = finished
+    assert list(metrics["stage_metrics"]) == ["qat", "pruning", "distillation"]
+    baseline = artifact.float32_bytes(trained[0])
+    for name, stage in metrics["stage_metrics"].items():
+        path = folder / f"{name}.kit"
+        assert stage["bytes"] == path.stat().st_size
+        assert stage["ratio"] == baseline / path.stat().st_size
+        assert stage["final_perplexity"] == evaluate(artifact.load(path), trained[2]).perplexity
+    assert metrics["compression_ratio"] == metrics["stage_metrics"]["distillation"]["ratio"]
+    assert metrics["target_met"] and metrics["stage_metrics"]["distillation"]["bytes"] <= baseline // 12
+    assert metrics["stage_metrics"]["distillation"]["final_perplexity"] < 40  # 64 would be knowing nothing
+
+
+def test_returned_model_is_the_file(finished, trained):
+    folder, model, _ = finished
+    tokens = next(iter(trained[2]))[0]
+    assert torch.equal(model(tokens), artifact.load(folder / "distillation.kit")(tokens))
+
+
+def test_given_model_is_unchanged(trained, finished):
+    assert not any("parametrizations" in name for name, _ in trained[0].named_modules())
+
+
+def test_killed_in_a_stage_it_resumes_to_the_same_bytes(trained, finished, tmp_path, monkeypatch):
+    calls = 0
+    original = torch.optim.AdamW.step
+
+    def failing(self, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 55:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(trained, tmp_path)
+    monkeypatch.undo()
+    assert (tmp_path / "qat.json").exists() and not (tmp_path / "distillation.json").exists()
+    run(trained, tmp_path)
+    for stage in ("qat", "pruning", "distillation"):
+        assert (tmp_path / f"{stage}.kit").read_bytes() == (finished[0] / f"{stage}.kit").read_bytes(), stage
+
+
+def test_finished_stages_are_read_not_run(trained, finished, monkeypatch):
+    monkeypatch.setattr("kit.pipeline.train", None)
+    assert run(trained, finished[0])[1] == finished[2]
+
+
+def test_other_settings_need_another_folder(trained, finished):
+    with pytest.raises(ValueError, match="another save_dir"):
+        run(trained, finished[0], target_compression=5.0)
+
+
+def test_stages_in_another_order(trained, tmp_path):
+    _, metrics = run(trained, tmp_path, stages=("pruning", "qat"), target_compression=6.0)
+    assert list(metrics["stage_metrics"]) == ["pruning", "qat"]
+
+
+def test_a_missed_target_is_said(trained, tmp_path):
+    _, metrics = run(trained, tmp_path, stages=("qat",), target_compression=100.0)
+    assert metrics["target_met"] is False
+
+
+def test_classifiers(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(256, 1, 8, 8)
+    data = DataLoader(TensorDataset(x, (x.mean((1, 2, 3)) > 0).long()), 32, shuffle=True)
+    model = build_model("DigitsMLP", {})
+    _, metrics = CompressionPipeline(model, 8.0, log=False).run_pipeline(data, data, 1, 1, 2, tmp_path)
+    assert 0 <= metrics["stage_metrics"]["distillation"]["final_accuracy"] <= 1
+    assert metrics["target_met"]
+
+
+@pytest.mark.parametrize("settings, message", [({"target_compression": 0.5}, "at least 1"),
+                                               ({"stages": ("qat", "prune")}, "unknown stage 'prune'")])
+def test_bad_settings(trained, settings, message):
+    with pytest.raises(ValueError, match=message):
+        CompressionPipeline(trained[0], **settings)
+
+
+def test_a_budget_below_the_overhead_is_refused(trained, tmp_path):
+    with pytest.raises(ValueError, match="too few"):
+        run(trained, tmp_path, stages=("distillation",), target_compression=500.0)

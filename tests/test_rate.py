@@ -1,0 +1,89 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kit.quantization.fake import FakeQuantize
+from kit.quantization.formats import Format
+from kit.quantization.rate import (RateLoss, code_bits, coded_bytes, geometric_bits, rate_quantizers, row_sensitivity,
+                                   set_rate_formats)
+
+
+@pytest.mark.parametrize("theta", [0.05, 0.3, 0.8])
+def test_entropy_of_the_geometric_distribution(theta):
+    k = torch.arange(-400, 401, dtype=torch.float64)
+    p = (1 - theta) / (1 + theta) * theta ** k.abs()
+    entropy = -(p * torch.log2(p.clamp(min=1e-300))).sum()
+    torch.testing.assert_close(geometric_bits((p * k.abs()).sum()), entropy)
+
+
+@pytest.mark.parametrize("step", [0.3, 1.0, 3.0])
+def test_estimate_is_near_the_coder(step):
+    torch.manual_seed(0)
+    weight = torch.distributions.Laplace(0, 1).sample((600, 48)) * torch.linspace(0.3, 2, 48)
+    quantizer = FakeQuantize(weight, (600, 48), Format(8, granularity="rows", group_size=100), learned=True)
+    quantizer.set_grid(torch.full((6, 1), step))
+    assert code_bits(weight, quantizer).item() / 8 == pytest.approx(coded_bytes(weight, quantizer), rel=0.08)
+
+
+def test_rate_pulls_weights_to_zero_and_widens_steps():
+    torch.manual_seed(0)
+    weight = torch.randn(64, 32, requires_grad=True)
+    quantizer = FakeQuantize(weight, (64, 32), Format(8, granularity="tensor"), learned=True)
+    quantizer.set_grid(torch.full((1, 1), 0.2))
+    code_bits(weight, quantizer).backward()
+    assert (weight.grad * weight >= 0).all() and weight.grad.count_nonzero() > 1000
+    assert quantizer.scale.grad < 0
+
+
+def loss(model, batch):
+    return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+
+@pytest.fixture
+def regression():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+    batches = [(torch.randn(16, 32), torch.randn(16, 32)) for _ in range(3)]
+    return model, batches
+
+
+def test_row_sensitivity_is_the_mean_squared_gradient(regression):
+    model, batches = regression
+    rows = row_sensitivity(model, batches, loss)
+    expected = torch.zeros(64)
+    for batch in batches:
+        grad, = torch.autograd.grad(loss(model, batch), model[0].weight)
+        expected += grad.square().mean(1) / 3
+    torch.testing.assert_close(rows["0.weight"], expected)
+    with pytest.raises(ValueError, match="no batch"):
+        row_sensitivity(model, [], loss)
+
+
+def test_start_has_the_size_asked_for(regression):
+    model, batches = regression
+    set_rate_formats(model, row_sensitivity(model, batches, loss), 1500)
+    assert sum(coded_bytes(m.parametrizations[a].original, s) for m, a, s in rate_quantizers(model)) == pytest.approx(1500, rel=0.02)
+
+
+def test_size_follows_its_schedule_and_ends_within(regression, tmp_path):
+    from kit import artifact
+
+    model, batches = regression
+    set_rate_formats(model, row_sensitivity(model, batches, loss), 2500)
+    rate = RateLoss(loss, model, 1600, batches)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for step in range(1, 61):
+        optimizer.zero_grad()
+        rate(model, batches[step % 3]).backward()
+        optimizer.step()
+        rate.step(step, 60, model)
+    assert rate.coded() == pytest.approx(rate.target, rel=0.03)
+    rate.finish()
+    assert artifact.save(model, tmp_path / "m.kit") <= 1600
+
+
+def test_models_without_learned_steps_are_refused(regression):
+    with pytest.raises(ValueError, match="set_rate_formats"):
+        RateLoss(loss, copy.deepcopy(regression[0]), 1000, regression[1])
