@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from kit.distillation.fused import CPU_BLOCK, TopK
+from kit.distillation.fused import CPU_BLOCK, Output, TopK, mean_probabilities
 from kit.distillation.losses import soft_targets
 
 ARRAYS = ("indices", "log_p", "log_tail")
@@ -155,22 +154,27 @@ def _top_k(teachers, inputs, k, temperature) -> tuple[TopK, int]:
     """Targets of a batch, and the number of classes; a language model's logits are made a few tokens at a time."""
     if not all(hasattr(model, "output") for model in teachers):
         log_p = soft_targets([model(inputs).float() for model in teachers], temperature)
-        return _split(log_p, k), log_p.shape[-1]
-    hidden, outputs = [model.hidden(inputs) for model in teachers], [model.output() for model in teachers]
-    parts = []
-    for rows in torch.arange(inputs.numel(), device=inputs.device).split(max(16, CPU_BLOCK // len(outputs[0][0]))):
-        logits = [F.linear(h.flatten(0, -2)[rows], *output) for h, output in zip(hidden, outputs, strict=True)]
-        parts.append(_split(soft_targets(logits, temperature), k))
-    joined = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return TopK(*(tensor.unflatten(0, inputs.shape) for tensor in joined)), len(outputs[0][0])
+        return TopK(*_split(log_p, log_p.exp(), k)), log_p.shape[-1]
+    outputs = [Output(model.hidden(inputs).flatten(0, -2), *model.output()) for model in teachers]
+    tokens, vocabulary = inputs.numel(), len(outputs[0].weight)
+    rows = max(16, CPU_BLOCK // vocabulary)
+    p, log_p = outputs[0].hidden.new_empty(2, min(rows, tokens), vocabulary)
+    target = TopK(inputs.new_empty(tokens, k), p.new_empty(tokens, k), p.new_empty(tokens))
+    for start in range(0, tokens, rows):
+        part = slice(start, min(start + rows, tokens))
+        here = slice(part.stop - start)
+        log_p[here] -= mean_probabilities(outputs, part, temperature, p[here], log_p[here])
+        for whole, values in zip(target, _split(log_p[here], p[here], k), strict=True):
+            whole[part] = values
+    return TopK(*(tensor.unflatten(0, inputs.shape) for tensor in target)), vocabulary
 
 
-def _split(log_p: torch.Tensor, k: int) -> TopK:
-    vocabulary = log_p.shape[-1]
-    if not 1 <= k <= vocabulary:
-        raise ValueError(f"k is {k}: it must lie between 1 and the {vocabulary} classes of the teacher")
+def _split(log_p: torch.Tensor, p: torch.Tensor, k: int) -> tuple[torch.Tensor, ...]:
+    """Indices and log-probabilities of the k largest, and the log of the sum of the rest; zeroes the k in p."""
+    if not 1 <= k <= log_p.shape[-1]:
+        raise ValueError(f"k is {k}: it must lie between 1 and the {log_p.shape[-1]} classes of the teacher")
     values, indices = log_p.topk(k, -1)
-    return TopK(indices, values, log_p.exp().scatter(-1, indices, 0).sum(-1).log())
+    return indices, values, p.scatter_(-1, indices, 0).sum(-1).log()
 
 
 def _create(folder: Path, examples: int, target: TopK, vocabulary: int) -> dict[str, np.ndarray]:

@@ -5,6 +5,7 @@ every chunk reuses; the backward pass only multiplies by the incoming scalar. Th
 one product of the student's hidden states with its output matrix.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -153,7 +154,7 @@ class _FullTarget:
         self.teachers, self.kind, self.skew = teachers, kind, skew
 
     def __call__(self, rows, logits, log_z, q, temperature, p, log_p):
-        shift = self._probabilities(rows, temperature, p, log_p)
+        shift = mean_probabilities(self.teachers, rows, temperature, p, log_p)
         if self.kind == "forward":
             value = torch.dot(p.flatten(), log_p.sub_(logits).flatten()) + (log_z - shift).sum()
             q.sub_(p)
@@ -169,18 +170,20 @@ class _FullTarget:
         q.mul_(slope - (q * slope).sum(1, keepdim=True))
         return value
 
-    def _probabilities(self, rows, temperature, p, log_p):
-        """Fill p with the mean of the teachers' probabilities and log_p, up to the returned (n, 1), with its log."""
-        if len(self.teachers) == 1:
-            hidden, weight, bias = self.teachers[0]
-            _logits(hidden[rows], weight, bias, out=log_p)
-            return _softmax(log_p.div_(temperature), out=p)
-        p.zero_()
-        for hidden, weight, bias in self.teachers:
-            _logits(hidden[rows], weight, bias, out=log_p)
-            p.add_(torch.softmax(log_p.div_(temperature), 1, out=log_p), alpha=1 / len(self.teachers))
-        torch.log(p.clamp_min_(torch.finfo(p.dtype).tiny), out=log_p)
-        return p.new_zeros(len(p), 1)
+
+def mean_probabilities(teachers: Sequence[Output], rows: slice, temperature: float, p, log_p) -> torch.Tensor:
+    """Fill p (rows, V) with the mean of the teachers' probabilities for those rows of their hidden states (tokens, D),
+    and log_p with its log up to the returned (rows, 1) to subtract; takes no memory for a single teacher."""
+    if len(teachers) == 1:
+        hidden, weight, bias = teachers[0]
+        _logits(hidden[rows], weight, bias, out=log_p)
+        return _softmax(log_p.div_(temperature), out=p)
+    p.zero_()
+    for hidden, weight, bias in teachers:
+        _logits(hidden[rows], weight, bias, out=log_p)
+        p.add_(torch.softmax(log_p.div_(temperature), 1, out=log_p), alpha=1 / len(teachers))
+    torch.log(p.clamp_min_(torch.finfo(p.dtype).tiny), out=log_p)
+    return p.new_zeros(len(p), 1)
 
 
 class _TopKTarget:
