@@ -3,18 +3,16 @@ import pickle
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
-
 from kit import engines
 from kit.engines import OnnxEngine, build_engine, choose_engine
 from kit.engines.choice import relative_error
-from kit.engines.folding import absorb_batch_norms, batch_norm_pairs
+from kit.engines.folding import batch_norm_pairs, fold_batch_norms
 from kit.engines.kernels import Int8Conv2d, Int8Linear, int8_model, quantize_batch
-from kit.engines.layers import add_input_quantizers, drop_input_quantizers, float_copy, integer_weight
+from kit.engines.layers import calibrate_inputs, drop_input_quantizers, float_copy, integer_weight
 from kit.models import build_model
 from kit.quantization import Format, quantize_weights
-from kit.quantization.activations import calibrate
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 
 class Recurrent(nn.Module):
@@ -35,7 +33,7 @@ def mlp(*widths):
 def quantized(model, format=Format(8), calibration=None):
     model = quantize_weights(copy.deepcopy(model), format).eval()
     if calibration is not None:
-        calibrate(add_input_quantizers(model, (nn.Linear, nn.Conv2d)), [calibration])
+        calibrate_inputs(model, [calibration])
     return model
 
 
@@ -147,17 +145,23 @@ def test_a_float_copy_leaves_the_model_alone(dense, x):
         torch.testing.assert_close(model(x), float_copy(model)(x), rtol=0, atol=0)
 
 
-def test_batch_norms_are_absorbed_without_changing_names_or_outputs(cnn):
+def test_batch_norms_are_folded(cnn):
     torch.manual_seed(0)
     head = nn.Sequential(nn.Linear(10, 6), nn.BatchNorm1d(6), nn.Linear(6, 3, bias=False), nn.BatchNorm1d(3))
-    model = nn.Sequential(cnn, head)
+    model = nn.Sequential(copy.deepcopy(cnn), head)
     images = torch.rand(16, 1, 8, 8)
     head.train()(cnn(images)), model.eval()
-    absorbed = absorb_batch_norms(copy.deepcopy(model))
-    assert absorbed.state_dict().keys() == model.state_dict().keys() and not absorbed[0][1].running_mean.any()
     with torch.no_grad():
-        torch.testing.assert_close(absorbed(images), model(images), rtol=1e-4, atol=1e-5)
+        model[0][1].weight[::2] *= -1
+        folded = fold_batch_norms(copy.deepcopy(model))
+        assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in folded.modules())
+        torch.testing.assert_close(folded(images), model(images), rtol=1e-4, atol=1e-5)
+        integer = int8_model(quantized(model, calibration=images))
+        assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in integer.modules())
+        assert relative_error(integer(images), quantized(model, calibration=images)(images)) < 1e-6
 
+
+def test_a_batch_norm_whose_input_is_read_twice_is_not_folded():
     class Branch(nn.Module):
         def __init__(self):
             super().__init__()
@@ -165,7 +169,7 @@ def test_batch_norms_are_absorbed_without_changing_names_or_outputs(cnn):
 
         def forward(self, x):
             y = self.linear(x)
-            return y + self.norm(y)  # the layer's output is read twice: nothing may be absorbed
+            return y + self.norm(y)
 
     assert batch_norm_pairs(Branch()) == []
 
@@ -175,7 +179,7 @@ def test_convolutions_are_fused_to_integer_ones(cnn, tmp_path):
     import onnxruntime
 
     images = torch.rand(16, 1, 8, 8)
-    model = quantized(absorb_batch_norms(copy.deepcopy(cnn)), calibration=images)
+    model = quantized(cnn, calibration=images)
     engine = build_engine(model, "onnx-static", (images,))
     with torch.no_grad():
         assert relative_error(engine(images), model(images)) < 1e-3

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from kit.engines.folding import fold_batch_norms
 from kit.engines.kernels import int8_model
 from kit.engines.layers import float_copy
 
 ENGINES = ("float32", "bfloat16", "torch-int8", "onnx-float32", "onnx-int8", "onnx-static", "onnx-blocks")
 INTEGER = ("torch-int8", "onnx-int8", "onnx-static", "onnx-blocks")
+PROBED_BATCHES = (4, 16, 64, 256)
 MARGIN = 1.05  # an engine must be this much faster than float32 to be preferred to it
 
 
@@ -43,7 +45,8 @@ class Choice:
 
     name: str
     engine: nn.Module
-    table: pd.DataFrame
+    table: pd.DataFrame | None = None
+    pays_from: int | None = None  # the smallest batch measured from which on integers win; None: at none
 
 
 class _Builder:
@@ -53,7 +56,7 @@ class _Builder:
         self.model, self.inputs, self._exported = model, inputs, None
 
     def floats(self) -> nn.Module:
-        return float_copy(self.model)
+        return fold_batch_norms(float_copy(self.model))
 
     def onnx(self, convert: Callable) -> nn.Module:
         from kit.engines import graph, runtime
@@ -134,7 +137,8 @@ def choose_engine(model: nn.Module, inputs: tuple[Tensor, ...], *, reference: nn
     with torch.inference_mode():
         expected = (reference or model)(*inputs)
         engines, rows = _candidates(model, inputs, expected, max_error, ("float32", *names))
-        times = _measure({name: (lambda e=engine: e(*inputs)) for name, engine in engines.items()}, seconds)
+        calls = {name: (lambda e=engine: e(*inputs)) for name, engine in engines.items()}
+        times = measure(calls, seconds, cutoff=3.0)
     base = times["float32"][1]
     for name, (low, median, high) in times.items():
         rows[name] |= {"ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high, "speedup": base / median}
@@ -142,10 +146,27 @@ def choose_engine(model: nn.Module, inputs: tuple[Tensor, ...], *, reference: nn
     best = min(fit, key=lambda name: times[name][0], default="float32")  # other processes only add
     if times[best][0] * MARGIN > times["float32"][0]:
         best = "float32"
+    usable = {name: engines[name] for name in fit}
+    pays_from = len(inputs[0]) if best in INTEGER else _pays_from(usable, inputs)
     for name in engines:
         if name != best:
             rows[name]["why not"] = rows[name]["why not"] or "slower"
-    return Choice(best, engines[best], pd.DataFrame(rows.values()))
+    return Choice(best, engines[best], pd.DataFrame(rows.values()), pays_from)
+
+
+@torch.inference_mode()
+def _pays_from(engines: dict[str, nn.Module], inputs: tuple[Tensor, ...]) -> int | None:
+    """The smallest of PROBED_BATCHES above that of `inputs` from which on integer engines beat float ones."""
+    integers, found = [name for name in engines if name in INTEGER], None
+    for batch in reversed(PROBED_BATCHES):
+        if batch <= len(inputs[0]) or not integers:
+            break
+        resized = tuple(x.repeat(-(-batch // len(x)), *[1] * (x.ndim - 1))[:batch] for x in inputs)
+        times = measure({name: (lambda e=engine: e(*resized)) for name, engine in engines.items()}, 0.1)
+        if min(times.pop(name)[0] for name in integers) * MARGIN > min(low for low, _, _ in times.values()):
+            break
+        found = batch
+    return found
 
 
 def _candidates(model, inputs, expected, max_error: float, names):
@@ -168,18 +189,19 @@ def _candidates(model, inputs, expected, max_error: float, names):
     return engines, rows
 
 
-def _measure(calls: dict[str, Callable], seconds: float) -> dict[str, tuple[float, float, float]]:
-    """Lower quartile, median and upper quartile of a call in seconds.
+def measure(calls: dict[str, Callable], seconds: float, cutoff: float = float("inf")) -> dict[str, tuple]:
+    """Lower quartile, median and upper quartile of each call in seconds, by name.
 
-    Blocks of a few milliseconds of each in turn, so that a busy machine slows all alike; what a first
-    look finds three times slower than float32 is left out.
+    Blocks of a few milliseconds of each in turn, so that a busy machine slows all alike. What a first
+    look finds `cutoff` times slower than the first of the calls is left out.
     """
     first = {name: min(_block(call, 1) for _ in range(3)) for name, call in calls.items()}
-    calls = {name: call for name, call in calls.items() if first[name] <= 3 * first["float32"]}
+    base = next(iter(first.values()))
+    calls = {name: call for name, call in calls.items() if first[name] <= cutoff * base}
     counts = {name: max(1, int(0.004 / max(first[name], 1e-7))) for name in calls}
-    samples = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    while len(samples["float32"]) < 3 or (time.perf_counter() < end and len(samples["float32"]) < 50):
+    samples, rounds, end = {name: [] for name in calls}, 0, time.perf_counter() + seconds
+    while rounds < 3 or (time.perf_counter() < end and rounds < 50):
+        rounds += 1
         for name, call in calls.items():
             samples[name].append(_block(call, counts[name]))
     return {name: tuple(statistics.quantiles(values, n=4)) for name, values in samples.items()}

@@ -1,56 +1,46 @@
-"""Batch norms absorbed by the layers before them, so that integer layers stand next to each other."""
+"""Batch norms folded into the layers before them: in evaluation mode they only scale and shift rows."""
 
 import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def batch_norm_pairs(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """(layer, batch norm) pairs where the norm alone reads the layer's output, both called once, found by
-    tracing.
+def batch_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """Names (layer, batch norm) where the norm alone reads the layer's output and both are called once.
 
-    Empty for models that torch.fx cannot trace.
+    Found by tracing; empty for models that torch.fx cannot trace.
     """
     try:
         graph = fx.symbolic_trace(model).graph
     except Exception:  # control flow on values, unusual arguments: then nothing is folded
         return []
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    modules = {node: model.get_submodule(node.target) for node in calls}
+    modules = {node: model.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
+    calls = list(modules.values())
     pairs = []
-    for node in calls:
+    for node, norm in modules.items():
         layer = modules.get(node.args[0]) if len(node.args) == 1 else None
-        if not isinstance(modules[node], NORMS) or not isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
-            continue
-        once = all(list(modules.values()).count(module) == 1 for module in (layer, modules[node]))
-        room = layer.bias is not None or modules[node].affine
-        if once and room and len(node.args[0].users) == 1 and modules[node].track_running_stats:
-            pairs.append((layer, modules[node]))
+        if type(norm) in NORMS and type(layer) in LAYERS and norm.track_running_stats:
+            if calls.count(norm) == calls.count(layer) == len(node.args[0].users) == 1:
+                pairs.append((node.args[0].target, node.target))
     return pairs
 
 
 @torch.no_grad()
-def absorb_batch_norms(model: nn.Module) -> nn.Module:
-    """Moves each batch norm's evaluation-mode scale, mean and variance into the layer before it, in place.
-
-    Names and shapes stay: the norm is left with mean 0, variance 1 - eps, weight 1 and, where the layer
-    has no bias, the bias; exporters then drop it. The outputs in evaluation mode stay the same to
-    rounding. Returns the model.
-    """
-    for layer, norm in batch_norm_pairs(model):
-        training = layer.training, norm.training
+def fold_batch_norms(model: nn.Module) -> nn.Module:
+    """Folds what it can, in place, in evaluation mode; the norms become nn.Identity. Returns the model."""
+    for layer_name, norm_name in batch_norm_pairs(model.eval()):
+        layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
         fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-        fused = fuse(layer.eval(), norm.eval())
-        layer.weight.copy_(fused.weight)
-        if layer.bias is not None:
-            layer.bias.copy_(fused.bias)
-        norm.running_mean.zero_()
-        norm.running_var.fill_(1 - norm.eps)
-        if norm.affine:
-            norm.weight.fill_(1)
-            norm.bias.copy_(torch.zeros_like(fused.bias) if layer.bias is not None else fused.bias)
-        layer.train(training[0]), norm.train(training[1])
+        model.set_submodule(layer_name, fuse(layer, norm))
+        model.set_submodule(norm_name, nn.Identity())
     return model
+
+
+@torch.no_grad()
+def scale_and_shift(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm as y = scale x + shift, both (channels,)."""
+    scale = (norm.running_var + norm.eps).rsqrt() * (norm.weight if norm.affine else 1)
+    return scale, (norm.bias if norm.affine else 0) - norm.running_mean * scale

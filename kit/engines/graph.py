@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from kit.engines.layers import IntegerWeight, content, float_copy, integer_weights
+from kit.engines.layers import IntegerWeight, float_copy, integer_weights
 
 CONTRIB = "com.microsoft"
 BLOCKS = (32, 64, 128, 256, 16)
@@ -122,8 +122,9 @@ class _Rewriter:
         if flags.get("transA") or flags.get("alpha", 1) != 1 or flags.get("beta", 1) != 1:
             return None, False
         rows_first = node.op_type == "Conv" or bool(flags.get("transB"))
-        matrix = torch.from_numpy(np.array(value if rows_first else value.T))
-        return self.weights.get(content(matrix)), not rows_first
+        matrix = torch.from_numpy(np.array(value if rows_first else value.T)).flatten(1)
+        found = (weight.as_found(matrix) for weight in self.weights.get(tuple(matrix.shape), ()))
+        return next((weight for weight in found if weight is not None), None), not rows_first
 
     def constant(self, name: str, value) -> str:
         """Adds a constant and returns its name."""

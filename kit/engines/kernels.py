@@ -8,9 +8,11 @@ arXiv:1712.05877, eq. 4).
 import torch
 from torch import Tensor, nn
 
+from kit.engines.folding import batch_norm_pairs, scale_and_shift
 from kit.engines.layers import IntegerWeight, float_copy, integer_weight
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+FLOAT_OUTPUT = (1.0, 0, torch.float32, "none", [], "")  # scale, zero point, dtype; nothing computed behind it
 
 
 def quantize_batch(x: Tensor, grid: tuple[float, int] | None) -> tuple[Tensor, float, int]:
@@ -38,6 +40,16 @@ class _Integer(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self.input_grid = weight.input_grid
         self.zeros = torch.zeros(len(codes), dtype=torch.int64)
+        self.packed = None  # the codes in oneDNN's order, made at the first call
+
+    def __getstate__(self):
+        return {**self.__dict__, "packed": None}
+
+    def fold(self, scale: Tensor, shift: Tensor) -> None:
+        """From now on returns scale y + shift, both (rows,)."""
+        sign = scale.sign().to(torch.int8).reshape(-1, *[1] * (self.codes.ndim - 1))
+        self.codes, self.scale, self.packed = self.codes * sign, self.scale * scale.abs(), None
+        self.bias = shift if self.bias is None else self.bias * scale + shift
 
     @property
     def weight(self) -> Tensor:
@@ -49,35 +61,23 @@ class Int8Linear(_Integer):
 
     def __init__(self, weight: IntegerWeight, bias: Tensor | None):
         super().__init__(weight.codes, weight, bias)
-        self.packed = torch.ops.onednn.qlinear_prepack(weight.codes, None) if ONEDNN else None
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        q, scale, zero = quantize_batch(rows, self.input_grid)
-        if self.packed is None:
-            y = self._int_mm(q, zero).float() * (self.scale * scale)
-            y = y if self.bias is None else y + self.bias
-        else:
-            y = torch.ops.onednn.qlinear_pointwise(
-                q,
-                scale,
-                zero,
-                self.packed,
-                self.scale,
-                self.zeros,
-                self.bias,
-                1.0,
-                0,
-                torch.float32,
-                "none",
-                [],
-                "",
-            )
+        q, scale, zero = quantize_batch(x.reshape(-1, x.shape[-1]), self.input_grid)
+        y = self._onednn(q, scale, zero) if ONEDNN else self._int_mm(q, scale, zero)
         return y.reshape(*x.shape[:-1], len(self.codes))
 
-    def _int_mm(self, q: Tensor, zero: int) -> Tensor:
+    def _onednn(self, q: Tensor, scale: float, zero: int) -> Tensor:
+        if self.packed is None:
+            self.packed = torch.ops.onednn.qlinear_prepack(self.codes, None)
+        inputs = q, scale, zero, self.packed, self.scale, self.zeros, self.bias
+        return torch.ops.onednn.qlinear_pointwise(*inputs, *FLOAT_OUTPUT)
+
+    def _int_mm(self, q: Tensor, scale: float, zero: int) -> Tensor:
         signed = (q.to(torch.int16) - 128).to(torch.int8)
-        return torch._int_mm(signed, self.codes.t()) + (128 - zero) * self.codes.sum(1, dtype=torch.int32)
+        sums = torch._int_mm(signed, self.codes.t()) + (128 - zero) * self.codes.sum(1, dtype=torch.int32)
+        y = sums.float() * (self.scale * scale)
+        return y if self.bias is None else y + self.bias
 
 
 class Int8Conv2d(_Integer):
@@ -86,26 +86,13 @@ class Int8Conv2d(_Integer):
     def __init__(self, layer: nn.Conv2d, weight: IntegerWeight):
         super().__init__(weight.codes.reshape(layer.weight.shape), weight, layer.bias)
         self.geometry = [list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups]
-        self.packed = torch.ops.onednn.qconv_prepack(self.codes, self.scale, 1.0, 0, *self.geometry, None)
 
     def forward(self, x: Tensor) -> Tensor:
         q, scale, zero = quantize_batch(x, self.input_grid)
-        return torch.ops.onednn.qconv_pointwise(
-            q,
-            scale,
-            zero,
-            self.packed,
-            self.scale,
-            self.zeros,
-            self.bias,
-            *self.geometry,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        )
+        if self.packed is None:
+            self.packed = torch.ops.onednn.qconv_prepack(self.codes, self.scale, 1.0, 0, *self.geometry, None)
+        inputs = q, scale, zero, self.packed, self.scale, self.zeros, self.bias
+        return torch.ops.onednn.qconv_pointwise(*inputs, *self.geometry, *FLOAT_OUTPUT)
 
 
 def int8_layer(layer: nn.Module) -> nn.Module | None:
@@ -136,6 +123,11 @@ def int8_model(model: nn.Module) -> nn.Module:
     if "" in replacements:
         return replacements[""].eval()
     copy = float_copy(model)
+    folded = batch_norm_pairs(copy)
     for name, layer in replacements.items():
         copy.set_submodule(name, layer)
+    for layer_name, norm_name in folded:
+        if layer_name in replacements:
+            replacements[layer_name].fold(*scale_and_shift(copy.get_submodule(norm_name)))
+            copy.set_submodule(norm_name, nn.Identity())
     return copy.eval()

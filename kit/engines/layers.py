@@ -2,19 +2,20 @@
 layer.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from kit.parametrization import bake, find_step, named_weights, original_of, steps_of
 from kit.pruning.mask import copy_model
-from kit.quantization.activations import ActivationQuantizer
+from kit.quantization.activations import ActivationQuantizer, calibrate
 from kit.quantization.fake import FakeQuantize
 from kit.quantization.formats import Format
 
 INPUT_QUANTIZER = "input_quantizer"
+INTEGER_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,37 @@ class IntegerWeight:
     @property
     def block(self) -> int:
         """Columns that share a scale."""
-        return min(self.format.group_size, self.codes.shape[1]) if not self.per_row else self.codes.shape[1]
+        return self.codes.shape[1] if self.per_row else self.format.group_size
+
+    def values(self) -> Tensor:
+        """The weight in float32, (rows, columns)."""
+        return self.codes * self.scale.repeat_interleave(self.block, 1)[:, : self.codes.shape[1]]
+
+    def scaled(self, factor: Tensor) -> "IntegerWeight":
+        """The weight with each row times factor (rows,): other scales, and other signs where it is
+        negative.
+        """
+        sign = factor.sign().where(factor != 0, 1).to(torch.int8)[:, None]
+        return replace(self, codes=self.codes * sign, scale=self.scale * factor.abs()[:, None])
+
+    def as_found(self, matrix: Tensor) -> "IntegerWeight | None":
+        """This weight if its values are those of matrix (rows, columns), up to a factor a row; else None.
+
+        Folded batch norms multiply rows, which leaves integer codes as they are.
+        """
+        values = self.values()
+        if torch.equal(values, matrix):
+            return self
+        if not self.per_row:
+            return None
+        factor = (matrix * values).sum(1) / values.square().sum(1).clamp_min(1e-30)
+        near = torch.allclose(factor[:, None] * values, matrix, 1e-5, 1e-6 * matrix.abs().max().item())
+        return self.scaled(factor) if near else None
 
 
 @torch.no_grad()
 def integer_weight(module: nn.Module, attribute: str = "weight") -> IntegerWeight | None:
-    """The integer form of a weight, or None where integer kernels take none: asymmetric, half or float."""
+    """The integer form of a weight; None where integer kernels take none: asymmetric, half or float."""
     quantizer = find_step(module, attribute, FakeQuantize)
     if quantizer is None or quantizer.format.bits == 16 or not quantizer.format.symmetric:
         return None
@@ -57,38 +83,28 @@ def integer_weight(module: nn.Module, attribute: str = "weight") -> IntegerWeigh
 
 def _input_grid(module: nn.Module) -> tuple[float, int] | None:
     quantizer = getattr(module, INPUT_QUANTIZER, None)
-    if not isinstance(quantizer, ActivationQuantizer) or quantizer.channels or quantizer.format.bits != 8:
+    if not isinstance(quantizer, ActivationQuantizer) or not (quantizer.high > quantizer.low).all():
         return None
     scale, zero = quantizer.grid()
     return scale.item(), 128 if zero is None else int(zero.item()) + 128
 
 
-def integer_weights(model: nn.Module) -> dict[bytes, IntegerWeight]:
-    """The integer form of every weight that has one, under the bytes of its float values, by which an
-    exported graph is searched for it: exporters rename and transpose weights, but keep their values.
+def integer_weights(model: nn.Module) -> dict[tuple[int, int], list[IntegerWeight]]:
+    """The integer form of every weight that has one, by shape.
+
+    An exported graph is searched for their values, since exporters rename, transpose and scale weights.
     """
     found = {}
     for _, module, attribute in named_weights(model):
         weight = integer_weight(module, attribute)
         if weight is not None:
-            found[content(getattr(module, attribute))] = weight
+            found.setdefault(tuple(weight.codes.shape), []).append(weight)
     return found
-
-
-def content(weight: Tensor) -> bytes:
-    """Key of a weight: its shape and bytes as (rows, columns) float32."""
-    matrix = weight.detach().float().cpu().reshape(len(weight), -1).contiguous()
-    return repr(tuple(matrix.shape)).encode() + matrix.numpy().tobytes()
 
 
 def float_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode without compression: weights multiplied out, inputs unrounded, float32."""
-    model = copy_model(model)
-    for module in model.modules():
-        if parametrize.is_parametrized(module):  # its class, which computes them, is shared by copies
-            kind = type(module)
-            module.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
-    return drop_input_quantizers(bake(model)).float().eval()
+    return drop_input_quantizers(bake(copy_model(model))).float().eval()
 
 
 def quantize_input(module: nn.Module, arguments: tuple) -> tuple:
@@ -96,12 +112,19 @@ def quantize_input(module: nn.Module, arguments: tuple) -> tuple:
     return (getattr(module, INPUT_QUANTIZER)(arguments[0]), *arguments[1:])
 
 
-def add_input_quantizers(model: nn.Module, kinds: tuple[type, ...]) -> nn.Module:
-    """Gives each layer of `kinds` a quantizer of its input, to be calibrated, in place; returns the model."""
+def calibrate_inputs(model: nn.Module, batches: Iterable) -> nn.Module:
+    """Rounds the inputs of linear layers and convolutions to 8 bits in ranges found on `batches`, in place.
+
+    Layers that no batch reaches (their weight is read by other code) stay as they are.
+    """
     for module in list(model.modules()):
-        if isinstance(module, kinds) and not hasattr(module, INPUT_QUANTIZER):
+        if isinstance(module, INTEGER_LAYERS) and not hasattr(module, INPUT_QUANTIZER):
             setattr(module, INPUT_QUANTIZER, ActivationQuantizer(8, symmetric=False))
-    return hook_input_quantizers(model)
+    calibrate(hook_input_quantizers(model), batches)
+    for module in model.modules():
+        if hasattr(module, INPUT_QUANTIZER) and _input_grid(module) is None:
+            _drop_input_quantizer(module)
+    return model
 
 
 def hook_input_quantizers(model: nn.Module) -> nn.Module:
@@ -116,8 +139,11 @@ def drop_input_quantizers(model: nn.Module) -> nn.Module:
     """Takes all input quantizers off, in place; returns the model."""
     for module in model.modules():
         if hasattr(module, INPUT_QUANTIZER):
-            delattr(module, INPUT_QUANTIZER)
-            hooks = module._forward_pre_hooks
-            for key in [key for key, hook in hooks.items() if hook is quantize_input]:
-                del hooks[key]
+            _drop_input_quantizer(module)
     return model
+
+
+def _drop_input_quantizer(module: nn.Module) -> None:
+    delattr(module, INPUT_QUANTIZER)
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is quantize_input]:
+        del module._forward_pre_hooks[key]

@@ -26,6 +26,7 @@ class OnnxEngine(nn.Module):
         super().__init__()
         self.register_buffer("graph", torch.from_numpy(np.frombuffer(graph, np.uint8).copy()))
         self.structure = structure
+        self._spec = None if structure is None else pytree.treespec_loads(structure)
         self._session = None
 
     def __getstate__(self):

@@ -1,0 +1,300 @@
+import copy
+import subprocess
+import sys
+import warnings
+
+import kit
+import pytest
+import torch
+from kit import (
+    DistillationConfig,
+    ProductionModelOptimizer,
+    PruningConfig,
+    QuantizationConfig,
+    QuantizedModel,
+    artifact,
+    quick_optimize,
+    quick_quantize,
+)
+from kit.data import load_digits
+from kit.engines.choice import INTEGER, relative_error
+from kit.evaluation import evaluate
+from kit.losses import classification_loss
+from kit.models import build_model, parameter_count
+from kit.parametrization import bake
+from kit.quantization import quantizers
+from kit.report import compare_models, example_inputs
+from kit.training import TrainConfig, train
+from torch import nn
+
+FAST = QuantizationConfig(backend="torch-int8")  # a named engine: nothing is exported or measured
+
+
+def mlp(*widths):
+    layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}, model.training
+
+
+def same_state(model, before):
+    after = state(model)
+    return after[1] == before[1] and all(torch.equal(after[0][name], before[0][name]) for name in before[0])
+
+
+@pytest.fixture(scope="module")
+def loaders():
+    return load_digits(64)
+
+
+@pytest.fixture(scope="module")
+def digits_cnn(loaders):
+    torch.manual_seed(0)
+    model = build_model("DigitsCNN", {})
+    train(model, loaders.train, TrainConfig(60, lr=5e-3), loss=classification_loss, log=False)
+    return model.eval()
+
+
+def test_the_lines_of_the_original_documents(loaders):
+    torch.manual_seed(0)
+    model, input_data = mlp(64, 48, 10), torch.randn(4, 64)
+    teacher, student = mlp(64, 32, 10), mlp(64, 8, 10)
+    train_data = [(x.flatten(1), y) for x, y in loaders.train][:2]
+    before = [state(m) for m in (model, teacher, student)]
+
+    quantized_model = quick_quantize(model)
+    output = quantized_model(input_data)
+    assert output.shape == (4, 10)
+    optimizer = ProductionModelOptimizer(device="cpu")
+    optimized_model, result = optimizer.optimize_full_pipeline(model, prune_amount=0.3, use_quantization=True,
+                                                               use_pruning=True)
+    assert optimized_model(input_data).shape == (4, 10)
+    assert result.size_reduction_percent > 70 and -1000 < result.latency_reduction_percent < 100
+    trained_student = optimizer.distill_knowledge(teacher_model=teacher, student_model=student,
+                                                  train_loader=train_data, config=DistillationConfig(epochs=10))
+    assert trained_student(train_data[0][0]).shape == (64, 10)
+    assert all(same_state(m, s) for m, s in zip((model, teacher, student), before))
+
+
+def test_int8_of_512_1024_100(tmp_path):
+    """A file at least 3.8 times smaller, and an output error below 1e-4 of the signal's power where that
+    is asked.
+    """
+    torch.manual_seed(0)
+    model = mlp(512, 1024, 100)
+    quantized = quick_quantize(model, torch.randn(32, 512), max_error=1e-4)
+    assert artifact.float32_bytes(model) / quantized.save(tmp_path / "int8.kit") >= 3.8
+    x = torch.randn(256, 512)
+    with torch.no_grad():
+        assert relative_error(quantized.model(x), model(x)) < 5e-5
+        assert relative_error(quantized(x[:32]), model(x[:32])) < 1e-4
+        loose = quick_quantize(model, backend="onnx-int8")
+        assert relative_error(loose(x[:32]), model(x[:32])) < 3e-4
+
+
+def test_static_quantization_of_a_trained_cnn_keeps_its_accuracy(digits_cnn, loaders, tmp_path):
+    optimizer = ProductionModelOptimizer()
+    calibration = [batch for batch, _ in zip(loaders.train, range(4))]
+    x = next(iter(loaders.test))[0]
+    quantized = optimizer.quantize_static(digits_cnn, calibration, QuantizationConfig(backend="onnx-static"))
+    accuracy, before = evaluate(quantized, loaders.test).accuracy, evaluate(digits_cnn, loaders.test).accuracy
+    assert before > 0.9 and accuracy >= before - 0.012  # two of the 180 images
+
+    quantized.save(tmp_path / "cnn.kit")
+    loaded = QuantizedModel.load(tmp_path / "cnn.kit", config=quantized.config)
+    assert torch.equal(loaded(x), quantized(x))
+    with torch.no_grad():
+        for other in (loaded, QuantizedModel.load(tmp_path / "cnn.kit", build_model("DigitsCNN", {}))):
+            assert torch.equal(other.model(x), quantized.model(x))
+
+    floats = optimizer.export_onnx(digits_cnn, tmp_path / "float.onnx", x)
+    integers = optimizer.export_onnx(quantized, tmp_path / "qdq.onnx", x)
+    assert floats["relative_error"] < 1e-10 and integers["relative_error"] < 1e-3
+    assert integers["bytes"] == (tmp_path / "qdq.onnx").stat().st_size < 0.5 * floats["bytes"]
+    assert b"QuantizeLinear" in (tmp_path / "qdq.onnx").read_bytes() and integers["engine"] == "onnx-static"
+
+
+def test_prune_retrain_quantize(digits_cnn, loaders):
+    x = next(iter(loaders.test))[0]
+    optimized, result = quick_optimize(digits_cnn, x, prune_amount=0.25, train_loader=loaders.train, epochs=1,
+                                       config=FAST)
+    assert result.compression_ratio > 5 and result.parameters_after < 0.8 * result.parameters_before
+    assert evaluate(optimized, loaders.test).accuracy > 0.85
+    assert not any("retraining" in note for note in result.notes)
+    assert result.bytes_before == artifact.float32_bytes(digits_cnn)
+    text, page = str(result), result._repr_html_()
+    for word in ("file, bytes", "latency, batch 64, 1 thread", f"{result.bytes_after:,}", "torch-int8"):
+        assert word in text and word in page
+    assert set(result.layers["tensor"]) >= {"0.weight", "8.weight"}
+    assert result.layers.set_index("tensor").loc["3.weight", "shape"] == (24, 12, 3, 3)
+
+
+def test_structured_and_unstructured_pruning_leave_the_model_alone(digits_cnn):
+    optimizer, before = ProductionModelOptimizer(), state(digits_cnn)
+    smaller = optimizer.prune_structured(digits_cnn, PruningConfig(0.5, "ln_structured"), torch.rand(2, 1, 8, 8))
+    assert parameter_count(smaller) < 0.4 * parameter_count(digits_cnn)
+    masked = optimizer.prune_unstructured(digits_cnn, PruningConfig(0.5, "l1_unstructured", dim=1))
+    assert bake(masked)[3].weight.eq(0).float().mean() == 0.5 and same_state(digits_cnn, before)
+    result = optimizer.measure(digits_cnn, masked, torch.rand(2, 1, 8, 8))
+    assert result.sparsity == pytest.approx(0.5, abs=0.01) and result.bytes_after < 0.7 * result.bytes_before
+    with pytest.raises(ValueError, match="choose from"):
+        optimizer.prune_structured(digits_cnn, PruningConfig(method="magnitude"))
+    with pytest.raises(ValueError, match="choose from"):
+        optimizer.prune_unstructured(digits_cnn, PruningConfig(method="l2"))
+
+
+def test_qat_recovers_what_rounding_to_four_bits_costs(digits_cnn, loaders):
+    optimizer, config = ProductionModelOptimizer(), QuantizationConfig("float32", "int4")
+    rounded = optimizer.quantize_dynamic(digits_cnn, config)
+    prepared = optimizer.prepare_qat_model(digits_cnn, config)
+    trained = optimizer.retrain(prepared, loaders.train, epochs=2)
+    assert quantizers(prepared).keys() == quantizers(trained).keys()
+    packed = optimizer.quantize_dynamic(trained, config)
+    assert {q.format.bits for q in quantizers(packed.model).values()} == {4}
+    losses = [evaluate(model, loaders.validation).loss for model in (rounded, packed)]
+    assert losses[1] < losses[0]
+    x = torch.rand(8, 1, 8, 8)
+    with torch.no_grad():  # what was trained is what runs
+        torch.testing.assert_close(packed(x), trained(x), rtol=1e-3, atol=1e-3)
+
+
+def test_distillation_follows_the_teacher(digits_cnn, loaders):
+    torch.manual_seed(0)
+    student = build_model("DigitsMLP", {"hidden": (16,)})
+    config = DistillationConfig(temperature=3.0, alpha=0.9, epochs=6, learning_rate=1e-2)
+    trained = ProductionModelOptimizer().distill_knowledge(digits_cnn, student, loaders.train, config)
+    assert evaluate(trained, loaders.test).accuracy > 0.8 > evaluate(student, loaders.test).accuracy
+    assert not trained.training
+
+
+class Shared(nn.Module):
+    """An embedding tied to the output layer, and one block used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.block = nn.Embedding(20, 16), nn.ModuleDict({"inner": mlp(16, 16)})
+        self.head = nn.Linear(16, 20, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for _ in range(2):
+            x = x + self.block["inner"](x)
+        return self.head(x)
+
+
+class Custom(nn.Module):
+    """A recurrent layer inside, a bare weight, dropout, and a tuple for output."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.weight, self.dropout = nn.LSTM(8, 16), nn.Parameter(torch.randn(16, 4)), nn.Dropout(0.5)
+
+    def forward(self, x):
+        y, (h, _) = self.rnn(x)
+        return self.dropout(y) @ self.weight, h
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("make", [Shared, Custom, lambda: nn.Sequential(nn.Sequential(mlp(8, 8)), nn.Tanh())])
+def test_models_of_all_kinds(make, training, tmp_path):
+    torch.manual_seed(0)
+    model = make().train(training)
+    inputs, before = example_inputs(model, batch=4), state(model)
+    quantized = quick_quantize(model, backend="float32")
+    with torch.no_grad():
+        expected = copy.deepcopy(model).eval()(*inputs)
+        assert relative_error(quantized(*inputs), expected) < 1e-3
+    quantized.save(tmp_path / "model.kit")
+    loaded = QuantizedModel.load(tmp_path / "model.kit", make(), quantized.config)
+    assert relative_error(loaded(*inputs), quantized(*inputs)) == 0
+    assert same_state(model, before)
+    _, result = quick_optimize(model, inputs, prune_amount=0.3, config=QuantizationConfig("float32"))
+    assert result.parameters_after < result.parameters_before or any("masked" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_keep_theirs(dtype):
+    torch.manual_seed(0)
+    model = mlp(32, 32, 4).to(dtype)
+    x = torch.randn(8, 32).to(dtype)
+    quantized = ProductionModelOptimizer().quantize_dynamic(model, FAST)
+    with torch.no_grad():
+        assert quantized(x).dtype == dtype and relative_error(quantized(x), model(x)) < 1e-3
+    result = compare_models(model, quantized, (x,), seconds=0.01)
+    assert result.bytes_before == pytest.approx(dtype.itemsize * parameter_count(model), rel=0.2)
+    assert next(model.parameters()).dtype == dtype
+
+
+def test_without_anything_to_quantize_there_is_one_clear_sentence():
+    for model in (nn.Sequential(nn.ReLU()), nn.LayerNorm(4)):
+        with pytest.raises(ValueError, match="no weight to quantize"):
+            quick_quantize(model)
+    broken = mlp(4, 4)
+    broken[0].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        quick_quantize(broken)
+    with pytest.raises(ValueError, match="pass inputs="):
+        example_inputs(nn.Bilinear(2, 2, 2))
+    with pytest.raises(ValueError, match="no batch"):
+        ProductionModelOptimizer().quantize_static(mlp(4, 4), [])
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: QuantizationConfig(backend="tpu"), "backend 'tpu'"),
+    (lambda: QuantizationConfig(dtype="int3"), "int3"),
+    (lambda: QuantizationConfig(max_error=0), "max_error"), (lambda: PruningConfig(1.0), "amount=1.0"),
+    (lambda: PruningConfig(method="l7"), "l7"), (lambda: PruningConfig(dim=2), "dim=2"),
+    (lambda: DistillationConfig(epochs=0), "epochs=0")])
+def test_bad_settings(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_settings_of_the_original_documents_are_understood():
+    for backend in ("fbgemm", "qnnpack", "onednn", "x86"):
+        assert QuantizationConfig(backend, torch.qint8).engine == "torch-int8"
+    tensor = QuantizationConfig(dtype=torch.qint8, per_channel=False)
+    assert tensor.format.granularity == "tensor" and tensor.format.bits == 8
+    model = ProductionModelOptimizer().quantize_dynamic(mlp(16, 8, 4), tensor)
+    assert relative_error(model(torch.ones(2, 16)), model.reference()(torch.ones(2, 16))) < 1e-2
+
+
+def test_auto_says_when_integers_do_not_pay_and_when_the_batch_grew():
+    torch.manual_seed(0)
+    model = mlp(8, 8, 4)
+    optimized, result = quick_optimize(model, torch.randn(2, 8), prune_amount=0.0)
+    chosen = optimized.choice.name
+    if chosen not in INTEGER:
+        assert any(f"not faster than {chosen} at a batch of 2" in note for note in result.notes)
+    with pytest.warns(UserWarning, match="tune"):
+        optimized(torch.randn(64, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimized(torch.randn(64, 8))
+    impossible = quick_quantize(model, max_error=1e-12)
+    with pytest.warns(UserWarning, match="rounding the weights alone"):
+        impossible(torch.randn(2, 8))
+
+
+def test_resnet_bk_is_exported_in_float_and_qdq(tmp_path):
+    torch.manual_seed(0)
+    shapes = {"vocab_size": 60, "d_model": 16, "layers": 1, "d_ff": 16, "channels": 6, "experts": 2}
+    model = build_model("ResNetBK", shapes).eval()
+    tokens, optimizer = torch.randint(0, 60, (2, 12)), ProductionModelOptimizer()
+    floats = optimizer.export_onnx(model, tmp_path / "float.onnx", tokens)
+    assert floats["relative_error"] < 1e-9
+    quantized = optimizer.quantize_static(model, [tokens])
+    integers = optimizer.export_onnx(quantized, tmp_path / "qdq.onnx", tokens)
+    assert integers["engine"] == "onnx-static" and integers["relative_error"] < 1e-3
+    assert b"Scan" in (tmp_path / "qdq.onnx").read_bytes()
+
+
+def test_import_is_light():
+    code = "import sys, kit; print('torch' not in sys.modules and 'QuantizedModel' in dir(kit))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
+    with pytest.raises(AttributeError, match="no attribute"):
+        kit.nothing
