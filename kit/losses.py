@@ -49,11 +49,10 @@ def linear_token_losses(
     """Loss of each token in nats (0 where ignored) and whether the token is the most likely one, both shaped
     as `targets`; without gradients. Arguments and errors as in `linear_cross_entropy`."""
     kept = targets != ignore_index
-    losses = torch.zeros(targets.shape, dtype=_dtypes(hidden, weight)[1], device=hidden.device)
-    correct = torch.zeros_like(kept)
-    hidden, targets = _valid_tokens(hidden, weight, bias, targets, ignore_index)
-    losses[kept], correct[kept] = _token_losses(hidden, weight, bias, targets, chunk)
-    return losses, correct
+    hidden, valid = _valid_tokens(hidden, weight, bias, targets, ignore_index)
+    found, hits = _token_losses(hidden, weight, bias, valid, chunk)
+    losses = found.new_zeros(targets.shape).masked_scatter_(kept, found)
+    return losses, torch.zeros_like(kept).masked_scatter_(kept, hits)
 
 
 def next_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -73,24 +72,26 @@ def classification_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tenso
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk):
-        product, accumulator = _dtypes(hidden, weight)
-        with torch.autocast(hidden.device.type, enabled=False):
-            h, w = hidden.to(product), weight.to(product)
-            hidden_grad, weight_grad, bias_grad = grads = [
-                torch.zeros_like(t, dtype=accumulator) if needed else None
-                for t, needed in zip((hidden, weight, bias), ctx.needs_input_grad)
-            ]
-            losses = torch.empty(len(targets), dtype=accumulator, device=hidden.device)
+        product = _product_dtype(hidden, weight)
+        accumulator = torch.promote_types(product, torch.float32)
+        h, w = _with_bias(hidden, weight, bias, product)
+        hidden_grad, weight_grad, bias_grad = grads = [
+            torch.zeros_like(t, dtype=accumulator) if needed else None
+            for t, needed in zip((hidden, weight, bias), ctx.needs_input_grad)
+        ]
+        losses = torch.empty(len(targets), dtype=accumulator, device=h.device)
+        width = hidden.shape[1]
+        with torch.autocast(h.device.type, enabled=False):
             for rows, block in _logit_blocks(h, w, chunk):
-                losses[rows], sums = _errors_(block, bias, targets[rows], bias_grad is not None)
+                losses[rows] = _errors_(block, h[rows], w, targets[rows])
                 if hidden_grad is not None:
-                    hidden_grad[rows] = block @ w
+                    hidden_grad[rows] = block @ w[:, :width]
                 if weight_grad is not None and product == accumulator:
-                    weight_grad.addmm_(block.t(), h[rows])
+                    weight_grad.addmm_(block.t(), h[rows, :width])
                 elif weight_grad is not None:
-                    weight_grad += block.t() @ h[rows]
+                    weight_grad += block.t() @ h[rows, :width]
                 if bias_grad is not None:
-                    bias_grad += sums
+                    bias_grad += (block.new_ones(1, len(block)) @ block)[0]
         ctx.save_for_backward(*grads)
         ctx.dtypes = [t is not None and t.dtype for t in (hidden, weight, bias)]
         ctx.tokens = len(targets)
@@ -106,54 +107,66 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 @torch.no_grad()
 def _token_losses(hidden, weight, bias, targets, chunk):
-    product, accumulator = _dtypes(hidden, weight)
-    losses = torch.empty(len(targets), dtype=accumulator, device=hidden.device)
-    correct = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):
-        for rows, block in _logit_blocks(hidden.to(product), weight.to(product), chunk):
-            block = _add_bias_(block.to(accumulator), bias)
+    product = torch.promote_types(_product_dtype(hidden, weight), torch.float32)
+    h, w = _with_bias(hidden, weight, bias, product)
+    losses = torch.empty(len(targets), dtype=product, device=h.device)
+    correct = torch.empty(len(targets), dtype=torch.bool, device=h.device)
+    with torch.autocast(h.device.type, enabled=False):
+        for rows, block in _logit_blocks(h, w, chunk):
             correct[rows] = _hits(block, targets[rows])
-            losses[rows] = _softmax_(block, targets[rows])
+            losses[rows] = _errors_(block, h[rows], w, targets[rows])
     return losses, correct
+
+
+def _product_dtype(hidden, weight):
+    if torch.is_autocast_enabled(hidden.device.type):
+        return torch.get_autocast_dtype(hidden.device.type)
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def _with_bias(hidden, weight, bias, dtype):
+    """hidden and weight with the bias as one more column: adding it within the product costs no pass of its
+    own."""
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if bias is None:
+        return hidden, weight
+    return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1), torch.cat(
+        [weight, bias[:, None].to(dtype)], 1
+    )
 
 
 def _logit_blocks(h, w, chunk):
     """Yields (rows, h[rows] @ w.T). One buffer serves all: mapping fresh memory costs as much as filling
     it."""
-    limit = CUDA_BLOCK if h.is_cuda else CPU_BLOCK
-    chunk = min(chunk or max(16, limit // len(w)), max(1, len(h)))
+    chunk = min(chunk or max(16, (CUDA_BLOCK if h.is_cuda else CPU_BLOCK) // len(w)), max(1, len(h)))
     buffer = torch.empty(chunk, len(w), dtype=h.dtype, device=h.device)
     for start in range(0, len(h), chunk):
         rows = slice(start, start + chunk)
         yield rows, torch.mm(h[rows], w.t(), out=buffer[: len(h[rows])])
 
 
-def _errors_(block, bias, targets, summed):
-    """Turns logits without their bias into softmax - one-hot in place; returns the losses and the column
-    sums."""
-    if block.dtype == torch.bfloat16 and block.device.type == "cpu":
-        from kit.softmax_kernel import softmax_errors_  # numba takes half a second to import
+def _errors_(block, h, w, targets):
+    """Turns logits (n, V) into softmax - one-hot in place and returns the losses (n,).
 
-        return softmax_errors_(block, bias, targets)
-    errors = _add_bias_(block.to(torch.promote_types(block.dtype, torch.float32)), bias)
-    losses = _softmax_(errors, targets)
-    errors[torch.arange(len(errors), device=errors.device), targets] -= 1
-    if errors is not block:
-        block.copy_(errors)
-    return losses, errors.t().mv(errors.new_ones(len(errors))) if summed else None
-
-
-def _add_bias_(block, bias):
-    return block if bias is None else block.add_(bias)
-
-
-def _softmax_(block, targets):
-    """Turns logits (n, V) into probabilities in place and returns the losses (n,). Exact however small the
-    target's probability: the log-sum-exp comes from the largest probability, which is 1 / sum(exp(x -
-    max))."""
-    target, largest = block.gather(1, targets[:, None])[:, 0], block.amax(1)
-    torch.softmax(block, 1, out=block)
-    return largest - target - block.amax(1).log()
+    At the target, the error is minus the sum of the others: exact in bfloat16 too, where 1 - p would be
+    rounding.
+    """
+    at_target = torch.arange(len(block), device=block.device), targets  # scatter_ would copy the block
+    probability = torch.softmax(block, 1, out=block)[at_target]
+    block[at_target] = 0
+    others = block.sum(1)
+    block[at_target] = -others
+    accumulator = torch.promote_types(block.dtype, torch.float32)
+    probability, others = probability.to(accumulator), others.to(accumulator)
+    losses = torch.where(probability > 0.5, -torch.log1p(-others), -probability.log())
+    lost = (probability < 1e-30).nonzero()[
+        :, 0
+    ]  # too small for its digits: measure from the largest one instead
+    if len(lost):
+        top, h = block[lost].argmax(1), h[lost].to(accumulator)
+        gap = (h * (w[top] - w[targets[lost]])).sum(1)
+        losses[lost] = gap - block[lost, top].to(accumulator).log()
+    return losses
 
 
 def _hits(block, targets):
@@ -163,14 +176,6 @@ def _hits(block, targets):
     candidates = hits.nonzero()[:, 0]
     hits[candidates] = block[candidates].argmax(1) == targets[candidates]
     return hits
-
-
-def _dtypes(hidden, weight):
-    """(dtype of the matrix products, dtype of the softmax and the sums)."""
-    product = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(hidden.device.type):
-        product = torch.get_autocast_dtype(hidden.device.type)
-    return product, torch.promote_types(product, torch.float32)
 
 
 def _valid_tokens(hidden, weight, bias, targets, ignore_index):
