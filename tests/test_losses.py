@@ -189,12 +189,12 @@ def test_a_bad_weight_shows_in_the_loss(bad, dtype):
 def test_bfloat16_keeps_the_gradient_of_learned_tokens():
     hidden, weight, _, _ = problem((64,), 50, 16, torch.bfloat16)
     targets = (hidden @ weight.T).argmax(-1)
-    hidden = (3 * hidden).detach().requires_grad_()
+    hidden = (6 * hidden).detach().requires_grad_()
     loss, expected = (
         linear_cross_entropy(hidden, weight, None, targets),
         reference(hidden, weight, None, targets),
     )
-    assert expected < 0.1 and abs(loss - expected) < 0.05 * expected
-    ours, theirs = gradients(loss, weight)[0], gradients(expected, weight)[0]
-    assert (ours - theirs).norm() < 0.05 * theirs.norm()
-    assert ours.double().sum(0).norm() < 1e-2 * ours.double().norm()
+    assert expected < 0.1 and abs(loss - expected) < 0.15 * expected
+    ours, theirs = (g.double() for (g,) in (gradients(loss, weight), gradients(expected, weight)))
+    assert (ours - theirs).norm() < 0.15 * theirs.norm()  # bfloat16 rounds logits near 40 by up to 0.13
+    assert ours.sum(0).norm() < 0.01 * ours.norm()  # errors of a token add up to 0, as they must
