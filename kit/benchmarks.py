@@ -1,4 +1,4 @@
-"""ResNet-BK beside its peers: shapes of equal parameter count, and the speed of BK mixing against attention."""
+"""ResNet-BK beside its peers: shapes of equal parameter count, and BK mixing timed against attention."""
 
 import bisect
 import math
@@ -28,7 +28,8 @@ def equal_shape(name: str, parameters: int, field: str, **shape) -> dict:
     at = bisect.bisect_left(range(2**14), parameters, lo=2, key=size)
     value = min(at - 1, at, key=lambda v: abs(size(v) - parameters))
     if abs(size(value) / parameters - 1) > 0.03:
-        raise ValueError(f"No {field} gives {name} {parameters:,} parameters within 3 %: {value} gives {size(value):,}.")
+        raise ValueError(f"No {field} gives {name} {parameters:,} parameters within 3 %: "
+                         f"{value} gives {size(value):,}.")
     return {**shape, field: value}
 
 
@@ -53,8 +54,8 @@ def mixing_seconds(lengths: Sequence[int], tokens: int, d_model: int = 64, chann
                    repeats: int = 5) -> pd.DataFrame:
     """Seconds of one forward and backward over about `tokens` tokens, in windows of each of `lengths`.
 
-    Columns: `MIXING`; a layer includes its projections (and the BK layer its convolution and gate), a kernel is the
-    mixing alone. The four run in turn, the median counts.
+    Columns: `MIXING`; a layer includes its projections (and the BK layer its convolution and gate), a kernel
+    is the mixing alone. The four run in turn, the median counts.
     """
     rows = {}
     for length in lengths:
@@ -71,8 +72,10 @@ def _mixing_calls(batch: int, length: int, d_model: int, channels: int, heads: i
     diagonal, hopping, eta = leaf(batch, length, channels), leaf(batch, length, channels), leaf(channels)
     q, k, v = (leaf(*heads_shape) for _ in range(3))
     mixer, attention = BKMixer(d_model, channels), Attention(d_model, heads)
-    calls = [forward_backward(mixer, [x], mixer.parameters()), forward_backward(attention, [x], attention.parameters()),
-             forward_backward(left_resolvent, [diagonal, hopping, eta]), forward_backward(causal_attention, [q, k, v])]
+    calls = [forward_backward(mixer, [x], mixer.parameters()),
+             forward_backward(attention, [x], attention.parameters()),
+             forward_backward(left_resolvent, [diagonal, hopping, eta]),
+             forward_backward(causal_attention, [q, k, v])]
     return dict(zip(MIXING, calls))
 
 
@@ -85,8 +88,8 @@ def forward_backward(function: Callable, inputs: list[Tensor], parameters=()) ->
 
 
 def crossing(seconds: pd.DataFrame, ours: str, theirs: str) -> float | None:
-    """Window length from which `ours` is the faster column, by straight lines between the points on log-log axes;
-    0 when it always is, None when it is not at the largest."""
+    """Window length from which `ours` is the faster column, by straight lines between the points on log-log
+    axes; 0 when it always is, None when it is not at the largest."""
     lead = (seconds[theirs] / seconds[ours]).map(math.log)
     slower = lead.index[lead <= 0]
     if not len(slower):
