@@ -1,5 +1,6 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from kit.parametrization import steps_of
 from kit.pruning import (Mask, ProgressivePruningScheduler, PrunedMoELayer, expert_scores,
                          prune_unused_experts, reduce_experts, set_mask, track_experts)
 from kit.pruning.experts import align, merge_experts
+from kit.pruning.refit import refit_experts
 from kit.quantization import FakeQuantize, Format, quantize_weights
 from kit.training import TrainConfig
 
@@ -65,7 +67,7 @@ def test_the_last_top_k_experts_never_go(top_k):
 
 def test_dropping_equals_routing_over_the_remaining_experts():
     model = bk()
-    small = reduce_experts(model, 2, BATCHES)
+    small = reduce_experts(model, 2, BATCHES, refit=False)
     kept = small.layers[0].moe.origin
     moe, x = model.layers[0].moe, torch.randn(20, 16)
     gates = moe.router(x)[:, kept].softmax(-1)
@@ -124,12 +126,41 @@ def test_merging_joins_experts_that_differ_in_the_order_of_their_units():
     assert torch.allclose(moe.router.weight[2], mean_router, atol=1e-6)
 
 
+def test_refitted_experts_are_the_least_squares_solution_with_a_prior():
+    torch.manual_seed(0)
+    moe, x = MoE(6, 5, 2), torch.randn(200, 6)
+    targets, before = torch.randn(200, 6), moe.w_out.detach().clone()
+    gates, chosen = moe.router(x).softmax(-1).max(-1)
+    refit_experts(moe, x, targets)
+    for e in range(2):
+        mine = chosen == e
+        hidden = F.gelu(x[mine] @ moe.w_in[e].T + moe.b_in[e])
+        inputs = (gates[mine, None] * torch.cat([hidden, torch.ones(len(hidden), 1)], 1)).detach().numpy()
+        damping = (0.01 * (inputs**2).sum(0).mean())**0.5
+        prior = torch.cat([before[e], torch.zeros(6, 1)], 1).numpy().T
+        stacked = np.concatenate([inputs, damping * np.eye(6)])
+        wanted = np.concatenate([targets[mine].numpy(), damping * prior])
+        solved = np.linalg.lstsq(stacked, wanted, rcond=None)[0]
+        assert np.allclose(moe.w_out[e].detach().numpy(), solved[:-1].T, atol=1e-4)
+        assert np.allclose(moe.b_out[e].detach().numpy(), solved[-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_refitting_brings_the_outputs_closer(top_k):
+    model = bk(6, top_k=top_k).eval()
+    dense = model.hidden(TOKENS)
+    errors = [(reduce_experts(model, 3, BATCHES, refit=refit).eval().hidden(TOKENS) - dense).square().mean()
+              for refit in (False, True)]
+    assert errors[1] < 0.7 * errors[0]
+
+
 @pytest.mark.parametrize("criterion", ["usage", "reap", "random", "merge"])
 def test_fewer_experts_leave_a_smaller_file_that_loads(criterion, tmp_path):
     model = bk(8)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     small = reduce_experts(model, 2, BATCHES, criterion=criterion, seed=1).eval()
-    artifact.save(model, tmp_path / "dense.kit"), artifact.save(small, tmp_path / "small.kit")
+    artifact.save(model, tmp_path / "dense.kit", layouts=("dense",))
+    artifact.save(small, tmp_path / "small.kit", layouts=("dense",))
     tables = [artifact.describe(tmp_path / name) for name in ("dense.kit", "small.kit")]
     expert_bytes = [table[table.tensor.str.contains("moe.[wb]_")].bytes.sum() for table in tables]
     assert expert_bytes[1] == expert_bytes[0] / 4 and small.config.experts == 2

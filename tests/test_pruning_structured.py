@@ -11,6 +11,7 @@ from kit.measurement import macs
 from kit.models import DigitsCNN, DigitsMLP, MoE, ResNetBK, ResNetBKConfig, TransformerLM, parameter_count
 from kit.models.peers import TransformerLMConfig
 from kit.pruning import Mask, get_mask, prune_bk_channels, prune_channels, prune_hidden_units, set_mask
+from kit.pruning.refit import layer_examples
 from kit.pruning.structured import bk_channel_scores, channel_importance, hidden_unit_scores
 from kit.quantization import FakeQuantize, Format, quantize_weights
 from kit.parametrization import steps_of
@@ -180,6 +181,15 @@ def test_bk_channels_go_together_and_the_rest_computes_as_if_they_were_silent(tm
     artifact.save(small, tmp_path / "model.kit")
     assert torch.equal(artifact.load(tmp_path / "model.kit")(TOKENS), small(TOKENS))
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+
+
+@pytest.mark.parametrize("prune, part", [(prune_hidden_units, "layers.0.moe"),
+                                         (prune_bk_channels, "layers.0.mixer.output")])
+def test_with_batches_what_stays_makes_up_for_what_went(prune, part):
+    model = bk()
+    dense, plain, refitted = [layer_examples(m, [part], [TOKENS])[part][1] for m in (
+        model, prune(model, 0.5), prune(model, 0.5, batches=[(TOKENS, TOKENS)]))]
+    assert (refitted - dense).square().mean() < 0.7 * (plain - dense).square().mean()
 
 
 def test_masks_and_quantizers_are_there_again_on_the_smaller_weights():

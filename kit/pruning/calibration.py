@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,13 +53,23 @@ def routing(moe: MoE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rows, gates, chosen
 
 
-def expert_rows(moe: MoE, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For each expert: the inputs (m, D) routed to it, its hidden units (m, F) after GELU, its gates (m,)."""
+class ExpertRows(NamedTuple):
+    """What one expert sees: row numbers (m,) int64, inputs (m, D), hidden units (m, F), gates (m,)."""
+
+    rows: Tensor
+    inputs: Tensor
+    hidden: Tensor
+    gates: Tensor
+
+
+def expert_rows(moe: MoE, x: Tensor) -> Iterator[ExpertRows]:
+    """Expert by expert, the rows of x (..., D) that are routed to it; hidden units are after GELU."""
     rows, gates, chosen = routing(moe, x)
     w_in, b_in = moe.w_in, moe.b_in
     for expert in range(w_in.shape[0]):
         token, choice = (chosen == expert).nonzero(as_tuple=True)
-        yield rows[token], F.gelu(F.linear(rows[token], w_in[expert], b_in[expert])), gates[token, choice]
+        hidden = F.gelu(F.linear(rows[token], w_in[expert], b_in[expert]))
+        yield ExpertRows(token, rows[token], hidden, gates[token, choice])
 
 
 def _linear(module: nn.Module, x: Tensor) -> list[Tensor]:
@@ -80,8 +91,8 @@ def _convolution(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> list[Tensor]:
 def _readers(slot: Slot) -> Callable[[nn.Module, Tensor], list[Tensor]] | None:
     module = slot.module
     if isinstance(module, MoE) and slot.attribute in ("w_in", "w_out"):
-        part = 0 if slot.attribute == "w_in" else 1
-        return lambda moe, x: [rows[part] for rows in expert_rows(moe, x)]
+        part = "inputs" if slot.attribute == "w_in" else "hidden"
+        return lambda moe, x: [getattr(rows, part) for rows in expert_rows(moe, x)]
     if isinstance(module, nn.Linear):
         return _linear
     if isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.padding_mode == "zeros":

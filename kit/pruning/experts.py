@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kit.models import MoE
 from kit.pruning.calibration import expert_rows, run
 from kit.pruning.mask import copy_model
+from kit.pruning.refit import layer_examples, refit_experts
 from kit.pruning.shapes import modules_of, refresh_config, replace, resizing
 
 CRITERIA = ("usage", "reap", "random", "merge")
@@ -131,19 +132,20 @@ def prune_unused_experts(model: nn.Module, batches: Sequence, threshold: float =
 
 
 def reduce_experts(model: nn.Module, keep: int, batches: Sequence, *, criterion: str = "usage",
-                   seed: int = 0) -> nn.Module:
+                   refit: bool = True, seed: int = 0) -> nn.Module:
     """A copy of the model with at most `keep` experts a layer, chosen by what the tokens of `batches` do.
 
     Args:
         criterion: "usage", "reap" or "random" drop the experts of lowest score (`expert_scores`); "merge"
             joins the most similar ones (`merge_experts`) until `keep` are left.
+        refit: let the experts that stay take over from those that went, by least squares (`refit_experts`).
 
     Raises:
         ValueError: fewer than top_k experts to keep, an unknown criterion, no mixture of experts, no batches.
     """
     check_reduction(model, keep, criterion)
     small = track_experts(copy_model(model))
-    reduce_in_place(small, keep, batches, criterion, seed)
+    reduce_in_place(small, keep, batches, criterion, refit, seed)
     return small
 
 
@@ -156,13 +158,15 @@ def check_reduction(model: nn.Module, keep: int, criterion: str) -> None:
         raise ValueError(f"{keep} experts would stay, but each token is routed to {needed}: keep more")
 
 
-def reduce_in_place(model: nn.Module, keep: int, batches: Sequence, criterion: str, seed: int = 0) -> None:
+def reduce_in_place(model: nn.Module, keep: int, batches: Sequence, criterion: str, refit: bool = True,
+                    seed: int = 0) -> None:
     """`reduce_experts` on a model that `track_experts` has prepared, in place."""
     layers = {name: layer for name, layer in modules_of(model, PrunedMoELayer, "*").items()
               if layer.w_in.shape[0] > keep}
     for layer in layers.values():
         layer.reset_usage()
     scores = expert_scores(model, batches, "usage" if criterion == "merge" else criterion, seed)
+    examples = layer_examples(model, list(layers), batches) if refit else {}
     for name, layer in layers.items():
         if criterion == "merge":
             with resizing(model):
@@ -170,7 +174,9 @@ def reduce_in_place(model: nn.Module, keep: int, batches: Sequence, criterion: s
         else:
             chosen = scores[name].argsort(descending=True, stable=True)[:keep]
         layer.keep(chosen)
-    refresh_config(model)
+    with resizing(model):
+        for name, (inputs, outputs) in examples.items():
+            refit_experts(layers[name], inputs, outputs)
 
 
 def expert_scores(model: nn.Module, batches: Sequence, criterion: str = "usage",
@@ -192,10 +198,10 @@ def expert_scores(model: nn.Module, batches: Sequence, criterion: str = "usage",
 
     def collect(name: str, moe: MoE, args: tuple) -> None:
         w_out, b_out = moe.w_out, moe.b_out
-        for expert, (_, hidden, gates) in enumerate(expert_rows(moe, args[0])):
-            outputs = F.linear(hidden, w_out[expert], b_out[expert])
-            counts[name][expert] += len(gates)
-            norms[name][expert] += (gates * outputs.norm(dim=-1)).sum().item()
+        for expert, seen in enumerate(expert_rows(moe, args[0])):
+            outputs = F.linear(seen.hidden, w_out[expert], b_out[expert])
+            counts[name][expert] += len(seen.rows)
+            norms[name][expert] += (seen.gates * outputs.norm(dim=-1)).sum().item()
 
     handles = [moe.register_forward_pre_hook(lambda moe, args, name=name: collect(name, moe, args))
                for name, moe in layers.items()]

@@ -75,7 +75,7 @@ class ProgressivePruningScheduler:
             if done and done.exists():
                 self._restore(done, stage)
                 continue
-            reduce_in_place(self.model, count, self.batches, self.criterion, self.seed)
+            reduce_in_place(self.model, count, self.batches, self.criterion, seed=self.seed)
             checkpoint = folder / f"training{stage}.safetensors" if folder else None
             self._retrain(loader, dataclasses.replace(config, seed=config.seed + stage), validate=validate,
                           checkpoint=checkpoint, log=log)

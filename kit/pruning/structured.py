@@ -12,10 +12,12 @@ from kit.models import BKMixer, MoE, parameter_count
 from kit.parametrization import bake
 from kit.pruning.calibration import evaluating
 from kit.pruning.mask import copy_model
+from kit.pruning.refit import layer_examples, refit_experts, refit_linear
 from kit.pruning.scores import check_sparsity
 from kit.pruning.shapes import modules_of, refresh_config, replace, resizing
 from kit.quantization.activations import ActivationQuantizer
 
+READER = {MoE: "", BKMixer: ".output"}      # whose weights read the units of a group
 IMPORTANCE = ("l1", "l2", "taylor")
 Loss = Callable[[nn.Module, object], Tensor]
 
@@ -79,6 +81,8 @@ def prune_hidden_units(model: nn.Module, sparsity: float, *, layers: str = "*", 
     Args:
         layers: shell pattern of the names of mixture-of-experts layers.
         importance: "l1", "l2", or "taylor", which sums gradients of loss(model, batch) over `batches`.
+        batches: training batches, a list. With them, w_out is refitted by least squares to the outputs that the
+            layer had (`kit.pruning.refit`), one pass a layer.
 
     Raises:
         ValueError: sparsity outside [0, 1), unknown importance, no such layer, taylor without batches.
@@ -105,8 +109,15 @@ def _prune_groups(model, kind, scores, shrink, sparsity, layers, importance, bat
     with resizing(small):
         if importance == "taylor":
             accumulate_gradients(small, batches, loss)
-        for module in modules_of(small, kind, layers).values():
-            shrink(module, kept_units(scores(module, importance), sparsity))
+        for name, module in modules_of(small, kind, layers).items():
+            keep = kept_units(scores(module, importance), sparsity)
+            examples = layer_examples(small, [name + READER[kind]], batches) if batches is not None else {}
+            shrink(module, keep)
+            for inputs, outputs in examples.values():
+                if kind is MoE:
+                    refit_experts(module, inputs, outputs)
+                else:
+                    refit_linear(module.output, inputs.unflatten(1, (2, -1))[:, :, keep].flatten(1), outputs)
         small.zero_grad(set_to_none=True)
     return small
 
