@@ -1,9 +1,5 @@
-import itertools
-
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
 from kit import artifact
@@ -62,23 +58,6 @@ def test_a_scan_is_read_again_only_for_the_same_weights_and_batches(tmp_path, mo
         scan(changed, batches(), cache=tmp_path)
     with pytest.raises(TypeError):
         scan(model(), batches()[:1], cache=tmp_path)
-
-
-@given(st.data())
-def test_choice_is_the_best_that_fits(data):
-    sizes, losses = st.integers(0, 60), st.floats(-1, 5)
-    pairs = st.lists(st.tuples(sizes, losses), min_size=1, max_size=4)
-    options = {str(i): data.draw(pairs) for i in range(3)}
-    budget = data.draw(st.integers(1, 200))
-    fitting = [sum(loss for _, loss in choice) for choice in itertools.product(*options.values())
-               if sum(size for size, _ in choice) <= budget]
-    if not fitting:
-        with pytest.raises(ValueError, match="too small"):
-            sensitivity.choose(options, budget)
-        return
-    chosen = [options[name][position] for name, position in sensitivity.choose(options, budget).items()]
-    assert sum(size for size, _ in chosen) <= budget
-    assert sum(loss for _, loss in chosen) == pytest.approx(min(fitting), abs=1e-9)
 
 
 def test_budget_is_kept_and_used():

@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -17,6 +15,7 @@ from kit.parametrization import find_step
 from kit.pruning.magnitude import MagnitudePruner
 from kit.pruning.mask import Slot, copy_model
 from kit.pruning.scores import check_sparsity
+from kit.quantization.allocation import allocate
 from kit.quantization.fake import FakeQuantize
 from kit.results import write_json
 
@@ -93,40 +92,6 @@ def sparsities_for_budget(table: pd.DataFrame, budget: int) -> dict[str, float]:
     """
     options = {name: list(rows[["bytes", "increase"]].itertuples(index=False, name=None))
                for name, rows in table.groupby("tensor", sort=False)}
-    chosen = choose(options, budget)
+    chosen = allocate(options, budget)
     values = {name: rows["sparsity"].tolist() for name, rows in table.groupby("tensor", sort=False)}
     return {name: values[name][position] for name, position in chosen.items()}
-
-
-def choose(options: Mapping[str, Sequence[tuple[int, float]]], budget: int,
-           cells: int = 10_000) -> dict[str, int]:
-    """For each name the position of one (bytes, loss): the bytes fit the budget, the losses sum to least.
-
-    Multiple-choice knapsack by dynamic programming over `cells` slices of the budget; bytes are rounded up to
-    whole slices, so that the budget holds.
-
-    Raises:
-        ValueError: the smallest options together exceed the budget.
-    """
-    smallest = {name: min(range(len(pairs)), key=lambda i: pairs[i]) for name, pairs in options.items()}
-    least = sum(options[name][position][0] for name, position in smallest.items())
-    if least > budget:
-        raise ValueError(f"a budget of {budget} bytes is too small: the smallest options take {least}")
-    slice_bytes = max(math.ceil(budget / cells), 1)
-    room = budget // slice_bytes
-    best, picks = np.zeros(room + 1), []
-    for pairs in options.values():
-        trials = np.full((len(pairs), room + 1), np.inf)
-        for position, (size, loss) in enumerate(pairs):
-            used = math.ceil(size / slice_bytes)
-            if used <= room:
-                trials[position, used:] = best[:room + 1 - used] + loss
-        picks.append(trials.argmin(0))
-        best = trials.min(0)
-    if not np.isfinite(best[room]):
-        return smallest
-    chosen = {}
-    for (name, pairs), pick in zip(reversed(options.items()), reversed(picks)):
-        chosen[name] = int(pick[room])
-        room -= math.ceil(pairs[chosen[name]][0] / slice_bytes)
-    return {name: chosen[name] for name in options}

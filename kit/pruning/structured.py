@@ -1,7 +1,7 @@
 """Structured pruning: channels, neurons and hidden units go, a smaller dense model stays."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch_pruning as tp
@@ -75,14 +75,14 @@ def shrink_channels(mixer: BKMixer, keep: Tensor) -> None:
 
 
 def prune_hidden_units(model: nn.Module, sparsity: float, *, layers: str = "*", importance: str = "l2",
-                       batches: Iterable | None = None, loss: Loss = next_token_loss) -> nn.Module:
+                       batches: Sequence | None = None, loss: Loss = next_token_loss) -> nn.Module:
     """A copy of the model whose experts have each lost a share `sparsity` of their hidden units.
 
     Args:
         layers: shell pattern of the names of mixture-of-experts layers.
         importance: "l1", "l2", or "taylor", which sums gradients of loss(model, batch) over `batches`.
-        batches: training batches, a list. With them, w_out is refitted by least squares to the outputs that the
-            layer had (`kit.pruning.refit`), one pass a layer.
+        batches: training batches, a list. With them, what reads the units that stay (`w_out`) is refitted by
+            least squares to the outputs that the layer had (`kit.pruning.refit`), one pass a layer.
 
     Raises:
         ValueError: sparsity outside [0, 1), unknown importance, no such layer, taylor without batches.
@@ -92,11 +92,12 @@ def prune_hidden_units(model: nn.Module, sparsity: float, *, layers: str = "*", 
 
 
 def prune_bk_channels(model: nn.Module, sparsity: float, *, layers: str = "*", importance: str = "l2",
-                      batches: Iterable | None = None, loss: Loss = next_token_loss) -> nn.Module:
+                      batches: Sequence | None = None, loss: Loss = next_token_loss) -> nn.Module:
     """A copy of the model whose BK mixers have lost a share `sparsity` of their channels.
 
     A channel is a group of its own: its potential v, hopping, energy, eta, and the columns that read its g go
-    together. Arguments and errors as for `prune_hidden_units`, with `layers` naming mixers.
+    together. Arguments and errors as for `prune_hidden_units`, with `layers` naming mixers, whose output layer
+    is what `batches` refit.
     """
     return _prune_groups(model, BKMixer, bk_channel_scores, shrink_channels, sparsity, layers, importance,
                          batches, loss)
