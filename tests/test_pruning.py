@@ -216,6 +216,17 @@ def test_schedule_in_the_training_loop_keeps_the_best_of_the_final_sparsity():
     assert result.best_step == 10 and (model[1].weight == 0).any()
 
 
+def test_schedule_of_each_tensor_to_a_sparsity_of_its_own():
+    model = mlp()
+    hook = MagnitudePruner(model).schedule({"0.weight": 0.5, "1.weight": 0.9}, end=1.0, every=1)
+    sparsities = []
+    for step in range(1, 11):
+        hook(step, 10, model)
+        sparsities.append([float((layer.weight == 0).float().mean()) for layer in model])
+    assert sparsities[4] == pytest.approx([0.5 * (1 - 0.5**3), 0.9 * (1 - 0.5**3)], abs=0.01)
+    assert sparsities[-1] == pytest.approx([0.5, 0.9])
+
+
 def test_rounds_with_rewinding_train_from_the_early_weights():
     model = mlp()
     early = {name: tensor + 1 for name, tensor in model.state_dict().items()}
@@ -246,6 +257,7 @@ def test_rounds_with_rewinding_train_from_the_early_weights():
     (lambda m: MagnitudePruner(m, score="fisher"), "unknown score 'fisher'; choose from magnitude"),
     (lambda m: MagnitudePruner(m, scope="layer"), "unknown scope"),
     (lambda m: MagnitudePruner(m).prune_below(-1), "threshold -1"),
+    (lambda m: MagnitudePruner(m).schedule({"0.weight": 1}), "sparsity 1 is outside"),
     (lambda m: MagnitudePruner(m).schedule(0.5, start=0.8, end=0.2), "0 <= start < end <= 1"),
     (lambda m: rewind(m, m.state_dict() | {"0.weight": torch.zeros(3)}), r"holds \(3,\) for '0.weight'"),
 ])

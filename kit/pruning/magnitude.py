@@ -73,20 +73,23 @@ class MagnitudePruner:
         Raises:
             ValueError: a sparsity outside [0, 1), or a name that is not selected. Nothing is masked then.
         """
+        self._check(sparsity)
         if isinstance(sparsity, Mapping):
             return self._prune_each(sparsity)
-        score.check_sparsity(sparsity)
         if self.scope != "global":
             return self._prune_each(dict.fromkeys(self.slots, sparsity))
         scores = {name: self.scores(slot) for name, slot in self.slots.items()}
         return self._apply(score.global_masks(scores, sparsity))
 
-    def _prune_each(self, sparsity: Mapping[str, float]) -> nn.Module:
-        unknown = [name for name in sparsity if name not in self.slots]
+    def _check(self, sparsity: float | Mapping[str, float]) -> None:
+        named = sparsity if isinstance(sparsity, Mapping) else {}
+        unknown = [name for name in named if name not in self.slots]
         if unknown:
             raise ValueError(f"no tensor {unknown[0]!r} is selected; there are {', '.join(self.slots)}")
-        for value in sparsity.values():
+        for value in named.values() if named else [sparsity]:
             score.check_sparsity(value)
+
+    def _prune_each(self, sparsity: Mapping[str, float]) -> nn.Module:
         masks = {}
         for name, value in sparsity.items():
             values = self.scores(self.slots[name])
@@ -136,32 +139,38 @@ class MagnitudePruner:
                          "mean": float(kept.mean()) if len(kept) else 0.0})
         return pd.DataFrame(rows)
 
-    def schedule(self, final: float, *, start: float = 0.0, end: float = 0.7, every: int = 10) -> Callable:
+    def schedule(self, final: float | Mapping[str, float], *, start: float = 0.0, end: float = 0.7,
+                 every: int = 10) -> Callable:
         """Hook for `kit.training.train(hooks=...)`: the cubic schedule, from the present sparsity to `final`.
 
         It returns True whenever masks have changed, so that the loop forgets the best state so far and the
         one it ends with has the final sparsity.
 
         Args:
+            final: for all selected tensors, or one for each tensor name (`sparsities_for_budget`).
             start, end: fractions of the run's steps; the rest after `end` retrains at the final sparsity.
             every: steps between two prunings.
 
         Raises:
-            ValueError: final outside [0, 1), or not 0 <= start < end <= 1.
+            ValueError: final outside [0, 1), an unknown name, or not 0 <= start < end <= 1.
         """
-        score.check_sparsity(final)
+        self._check(final)
         if not 0 <= start < end <= 1:
             raise ValueError(f"a schedule from {start} to {end} needs 0 <= start < end <= 1")
         for slot in self.slots.values():   # so that checkpoints hold the masks from the first step on
             slot.set_mask(slot.mask)
-        initial = 1 - sum(int(slot.mask.sum()) for slot in self.slots.values()) / sum(
-            slot.parameter.numel() for slot in self.slots.values())
+        kept = {name: (int(slot.mask.sum()), slot.mask.numel()) for name, slot in self.slots.items()}
+        initial = {name: 1 - part / whole for name, (part, whole) in kept.items()}
+        overall = 1 - sum(part for part, _ in kept.values()) / sum(whole for _, whole in kept.values())
 
         def hook(step: int, steps: int, model: nn.Module) -> bool:
             first, last = int(start * steps), max(int(end * steps), 1)
             due = first <= step <= last and (step % every == 0 or step == last)
-            if due:
-                self.prune(score.cubic_sparsity(step, first, last, final, initial))
+            if due and isinstance(final, Mapping):
+                self.prune({name: score.cubic_sparsity(step, first, last, value, initial[name])
+                            for name, value in final.items()})
+            elif due:
+                self.prune(score.cubic_sparsity(step, first, last, final, overall))
             return due
         return hook
 

@@ -59,15 +59,17 @@ def shrink_hidden(moe: MoE, keep: Tensor) -> None:
 
 
 def shrink_channels(mixer: BKMixer, keep: Tensor) -> None:
-    """Keep channels `keep` (C',) int64 of a mixer, in place: v, hopping, energy, eta, output columns."""
+    """Keep channels `keep` (C',) int64 of a mixer, in place: v, hopping, gates, energy, eta, output columns."""
     channels = len(mixer.energy)
     both = torch.cat([keep, keep + channels])
     replace(mixer.input, "weight", mixer.input.weight[both])
     replace(mixer.input, "bias", mixer.input.bias[both])
+    replace(mixer.gate, "weight", mixer.gate.weight[both])
+    replace(mixer.gate, "bias", mixer.gate.bias[both])
     replace(mixer.output, "weight", mixer.output.weight[:, both])
     replace(mixer, "energy", mixer.energy[keep])
     replace(mixer, "raw_eta", mixer.raw_eta[keep])
-    mixer.input.out_features = mixer.output.in_features = 2 * len(keep)
+    mixer.input.out_features = mixer.gate.out_features = mixer.output.in_features = 2 * len(keep)
     for quantizer in [*mixer.quantize_v.modules(), *mixer.quantize_g.modules()]:
         if isinstance(quantizer, ActivationQuantizer) and quantizer.channels == channels:
             quantizer.channels = len(keep)
