@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 AUXILIARY_WEIGHT = 0.01  # of the load-balancing loss: Fedus et al. 2021, "Switch Transformers", section 2.2
-CPU_BLOCK = 2**22  # logits held at once: 16 MB of float32, which stays in a last-level cache
-CUDA_BLOCK = 2**27
+CPU_BLOCK = 30_000_000  # bytes of logits held at once: malloc maps 32 MB or more anew each time
+CUDA_BLOCK = 2**29
 
 
 def linear_cross_entropy(
@@ -57,9 +57,16 @@ def linear_token_losses(
 
 def next_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Cross-entropy of a language model (`hidden`, `output`, `auxiliary_loss`) on (inputs, targets), both (B,
-    T) int64, plus its weighted auxiliary (load-balancing) loss."""
+    T) int64, plus its weighted auxiliary (load-balancing) loss.
+
+    On CPU, bfloat16 autocast is for the product with the vocabulary alone; in narrow layers its casts cost
+    more than it saves.
+    """
     inputs, targets = batch
-    loss = linear_cross_entropy(model.hidden(inputs), *model.output(), targets)
+    device = inputs.device.type
+    with torch.autocast(device, enabled=device != "cpu" and torch.is_autocast_enabled(device)):
+        hidden = model.hidden(inputs)
+    loss = linear_cross_entropy(hidden, *model.output(), targets)
     return loss + AUXILIARY_WEIGHT * model.auxiliary_loss()
 
 
@@ -138,7 +145,8 @@ def _with_bias(hidden, weight, bias, dtype):
 def _logit_blocks(h, w, chunk):
     """Yields (rows, h[rows] @ w.T). One buffer serves all: mapping fresh memory costs as much as filling
     it."""
-    chunk = min(chunk or max(16, (CUDA_BLOCK if h.is_cuda else CPU_BLOCK) // len(w)), max(1, len(h)))
+    fitting = (CUDA_BLOCK if h.is_cuda else CPU_BLOCK) // (len(w) * h.element_size())
+    chunk = min(chunk or max(16, fitting), max(1, len(h)))
     buffer = torch.empty(chunk, len(w), dtype=h.dtype, device=h.device)
     for start in range(0, len(h), chunk):
         rows = slice(start, start + chunk)
