@@ -33,6 +33,13 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             yield (f"{path}.{attribute}" if path else attribute), module, attribute
 
 
+def weight_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Those of `named_weights` with two or more dimensions; the stacked biases of experts (`b_in`, `b_out`) are none."""
+    for name, module, attribute in named_weights(model):
+        if original_of(module, attribute).ndim >= 2 and not attribute.startswith(("b_", "bias")):
+            yield name, module, attribute
+
+
 def original_of(module: nn.Module, attribute: str) -> nn.Parameter:
     """The trained values behind a tensor, parametrized or not."""
     if parametrize.is_parametrized(module, attribute):

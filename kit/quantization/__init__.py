@@ -4,8 +4,8 @@ from kit.quantization.activations import ActivationQuantizer, ComplexQuantizer, 
 from kit.quantization.bk import PerChannelQuantizedBKCore, QuantizedBKCore, quantize_bk_core
 from kit.quantization.fake import FakeQuantize, quantize_weights, quantizers, remove_compression
 from kit.quantization.formats import HALF, Format
-from kit.quantization.presets import INT4_GROUPS, INT8, original_mix
+from kit.quantization.presets import INT4_GROUPS, INT8, original_mix, uniform
 
 __all__ = ["ActivationQuantizer", "ComplexQuantizer", "FakeQuantize", "Format", "HALF", "INT4_GROUPS", "INT8",
            "PerChannelQuantizedBKCore", "QuantizedBKCore", "calibrate", "original_mix", "quantize_bk_core",
-           "quantize_weights", "quantizers", "remove_compression"]
+           "quantize_weights", "quantizers", "remove_compression", "uniform"]

@@ -9,9 +9,13 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
-from kit.parametrization import bake, find_step, matching, named_weights, original_of, set_steps, steps_of
+from kit.parametrization import (bake, find_step, matching, named_weights, original_of, set_steps, steps_of,
+                                 weight_matrices)
 from kit.quantization import formats
 from kit.quantization.formats import Format
+
+
+FIRST_STEP = 1 / 4  # a power of two, so that units are exact
 
 
 def matrix_shape(module: nn.Module, shape: torch.Size) -> tuple[int, int]:
@@ -29,7 +33,8 @@ class FakeQuantize(nn.Module):
 
     A "minmax" range follows the weight at every step. "percentile" and "mse" ranges are fixed from `weight` when
     the quantizer is made, because searching at each step is slow. With `learned` the step starts there and is trained
-    (LSQ, arXiv:1902.08153); it is kept positive by its absolute value.
+    (LSQ, arXiv:1902.08153), as |scale| * unit with scale at first 1/4, because optimizers like Adam move a parameter
+    by the learning rate however small it is: an INT8 step of 0.001 would be gone at once.
 
     Args:
         weight: the tensor to be quantized, which fixes shape and ranges.
@@ -47,7 +52,8 @@ class FakeQuantize(nn.Module):
             scale, zero = formats.choose_grid(self.blocks(weight, fill=math.nan), format)
         self.register_buffer("zero", zero)
         if self.learned:
-            self.scale = nn.Parameter(scale)
+            self.register_buffer("unit", scale / FIRST_STEP)
+            self.scale = nn.Parameter(torch.full_like(scale, FIRST_STEP))
         else:
             self.register_buffer("scale", scale)
 
@@ -66,7 +72,7 @@ class FakeQuantize(nn.Module):
             return formats.choose_grid(self.blocks(weight), self.format)
         if not self.learned:
             return self.scale, self.zero
-        step = self.scale.abs()
+        step = self.scale.abs() * self.unit
         return formats.round_scale(step.detach(), self.format.scale) + (step - step.detach()), self.zero
 
     @torch.no_grad()
@@ -76,7 +82,10 @@ class FakeQuantize(nn.Module):
         if self.scale is None:
             self.scale, self.zero = scale, zero
             return
-        self.scale.copy_(scale)
+        if self.learned:
+            self.unit.copy_(scale / FIRST_STEP)
+            scale = FIRST_STEP
+        self.scale.copy_(torch.as_tensor(scale))
         if zero is not None:
             self.zero.copy_(zero)
 
@@ -113,8 +122,8 @@ _half = _Half.apply
 def quantize_weights(model: nn.Module, plan: Format | Mapping[str, Format | None], learned: bool = False) -> nn.Module:
     """Fake-quantizes weights of the model, in place, and returns it.
 
-    plan: one format for every weight of two or more dimensions, or shell patterns of dotted names to formats, of
-        which a weight takes the first that matches (None: leave it in float32).
+    plan: one format for every weight of two or more dimensions (stacked biases are none), or shell patterns of dotted
+        names to formats, of which a weight takes the first that matches (None: leave it in float32).
     A weight that is quantized already gets the new format; masks stay in front.
     Raises ValueError for a pattern without a match and for weights that are not finite.
 
@@ -123,7 +132,7 @@ def quantize_weights(model: nn.Module, plan: Format | Mapping[str, Format | None
     True
     """
     if isinstance(plan, Format):
-        chosen = [(w, plan) for w in named_weights(model) if original_of(w[1], w[2]).ndim >= 2]
+        chosen = [(w, plan) for w in weight_matrices(model)]
     else:
         weights = matching(model, plan)
         chosen = [(w, next(f for p, f in plan.items() if fnmatch(w[0], p))) for w in weights]

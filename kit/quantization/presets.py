@@ -2,7 +2,7 @@
 
 import torch.nn as nn
 
-from kit.parametrization import named_weights, original_of
+from kit.parametrization import named_weights, original_of, weight_matrices
 from kit.quantization.formats import HALF, Format
 
 INT8 = Format(8)
@@ -17,3 +17,9 @@ def original_mix(model: nn.Module) -> dict[str, Format]:
         dimensions = original_of(module, attribute).ndim
         plan[name] = HALF if dimensions < 2 else INT4_GROUPS if dimensions == 3 and name.split(".")[-1].startswith("w_") else INT8
     return plan
+
+
+def uniform(model: nn.Module, format: Format, rest: Format = HALF) -> dict[str, Format]:
+    """One format for every weight matrix, another for vectors, as a plan for `quantize_weights`."""
+    matrices = {name for name, _, _ in weight_matrices(model)}
+    return {name: format if name in matrices else rest for name, _, _ in named_weights(model)}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kit import artifact
 from kit.evaluation import evaluate
 from kit.layouts import encode_codes
-from kit.parametrization import bake, find_step, named_weights, original_of
+from kit.parametrization import bake, find_step, named_weights, original_of, weight_matrices
 from kit.quantization.allocation import allocate
 from kit.quantization.fake import FakeQuantize, quantize_weights
 from kit.quantization.formats import HALF, Format
@@ -24,7 +24,7 @@ from kit.results import write_json
 
 def scan(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], formats: Mapping[str, Format], *,
          cache: str | Path | None = None) -> pd.DataFrame:
-    """Loss with one weight of two or more dimensions at a time in each format, all else as it is.
+    """Loss with one weight matrix at a time in each format, all else as it is.
 
     Args:
         batches: (inputs, targets) of the validation split, a list.
@@ -40,8 +40,8 @@ def scan(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], formats: Ma
         if file.exists():
             return pd.DataFrame(json.loads(file.read_text()))
     dense, rows = evaluate(baked, batches).loss, []
-    for name, module, attribute in list(named_weights(baked)):
-        for label, format in formats.items() if original_of(module, attribute).ndim >= 2 else ():
+    for name, module, attribute in list(weight_matrices(baked)):
+        for label, format in formats.items():
             quantize_weights(baked, {name: format})
             loss = evaluate(baked, batches).loss
             rows.append({"tensor": name, "format": label, "loss": loss, "increase": loss - dense,
