@@ -29,7 +29,7 @@ def _body_parameters(config) -> int:
     shapes = zip(*(config.per_layer(name) for name in ("channels", "d_ff", "experts")), strict=True)
     total = 2 * d
     for channels, d_ff, experts in shapes:
-        mixer = d * (config.conv + 1) + 2 * channels * (d + 1) + d * (d + 1) + d * (2 * channels + 1) + 2 * channels
+        mixer = d * (config.conv + 1) + 4 * channels * (d + 1) + d * (2 * channels + 1) + 2 * channels
         total += mixer + 4 * d + experts * (d + 1) + experts * (2 * d * d_ff + d_ff + d)
     return total
 

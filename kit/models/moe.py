@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+RESIDUAL_SCALE = 0.25  # of the first output weights of a block, so that it begins close to the identity
+
 
 class _Permute(torch.autograd.Function):
     """Rows of x in a new order; the backward is a gather too, where index_select's would be a scatter-add."""
@@ -60,7 +62,7 @@ class MoE(nn.Module):
         self.router = nn.Linear(d_model, experts)
         self.w_in = nn.Parameter(torch.randn(experts, d_ff, d_model) * d_model**-0.5)
         self.b_in = nn.Parameter(torch.zeros(experts, d_ff))
-        self.w_out = nn.Parameter(torch.randn(experts, d_model, d_ff) * d_ff**-0.5)
+        self.w_out = nn.Parameter(torch.randn(experts, d_model, d_ff) * RESIDUAL_SCALE * d_ff**-0.5)
         self.b_out = nn.Parameter(torch.zeros(experts, d_model))
         self.register_buffer("usage", torch.zeros(experts, dtype=torch.int64), persistent=False)
         self.balance_loss = torch.zeros(())

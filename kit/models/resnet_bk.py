@@ -10,7 +10,7 @@ from torch import nn
 from kit.models.base import LanguageModel, check_positive
 from kit.models.bk_core import left_resolvent, left_resolvent_pair
 from kit.models.convolution import causal_convolution
-from kit.models.moe import MoE
+from kit.models.moe import RESIDUAL_SCALE, MoE
 
 ETA_FLOOR = 1e-3
 HOPPING_FLOOR = 1e-4
@@ -58,14 +58,15 @@ class BKMixer(nn.Module):
 
     A depthwise causal convolution, then per token and channel a potential v and a hopping p >= 0 (linear in the
     convolved input), ``g_i = 1 / (v_i - E - i eta - p_i g_{i-1})`` with learned energy E and width eta per channel,
-    and the gated projection of [Re g, Im g]. ``quantize_v`` and ``quantize_g`` see v (B, N, C) and g (complex).
+    and a projection of [Re eta g, Im eta g], each gated by the token; ``|eta g| <= 1`` whatever the channel's width.
+    ``quantize_v`` and ``quantize_g`` see v (B, N, C) and eta g (B, N, C) complex.
     """
 
     def __init__(self, d_model: int, channels: int, conv: int = 4):
         super().__init__()
         self.convolution = nn.Conv1d(d_model, d_model, conv, groups=d_model)
         self.input = nn.Linear(d_model, 2 * channels)
-        self.gate = nn.Linear(d_model, d_model)
+        self.gate = nn.Linear(d_model, 2 * channels)
         self.output = nn.Linear(2 * channels, d_model)
         self.energy = nn.Parameter(torch.linspace(-1.5, 1.5, channels)[torch.randperm(channels)])
         eta = torch.logspace(math.log10(0.01), 0, channels)
@@ -75,22 +76,25 @@ class BKMixer(nn.Module):
             self.input.weight[:channels] *= 0.3
             self.input.bias[:channels] = 0
             self.input.bias[channels:] = 0.5413  # softplus -> 1
+            self.output.weight *= RESIDUAL_SCALE
+            self.output.bias.zero_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, N, D) -> (B, N, D)."""
-        x = F.silu(causal_convolution(x, self.convolution.weight, self.convolution.bias))
-        v, hopping = self.input(x).chunk(2, -1)
+        local = F.silu(causal_convolution(x, self.convolution.weight, self.convolution.bias))
+        v, hopping = self.input(local).chunk(2, -1)
         diagonal = self.quantize_v(v) - self.energy
         hopping = F.softplus(hopping) + HOPPING_FLOOR
-        return self.output(self._resolvent(diagonal, hopping)) * F.silu(self.gate(x))
+        return self.output(self._resolvent(diagonal, hopping) * F.silu(self.gate(x)))
 
     def _resolvent(self, diagonal: torch.Tensor, hopping: torch.Tensor) -> torch.Tensor:
-        """[Re g, Im g] (B, N, 2 C)."""
+        """[Re eta g, Im eta g] (B, N, 2 C)."""
         eta = F.softplus(self.raw_eta) + ETA_FLOOR
         if torch.compiler.is_exporting() and isinstance(self.quantize_g, nn.Identity):
-            return torch.cat(left_resolvent_pair(diagonal, hopping, eta), -1)
-        g = self.quantize_g(left_resolvent(diagonal, hopping, eta))
-        return torch.view_as_real(g).transpose(-1, -2).flatten(-2)  # one copy; g.real, g.imag and cat make six
+            return torch.cat([part * eta for part in left_resolvent_pair(diagonal, hopping, eta)], -1)
+        parts = torch.view_as_real(left_resolvent(diagonal, hopping, eta)) * eta.unsqueeze(-1)
+        parts = torch.view_as_real(self.quantize_g(torch.view_as_complex(parts)))
+        return parts.transpose(-1, -2).flatten(-2)  # one copy; g.real, g.imag and cat make six
 
 
 class ResNetBKLayer(nn.Module):

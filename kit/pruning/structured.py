@@ -44,8 +44,8 @@ def hidden_unit_scores(moe: MoE, importance: str = "l2") -> Tensor:
 
 
 def bk_channel_scores(mixer: BKMixer, importance: str = "l2") -> Tensor:
-    """(C,): the saliency of each channel, over what makes its v and hopping and what reads its g."""
-    rows = unit_saliency(mixer.input.weight, importance).sum(1)
+    """(C,): the saliency of each channel, over what makes its v, hopping and gates and what reads its g."""
+    rows = sum(unit_saliency(layer.weight, importance).sum(1) for layer in (mixer.input, mixer.gate))
     columns = unit_saliency(mixer.output.weight, importance).sum(0)
     return (rows + columns).view(2, -1).sum(0)
 
@@ -59,7 +59,7 @@ def shrink_hidden(moe: MoE, keep: Tensor) -> None:
 
 
 def shrink_channels(mixer: BKMixer, keep: Tensor) -> None:
-    """Keep channels `keep` (C',) int64 of a mixer, in place: v, hopping, gates, energy, eta, output columns."""
+    """Keep channels `keep` (C',) int64 of a mixer, in place: v, hopping, gates, energy, eta, outputs."""
     channels = len(mixer.energy)
     both = torch.cat([keep, keep + channels])
     replace(mixer.input, "weight", mixer.input.weight[both])
@@ -97,9 +97,9 @@ def prune_bk_channels(model: nn.Module, sparsity: float, *, layers: str = "*", i
                       batches: Sequence | None = None, loss: Loss = next_token_loss) -> nn.Module:
     """A copy of the model whose BK mixers have lost a share `sparsity` of their channels.
 
-    A channel is a group of its own: its potential v, hopping, energy, eta, and the columns that read its g go
-    together. Arguments and errors as for `prune_hidden_units`, with `layers` naming mixers, whose output layer
-    is what `batches` refit.
+    A channel is a group of its own: its potential v, hopping, gates, energy, eta, and the columns that read its
+    g go together. Arguments and errors as for `prune_hidden_units`, with `layers` naming mixers, whose output
+    layer is what `batches` refit.
     """
     return _prune_groups(model, BKMixer, bk_channel_scores, shrink_channels, sparsity, layers, importance,
                          batches, loss)
