@@ -106,9 +106,10 @@ def test_the_tokenizer_learns_from_the_training_split_alone(tmp_path, cache):
     assert tokenizer.encode("ab").size == 1 and tokenizer.encode("zq").size == 2
 
 
-def test_train_bytes_shortens_training_only(text, cache):
+def test_train_bytes_shortens_all_splits(text, cache):
     whole, short = load_corpus(f"text:{text}", 300), load_corpus(f"text:{text}", 300, train_bytes=5000)
-    assert short.utf8_bytes == {**whole.utf8_bytes, "train": 5000}
+    assert short.utf8_bytes["train"] == 5000
+    assert short.utf8_bytes["test"] == min(625, whole.utf8_bytes["test"])
     assert short.sha256 != whole.sha256
 
 

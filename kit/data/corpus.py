@@ -47,7 +47,8 @@ def load_corpus(name="docs", vocab_size=4096, tokenizer="bpe", train_bytes=None)
     or ``"text:<UTF-8 file, folder or glob>"``, the first 90 % of each file for training, then 5 % and 5 %
     (a folder stands for the ``.txt`` files in it, at any depth).
     tokenizer: ``"bpe"`` (byte-level) or ``"word"``, learned from the training text alone.
-    train_bytes: use about this much of the training text (its beginning); the other splits stay whole.
+    train_bytes: use about this much of the training text (its beginning), and at most an eighth of it of each
+        other split: for trials, since figures on other lengths are not comparable.
 
     Raises ValueError or FileNotFoundError: unknown name or tokenizer, no such file, text that is empty or not
     UTF-8, vocab_size under the tokenizer's least or over what the text supports.
@@ -60,7 +61,8 @@ def load_corpus(name="docs", vocab_size=4096, tokenizer="bpe", train_bytes=None)
         raise ValueError(f"train_bytes={train_bytes} must be 1 or more, or None for the whole training text.")
     texts = read()
     if train_bytes is not None:
-        texts["train"] = texts["train"].encode()[:train_bytes].decode(errors="ignore")
+        limits = {"train": train_bytes, "validation": train_bytes // 8, "test": train_bytes // 8}
+        texts = {split: text.encode()[:limits[split]].decode(errors="ignore") for split, text in texts.items()}
     for split in SPLITS:
         if not texts[split].strip():
             raise ValueError(f"The {split} split of corpus {name!r} is empty: "

@@ -27,6 +27,7 @@ from kit.quantization.formats import Format
 
 ROW_CELLS = 16
 SMALL = 1024    # tensors below this many values are not worth a rate term: they take SMALL_FORMAT
+LEAST_SENSITIVITY = 1e-8    # relative to the largest: rows that no gradient reached still get a finite step
 SMALL_FORMAT = Format(8, granularity="tensor")
 
 
@@ -106,7 +107,7 @@ def set_rate_formats(model: nn.Module, sensitivity: dict[str, Tensor], target_by
     Masks stay in front. Minimizing sum(sensitivity * step^2) at fixed bits gives exponent 1/2 for fine steps; coarse
     steps, where most codes are zero, want less (see notebooks/05).
     """
-    members = []
+    members, largest = [], max(float(rows.max()) for rows in sensitivity.values())
     for name, module, attribute in list(named_weights(model)):
         keep = [s for s in steps_of(module, attribute) if not isinstance(s, FakeQuantize)]
         weight = getattr(module, attribute).detach()
@@ -116,10 +117,10 @@ def set_rate_formats(model: nn.Module, sensitivity: dict[str, Tensor], target_by
         quantizer = FakeQuantize(weight, shape, blocks, learned=large)
         set_steps(model, module, attribute, [*keep, quantizer])
         if large:
-            fisher = sensitivity.get(name, torch.ones(rows)).to(weight.device)
+            fisher = sensitivity.get(name, torch.zeros(rows)).to(weight.device)
             means = formats.to_blocks(fisher[:, None].expand(rows, 1), blocks, math.nan).nanmean(1, keepdim=True)
-            members.append((weight, quantizer, means.clamp(min=means.max() * 1e-8) ** -exponent))
-    low, high = -30.0, 15.0
+            members.append((weight, quantizer, (means / largest).clamp(min=LEAST_SENSITIVITY) ** -exponent))
+    low, high = -20.0, 8.0
     for _ in range(18):
         middle = (low + high) / 2
         for weight, quantizer, shape_of_steps in members:
