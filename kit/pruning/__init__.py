@@ -11,6 +11,7 @@ from kit.pruning.sparsegpt import prune_sparsegpt, sparsegpt
 from kit.pruning.structured import prune_bk_channels, prune_channels, prune_hidden_units
 
 __all__ = ["MagnitudePruner", "Mask", "ProgressivePruningScheduler", "PrunedMoELayer", "copy_model",
-           "expert_scores", "get_mask", "input_norms", "prune_bk_channels", "prune_channels", "prune_hidden_units",
+           "expert_scores", "get_mask", "input_norms", "prune_bk_channels", "prune_channels",
+           "prune_hidden_units",
            "prune_sparsegpt", "prune_unused_experts", "reduce_experts", "remove_masks", "rewind", "scan",
            "set_mask", "sparsegpt", "sparsities_for_budget", "track_experts"]

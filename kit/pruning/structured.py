@@ -97,9 +97,9 @@ def prune_bk_channels(model: nn.Module, sparsity: float, *, layers: str = "*", i
                       batches: Sequence | None = None, loss: Loss = next_token_loss) -> nn.Module:
     """A copy of the model whose BK mixers have lost a share `sparsity` of their channels.
 
-    A channel is a group of its own: its potential v, hopping, gates, energy, eta, and the columns that read its
-    g go together. Arguments and errors as for `prune_hidden_units`, with `layers` naming mixers, whose output
-    layer is what `batches` refit.
+    A channel is a group of its own: its potential v, hopping, gates, energy, eta, and the columns that read
+    its g go together. Arguments and errors as for `prune_hidden_units`, with `layers` naming mixers, whose
+    output layer is what `batches` refit.
     """
     return _prune_groups(model, BKMixer, bk_channel_scores, shrink_channels, sparsity, layers, importance,
                          batches, loss)
