@@ -180,7 +180,8 @@ def _read(path) -> tuple[dict, Iterator[bytes]]:
     except (zlib.error, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} has no readable header ({error}): write it again with kit.artifact.save") from None
     if 8 + length + sum(sizes) + CHECKSUM != len(data) or any(size < 0 for size in sizes):
-        raise ArtifactError(f"{path} announces {sum(sizes)} bytes of tensors but holds {len(data) - 8 - length - CHECKSUM}")
+        held = len(data) - 8 - length - CHECKSUM
+        raise ArtifactError(f"{path} announces {sum(sizes)} bytes of tensors but holds {held}")
     offsets = np.cumsum([8 + length, *sizes]).tolist()
     return header, (data[a:b] for a, b in zip(offsets, offsets[1:]))
 
@@ -234,4 +235,5 @@ def _check_shapes(header: dict, targets: dict[str, Tensor], path) -> None:
         raise ArtifactError(f"{path} does not fit {name!r}: it is in {where}; load into a model of the same config")
     for name, shape in stored.items():
         if shape != tuple(targets[name].shape):
-            raise ArtifactError(f"{path} holds {name!r} with shape {shape}, the model expects {tuple(targets[name].shape)}")
+            raise ArtifactError(f"{path} holds {name!r} with shape {shape}, the model expects "
+                                f"{tuple(targets[name].shape)}")

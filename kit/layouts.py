@@ -37,7 +37,8 @@ def encode_float(tensor: Tensor, layouts: tuple[str, ...] = LAYOUTS) -> tuple[di
     return _smallest(entry, candidates, nonzero, layouts)
 
 
-def encode_codes(weight: Tensor, quantizer: FakeQuantize, layouts: tuple[str, ...] = LAYOUTS) -> tuple[dict, list[bytes]]:
+def encode_codes(weight: Tensor, quantizer: FakeQuantize,
+                 layouts: tuple[str, ...] = LAYOUTS) -> tuple[dict, list[bytes]]:
     """The integer codes, scales and zero points of a weight under its quantizer."""
     format = quantizer.format
     codes, scale, zero = (None if t is None else t.cpu() for t in quantizer.codes(weight))

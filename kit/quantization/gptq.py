@@ -28,7 +28,8 @@ def gptq_round(weight: Tensor, gram: Tensor, scale: Tensor, zero: Tensor | None,
     """
     order = gram.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     columns = order[:, None, :].expand_as(weight)
-    upper = _inverse_factor(gram.gather(1, order[:, :, None].expand_as(gram)).gather(2, order[:, None].expand_as(gram)), damping)
+    ordered = gram.gather(1, order[:, :, None].expand_as(gram)).gather(2, order[:, None].expand_as(gram))
+    upper = _inverse_factor(ordered, damping)
     rest, scale = weight.double().gather(2, columns), scale.gather(2, columns)
     zero = None if zero is None else zero.gather(2, columns)
     rounded = torch.empty_like(scale)
@@ -46,7 +47,7 @@ def gptq_round(weight: Tensor, gram: Tensor, scale: Tensor, zero: Tensor | None,
 
 
 def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """Upper U (G, C, C) with U^T U = (gram + damping * mean diagonal)^-1; inputs that never fired count as independent."""
+    """Upper U (G, C, C), U^T U = (gram + damping * mean diagonal)^-1; inputs that never fired count as independent."""
     diagonal = gram.diagonal(dim1=1, dim2=2)
     extra = damping * diagonal.mean(1, keepdim=True) + (diagonal == 0)
     lower = torch.linalg.cholesky(gram + torch.diag_embed(extra))
@@ -54,7 +55,8 @@ def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
 
 
 @torch.no_grad()
-def gptq(model: nn.Module, plan: Format | Mapping[str, Format | None], batches: Sequence, damping: float = 0.01) -> nn.Module:
+def gptq(model: nn.Module, plan: Format | Mapping[str, Format | None], batches: Sequence,
+         damping: float = 0.01) -> nn.Module:
     """`quantize_weights` and then GPTQ on every weight whose inputs can be collected, in place, in the order of use.
 
     Each weight's inputs come from the model with all before it rounded, one pass a weight over `batches` (a list of
@@ -72,7 +74,8 @@ def gptq(model: nn.Module, plan: Format | Mapping[str, Format | None], batches: 
         quantizer, gram = _quantizer(slot), _gram(model, slot, batches)
         weight = torch.where(slot.mask, slot.parameter, 0.0).float()
         scale, zero = quantizer.grid(weight)
-        grid = [None if part is None else slot.stack(quantizer.spread(part).reshape(weight.shape)) for part in (scale, zero)]
+        grid = [None if part is None else slot.stack(quantizer.spread(part).reshape(weight.shape))
+                for part in (scale, zero)]
         rounded = gptq_round(slot.stack(weight), gram, *grid, quantizer.format, damping)
         slot.parameter.copy_(rounded.reshape(weight.shape))
         quantizer.set_grid(scale, zero)
@@ -105,7 +108,8 @@ def _gram(model: nn.Module, slot: Slot, batches: Sequence) -> Tensor | None:
 
 
 def _in_order_of_use(model: nn.Module, slots: Mapping[str, Slot], batches: Sequence) -> list[str]:
-    known = [name for name, slot in slots.items() if not _is_output(model, slot) and _gram(model, slot, batches) is not None]
+    known = [name for name, slot in slots.items()
+             if not _is_output(model, slot) and _gram(model, slot, batches) is not None]
     ordered = list(input_grams(model, batches, known)) if known else []
     return ordered + [name for name, slot in slots.items() if _is_output(model, slot)]
 

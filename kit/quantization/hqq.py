@@ -43,7 +43,8 @@ def hqq_grid(blocks: Tensor, format: Format, steps: int = 20) -> tuple[Tensor, T
 
 
 def _error(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Tensor:
-    return (formats.dequantize(formats.quantize(x, scale, zero, format), scale, zero) - x).abs().pow(NORM).sum(1, keepdim=True)
+    rounded = formats.dequantize(formats.quantize(x, scale, zero, format), scale, zero)
+    return (rounded - x).abs().pow(NORM).sum(1, keepdim=True)
 
 
 def hqq(model: nn.Module, plan: Format | Mapping[str, Format | None]) -> nn.Module:

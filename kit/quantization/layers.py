@@ -1,13 +1,14 @@
 """Packed layers for inference: integer codes in memory, floats only while a layer computes.
 
-A layer's `weight` is multiplied out of the codes when it is read, so everything that read the float layer reads these, with
-the very values of the fake quantizer: outputs agree to the last bit. `QuantizedLinear.tune` may choose integer products
-instead, within a stated bound.
+A layer's `weight` is multiplied out of the codes when it is read, so everything that read the float layer reads
+these, with the very values of the fake quantizer: outputs agree to the last bit. `QuantizedLinear.tune` may choose
+integer products instead, within a stated bound.
 """
 
 import math
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from kit.models import MoE
 from kit.parametrization import bake, find_step
 from kit.quantization import formats
-from kit.quantization.fake import FakeQuantize, matrix_shape, seen_by
+from kit.quantization.fake import FakeQuantize, matrix_shape, quantize_weights, seen_by
 from kit.quantization.formats import Format
 from kit.quantization.packing import pack, unpack
 from kit.quantization.presets import INT4_GROUPS, INT8
@@ -53,33 +54,34 @@ class GroupWiseQuantizer(nn.Module):
         """Stores the codes of `weight` under a fake quantizer; returns itself."""
         codes, scale, zero = quantizer.codes(weight)
         self.shape, self.matrix = weight.shape, quantizer.shape
-        data = torch.frombuffer(bytearray(pack(codes.cpu().numpy(), self.format.bits)) or bytearray(1), dtype=torch.uint8)
-        self.data = data.to(weight.device)
+        packed = pack(codes.cpu().numpy(), self.format.bits)
+        self.data = torch.from_numpy(np.frombuffer(packed, np.uint8).copy()).to(weight.device)
         self.scale = scale.half() if self.format.scale == "float16" else scale.clone()
         self.zero = None if zero is None else zero.to(torch.int8)
         return self
 
-    def codes(self, rows: Tensor | None = None) -> Tensor:
-        """int8 codes (rows, columns), all or (whole bytes a row, at 4 and 8 bits) those of the given rows."""
+    def codes(self) -> Tensor:
+        """int8 codes (rows, columns)."""
         data, (count, columns), bits = self.data, self.matrix, self.format.bits
-        if rows is not None:
-            data, count = data.view(count, -1)[rows].reshape(-1), len(rows)
         if bits == 8:
             return (data[: count * columns] ^ 0x80).view(torch.int8).view(count, columns)
         if bits == 4:
             pairs = torch.stack([data & 15, data >> 4], 1).reshape(-1)[: count * columns]
             return (pairs.view(torch.int8) - 8).view(count, columns)
-        return torch.from_numpy(unpack(data.cpu().numpy().tobytes(), count * columns, bits)).to(data.device).view(self.matrix)
+        codes = unpack(data.cpu().numpy().tobytes(), count * columns, bits)
+        return torch.from_numpy(codes).to(data.device).view(count, columns)
 
     def forward(self) -> Tensor:
         """The tensor, float32."""
         blocks = formats.to_blocks(self.codes(), self.format)
         zero = None if self.zero is None else self.zero.float()
-        return formats.from_blocks(formats.dequantize(blocks, self.scale.float(), zero), self.matrix, self.format).reshape(self.shape)
+        values = formats.dequantize(blocks, self.scale.float(), zero)
+        return formats.from_blocks(values, self.matrix, self.format).reshape(self.shape)
 
     @property
     def nbytes(self) -> int:
-        return sum(part.numel() * part.element_size() for part in (self.data, self.scale, self.zero) if part is not None)
+        parts = (self.data, self.scale, self.zero)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
 def _packed(module: nn.Module, attribute: str) -> GroupWiseQuantizer:
@@ -110,8 +112,6 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def from_float(cls, linear: nn.Linear, format: Format = INT8) -> "QuantizedLinear":
-        from kit.quantization.fake import quantize_weights
-
         return cls(quantize_weights(nn.Sequential(bake(linear)), {"0.weight": format})[0])
 
     @property
@@ -129,7 +129,8 @@ class QuantizedLinear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         step = (rows.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
         q, codes = torch.round(rows / step).to(torch.int8), self.packed.codes()
-        scale = self.packed.scale.float().view(-1) if format.granularity == "tensor" else self.packed.scale.float().view(len(codes), -1)
+        scale = self.packed.scale.float()
+        scale = scale.view(-1) if format.granularity == "tensor" else scale.view(len(codes), -1)
         width = min(format.group_size, x.shape[-1]) if format.granularity == "group" else x.shape[-1]
         total = 0
         for index, first in enumerate(range(0, x.shape[-1], width)):
@@ -142,7 +143,7 @@ class QuantizedLinear(nn.Module):
     def tune(self, rows: tuple[int, ...] = (1, 4, 16, 64, 256), repeats: int = 7) -> dict[int, tuple[float, float]]:
         """Sets `integer_rows` by measurement, the two paths in turn; returns rows -> (multiplied out, integer) seconds.
 
-        Formats without an integer path (asymmetric, ternary rows of codes shared between rows) stay multiplied out.
+        Formats without an integer path (asymmetric, or a scale for several rows) stay multiplied out.
         """
         self.integer_rows, seconds = math.inf, {}
         if not self.packed.format.symmetric or self.packed.format.granularity == "rows":
@@ -185,8 +186,8 @@ class QuantizedEmbedding(nn.Module):
 class QuantizedMoELayer(MoE):
     """A mixture of experts with packed experts and router; interface, shapes and `usage` are those of the float layer.
 
-    Made from a MoE whose weights carry FakeQuantize steps (raises ValueError if w_in or w_out do not); `from_float` gives
-    a float layer INT4 experts in groups of 128 and an INT8 router.
+    Made from a MoE whose weights carry FakeQuantize steps (raises ValueError if w_in or w_out do not); `from_float`
+    gives a float layer INT4 experts in groups of 128 and an INT8 router.
     """
 
     def __init__(self, moe: MoE):
@@ -203,8 +204,6 @@ class QuantizedMoELayer(MoE):
 
     @classmethod
     def from_float(cls, moe: MoE, experts: Format = INT4_GROUPS, router: Format = INT8) -> "QuantizedMoELayer":
-        from kit.quantization.fake import quantize_weights
-
         return cls(quantize_weights(bake(moe), {"w_*": experts, "router.weight": router}))
 
     @property

@@ -15,7 +15,8 @@ def original_mix(model: nn.Module) -> dict[str, Format]:
     plan = {}
     for name, module, attribute in named_weights(model):
         dimensions = original_of(module, attribute).ndim
-        plan[name] = HALF if dimensions < 2 else INT4_GROUPS if dimensions == 3 and name.split(".")[-1].startswith("w_") else INT8
+        expert = dimensions == 3 and attribute.startswith("w_")
+        plan[name] = HALF if dimensions < 2 else INT4_GROUPS if expert else INT8
     return plan
 
 

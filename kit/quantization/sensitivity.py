@@ -66,7 +66,8 @@ def _digest(model: nn.Module, batches: Sequence, formats: Mapping[str, Format]) 
     return sha.hexdigest()[:16]
 
 
-def plan_for_budget(model: nn.Module, table: pd.DataFrame, formats: Mapping[str, Format], budget: int) -> dict[str, Format]:
+def plan_for_budget(model: nn.Module, table: pd.DataFrame, formats: Mapping[str, Format],
+                    budget: int) -> dict[str, Format]:
     """A plan for `quantize_weights` whose artifact has at most `budget` bytes, header, vectors (float16) and checksum
     included, and whose summed loss increase is least; the increases of single tensors are taken to add up.
 
