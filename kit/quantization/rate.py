@@ -22,7 +22,7 @@ from torch import Tensor
 from kit import coding
 from kit.parametrization import named_weights, original_of, set_steps, steps_of
 from kit.quantization import formats
-from kit.quantization.fake import FakeQuantize, matrix_shape
+from kit.quantization.fake import FakeQuantize, matrix_shape, seen_by
 from kit.quantization.formats import Format
 
 ROW_CELLS = 16
@@ -159,10 +159,10 @@ class RateLoss:
 
     def coded(self) -> int:
         """Bytes of the range-coded codes as the weights stand."""
-        return sum(coded_bytes(_before(m, a, s), s) for m, a, s in self.members)
+        return sum(coded_bytes(seen_by(s, m, a), s) for m, a, s in self.members)
 
     def __call__(self, model: nn.Module, batch) -> Tensor:
-        bits = sum(code_bits(_before(m, a, s), s) for m, a, s in self.members)
+        bits = sum(code_bits(seen_by(s, m, a), s) for m, a, s in self.members)
         return self.loss(model, batch) + self.multiplier * bits / self.weights
 
     @torch.no_grad()
@@ -230,13 +230,3 @@ def _file_bytes(model: nn.Module) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         return artifact.save(model, Path(folder) / "probe.kit")
-
-
-def _before(module: nn.Module, attribute: str, quantizer: FakeQuantize) -> Tensor:
-    """The masked weight that the quantizer sees."""
-    weight = original_of(module, attribute)
-    for step in steps_of(module, attribute):
-        if step is quantizer:
-            return weight
-        weight = step(weight)
-    return weight
