@@ -1,8 +1,12 @@
 """Compression of PyTorch models: quantizers, pruners, distillation, and files whose bytes are counted."""
 
 import importlib
+import os
 
 __version__ = "0.1.0"
+
+# Torch's idle threads spin by default and starve those of the compiled kernels; read when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOMES = {  # imported when first asked for, so that `import kit` stays light
     "kit.pipeline": ("CompressionPipeline",),
