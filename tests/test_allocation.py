@@ -98,6 +98,15 @@ def test_the_file_is_within_the_budget_to_the_byte(scanned, tmp_path, share):
             assert planned <= increase[:, name].sum() + 1e-9
 
 
+def test_the_budget_is_kept_for_what_is_saved(scanned, tmp_path):
+    from kit.quantization.gptq import gptq
+
+    model, batches, table, _ = scanned
+    budget = artifact.float32_bytes(model) // 5
+    plan = plan_for_budget(model, table, FORMATS, budget, lambda m, plan: gptq(m, plan, batches))
+    assert artifact.save(gptq(artifact_copy(model), plan, batches), tmp_path / "a") <= budget
+
+
 def test_an_impossible_budget_is_an_error(scanned):
     model, _, table, _ = scanned
     with pytest.raises(ValueError, match="bytes"):

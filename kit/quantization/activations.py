@@ -86,9 +86,10 @@ class ActivationQuantizer(nn.Module):
 class ComplexQuantizer(nn.Module):
     """Rounds a complex tensor to pairs of integers, per tensor or per channel of the last dimension.
 
-    mode "separate": real and imaginary parts have scales of their own. "joint": they share one, so that the grid is
-    square and phase is kept as well as modulus. "polar": modulus and phase are rounded, uniformly in each, the phase on
-    a fixed grid over [-pi, pi].
+    mode "separate": real and imaginary parts have ranges of their own, from the smallest to the largest value (the
+    imaginary part of a resolvent is positive, so half of a symmetric grid would be idle). "joint": they share one
+    symmetric scale, so that the grid is square and phase is kept as well as modulus. "polar": modulus and phase are
+    rounded, uniformly in each, the phase on a fixed grid over [-pi, pi].
     Calibrated like ActivationQuantizer. Dtype and shape are kept; the gradient is straight through in both parts.
     """
 
@@ -97,8 +98,9 @@ class ComplexQuantizer(nn.Module):
         if mode not in ("separate", "joint", "polar"):
             raise ValueError(f"mode={mode!r} is not a complex quantization: choose 'separate', 'joint' or 'polar'")
         self.mode = mode
-        self.first = ActivationQuantizer(bits, symmetric=mode != "polar", channels=channels)
-        self.second = ActivationQuantizer(bits, True, channels, (-math.pi, math.pi) if mode == "polar" else None)
+        circle = (-math.pi, math.pi) if mode == "polar" else None
+        self.first = ActivationQuantizer(bits, mode == "joint", channels)
+        self.second = ActivationQuantizer(bits, mode != "separate", channels, circle)
 
     def settings(self) -> dict:
         return {"bits": self.first.format.bits, "channels": self.first.channels, "mode": self.mode}

@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -67,11 +67,14 @@ def _digest(model: nn.Module, batches: Sequence, formats: Mapping[str, Format]) 
 
 
 def plan_for_budget(model: nn.Module, table: pd.DataFrame, formats: Mapping[str, Format],
-                    budget: int) -> dict[str, Format]:
+                    budget: int, convert: Callable = quantize_weights) -> dict[str, Format]:
     """A plan for `quantize_weights` whose artifact has at most `budget` bytes, header, vectors (float16) and checksum
     included, and whose summed loss increase is least; the increases of single tensors are taken to add up.
 
-    table: from `scan` with the same `formats`. Raises ValueError if no choice of formats fits.
+    table: from `scan` with the same `formats`.
+    convert: (model, plan) -> the model that is saved, which the budget is kept for: codes of other values, as GPTQ's,
+        take other bytes where they are range-coded.
+    Raises ValueError if no choice of formats fits.
     """
     labels = {name: rows["format"].tolist() for name, rows in table.groupby("tensor", sort=False)}
     options = {name: list(rows[["bytes", "increase"]].itertuples(index=False, name=None))
@@ -81,10 +84,10 @@ def plan_for_budget(model: nn.Module, table: pd.DataFrame, formats: Mapping[str,
         chosen = allocate(options, room)
         plan = {name: formats[labels[name][position]] for name, position in chosen.items()}
         plan |= {name: HALF for name, _, _ in named_weights(dense) if name not in plan}
-        size = _file_bytes(quantize_weights(copy.deepcopy(dense), plan))
+        size = _file_bytes(convert(copy.deepcopy(dense), plan))
         if size <= budget:
             return plan
-        room -= size - budget if room == budget else max(size - budget, 16)
+        room -= max(size - budget, 16)
     raise ValueError(f"no choice of formats fits {budget} bytes: the last one tried takes {size}")
 
 
