@@ -24,7 +24,7 @@ from kit.results import write_json
 from kit.training import TrainConfig, train
 
 VALIDATION_BATCHES = 32    # that decide when training stops: the whole split would take a third of the time
-SOURCES = ("models", "data", "losses.py", "training.py", "artifact.py", "layouts.py")
+SOURCES = ("models", "data", "losses.py", "training.py")
 
 
 @dataclass(frozen=True)
