@@ -13,6 +13,7 @@ from kit.distillation.search import RIVALS, StudentSearch, resnet_bk_space
 from kit.distillation.students import count_parameters, describe
 from kit.evaluation import evaluate
 from kit.models import DigitsCNN, DigitsMLP, DigitsMLPConfig, LSTMLM, LSTMLMConfig, ResNetBK, ResNetBKConfig, parameter_count
+from kit.quantization import Format, quantize_weights
 from kit.training import TrainConfig
 
 VOCABULARY = 40
@@ -110,7 +111,8 @@ def test_other_models_take_what_fits(teacher):
 
 
 def small_student(teacher, size):
-    return ResNetBK(ResNetBKConfig(VOCABULARY, d_model=size // 1000, layers=1, experts=2, d_ff=8, channels=4))
+    model = ResNetBK(ResNetBKConfig(VOCABULARY, d_model=size // 1000, layers=1, experts=2, d_ff=8, channels=4))
+    return quantize_weights(model, Format(8))
 
 
 def test_cascade_resumes_finished_and_killed_stages(teacher, loader, tmp_path):
@@ -172,7 +174,7 @@ def digits():
 
 
 def mlp(trial):
-    return DigitsMLP(DigitsMLPConfig((trial.suggest_int("width", 4, 32),)))
+    return quantize_weights(DigitsMLP(DigitsMLPConfig((trial.suggest_int("width", 4, 32),))), Format(8))
 
 
 def make_search(digits, folder, **arguments):
@@ -182,7 +184,7 @@ def make_search(digits, folder, **arguments):
 
 
 def test_search_finds_the_front_and_keeps_a_budget(digits, tmp_path):
-    search = make_search(digits, tmp_path, budget=6000)
+    search = make_search(digits, tmp_path, budget=2500)
     assert len(search.run(5)) == 5
     table = search.run(8)
     assert len(table) == 8 and set(table["state"]) <= {"complete", "pruned"}
@@ -191,12 +193,12 @@ def test_search_finds_the_front_and_keeps_a_budget(digits, tmp_path):
         dominated = ((done["bytes"] <= row.bytes) & (done["perplexity"] < row.perplexity)).any()
         assert row.bytes == (tmp_path / f"trial_{row.trial}.kit").stat().st_size
         assert row.on_front != dominated or (done["bytes"] == row.bytes).sum() > 1
-    student, row = search.best(6000)
-    assert row["bytes"] <= 6000 and row["perplexity"] == done[done["bytes"] <= 6000]["perplexity"].min()
+    student, row = search.best(2500)
+    assert row["bytes"] <= 2500 and row["perplexity"] == done[done["bytes"] <= 2500]["perplexity"].min()
     assert evaluate(student, digits).perplexity == pytest.approx(row["perplexity"], rel=1e-6)
     with pytest.raises(ValueError, match="no student fits 100 bytes"):
         search.best(100)
-    assert len(make_search(digits, tmp_path, budget=6000).table()) == 8
+    assert len(make_search(digits, tmp_path, budget=2500).table()) == 8
 
 
 def test_hopeless_trials_stop_early(digits, tmp_path):

@@ -12,6 +12,7 @@ from torch import nn
 from kit.distillation.students import student_like
 from kit.distillation.trainer import DistillationTrainer
 from kit.models import parameter_count
+from kit.parametrization import bake
 from kit.results import write_json
 from kit.training import TrainConfig
 
@@ -57,7 +58,7 @@ class ProgressiveDistillation:
             if record.pop("settings") != settings:
                 raise ValueError(f"{name}.json was made by another teacher or other settings: "
                                  f"choose another folder, or delete it")  # fmt: skip
-            teacher = artifact.load(name.with_suffix(".kit"), student).eval()
+            teacher = artifact.load(name.with_suffix(".kit"), bake(student)).eval()
             records.append(record)
         return teacher, records
 

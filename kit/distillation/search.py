@@ -16,6 +16,7 @@ from torch import nn
 from kit import artifact
 from kit.distillation.trainer import DistillationTrainer
 from kit.models import ResNetBK, ResNetBKConfig, parameter_count
+from kit.parametrization import bake
 from kit.quantization import Format, quantize_weights
 from kit.training import TrainConfig
 
@@ -108,7 +109,7 @@ class StudentSearch:
             raise ValueError(f"no student fits {budget:,} bytes ({smallest}): search longer, or raise the budget")
         row = fitting.iloc[-1]
         trial = self.study.get_trials(deepcopy=False)[row["trial"]]
-        fresh = self.space(optuna.trial.FixedTrial(trial.params))
+        fresh = bake(self.space(optuna.trial.FixedTrial(trial.params)))
         return artifact.load(self._file(trial.number), fresh), row
 
     def _trained(self) -> list[optuna.trial.FrozenTrial]:
