@@ -12,6 +12,7 @@ from kit.quantization.activations import ActivationQuantizer, ComplexQuantizer
 class QuantizedBKCore(nn.Module):
     """The causal BK-core between two quantizers: v (B, N, C) -> rounded -> G -> rounded, complex (B, N, C).
 
+    G is rounded as eta G, whose modulus is at most 1 in every channel, as the mixer passes it on.
     Rounds to `bits` with ranges fixed by `kit.quantization.calibrate`; straight-through in training. `codes` gives the
     integers that a deployment would keep.
 
@@ -27,13 +28,15 @@ class QuantizedBKCore(nn.Module):
 
     def forward(self, v: Tensor, energy: Tensor, hopping: Tensor, eta: Tensor) -> Tensor:
         """v (B, N, C), energy (C,), hopping (B, N, C) >= 0, eta (C,) > 0 -> G (B, N, C) complex."""
-        return self.quantize_g(left_resolvent(self.quantize_v(v) - energy, hopping, eta))
+        return self.quantize_g(self._scaled(v, energy, hopping, eta)) / eta
 
     @torch.no_grad()
     def codes(self, v: Tensor, energy: Tensor, hopping: Tensor, eta: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """int8 codes of v and of the two parts of G."""
-        g = left_resolvent(self.quantize_v(v) - energy, hopping, eta)
-        return self.quantize_v.codes(v), self.quantize_g.codes(g)
+        """int8 codes of v and of the two parts of eta G."""
+        return self.quantize_v.codes(v), self.quantize_g.codes(self._scaled(v, energy, hopping, eta))
+
+    def _scaled(self, v: Tensor, energy: Tensor, hopping: Tensor, eta: Tensor) -> Tensor:
+        return left_resolvent(self.quantize_v(v) - energy, hopping, eta) * eta
 
     def attach(self, mixer: BKMixer) -> None:
         """Makes `mixer` compute with this core's quantizers."""
