@@ -199,7 +199,9 @@ def test_schedule_hook_reaches_the_target_and_never_revives_a_weight():
         assert not (get_mask(model[0]) & ~before).any()
         before = get_mask(model[0]).clone()
     assert [int((m.weight == 0).sum()) for m in model] == [90, 60]
-    assert list(pruner.history[-1].kept) == [30, 20]
+    last = pruner.history[pruner.history["round"] == pruner.history["round"].max()]
+    assert list(last.kept) == [30, 20] and list(last.sparsity) == [0.75, 0.75]
+    assert pruner.history.groupby("round").size().eq(2).all()
 
 
 def test_schedule_in_the_training_loop_keeps_the_best_of_the_final_sparsity():
@@ -225,6 +227,24 @@ def test_schedule_of_each_tensor_to_a_sparsity_of_its_own():
         sparsities.append([float((layer.weight == 0).float().mean()) for layer in model])
     assert sparsities[4] == pytest.approx([0.5 * (1 - 0.5**3), 0.9 * (1 - 0.5**3)], abs=0.01)
     assert sparsities[-1] == pytest.approx([0.5, 0.9])
+
+
+def test_masks_stay_exact_zeros_through_quantization_aware_training_and_the_file(tmp_path):
+    torch.manual_seed(0)
+    model = MagnitudePruner(DigitsMLP()).prune(0.8)
+    masks = {name: slot.mask.clone() for name, slot in select(model).items()}
+    quantize_weights(model, {"1.*": Format(8), "3.*": Format(4, granularity="group", group_size=16),
+                             "5.*": Format(4)}, learned=True)
+    loader = DataLoader(TensorDataset(torch.randn(40, 1, 8, 8), torch.randint(0, 10, (40,))), batch_size=20)
+    before = model[1].weight.detach().clone()
+    train(model, loader, TrainConfig(steps=5, lr=1e-2), loss=classification_loss, log=False)
+    artifact.save(model.eval(), tmp_path / "model.kit")
+    loaded = artifact.load(tmp_path / "model.kit")
+    for name, slot in select(model).items():
+        weight = getattr(slot.module, slot.attribute)
+        assert (weight[~masks[name]] == 0).all() and torch.equal(slot.mask, masks[name])
+        assert torch.equal(loaded.get_parameter(name), weight)
+    assert not torch.equal(before, model[1].weight)
 
 
 def test_rounds_with_rewinding_train_from_the_early_weights():

@@ -12,7 +12,7 @@ from kit.models import MoE
 from kit.pruning.calibration import expert_rows, run
 from kit.pruning.mask import copy_model
 from kit.pruning.refit import layer_examples, refit_experts
-from kit.pruning.shapes import modules_of, refresh_config, replace, resizing
+from kit.pruning.shapes import modules_of, replace, resizing
 
 CRITERIA = ("usage", "reap", "random", "merge")
 
@@ -116,18 +116,18 @@ def prune_unused_experts(model: nn.Module, batches: Sequence, threshold: float =
     """A copy of the model without the experts that get less than `threshold` of their layer's tokens.
 
     Tokens are counted over `batches`. The copy's mixtures of experts are PrunedMoELayers; each keeps at
-    least its top_k most used experts.
+    least its top_k most used experts, which are refitted to stand in for those that went (`refit_experts`).
 
     Raises:
         ValueError: no mixture of experts, no batches, or a threshold outside [0, 1).
     """
     small = track_experts(copy_model(model), threshold)
-    for layer in modules_of(small, PrunedMoELayer, "*").values():
+    layers = modules_of(small, PrunedMoELayer, "*")
+    for layer in layers.values():
         layer.reset_usage()
-    run(small, batches)
-    for layer in modules_of(small, PrunedMoELayer, "*").values():
-        layer.prune()
-    refresh_config(small)
+    examples = layer_examples(small, list(layers), batches)
+    shrunk = {name: examples[name] for name, layer in layers.items() if layer.prune()}
+    _refit(small, shrunk)
     return small
 
 
@@ -174,9 +174,13 @@ def reduce_in_place(model: nn.Module, keep: int, batches: Sequence, criterion: s
         else:
             chosen = scores[name].argsort(descending=True, stable=True)[:keep]
         layer.keep(chosen)
+    _refit(model, examples)
+
+
+def _refit(model: nn.Module, examples: dict[str, tuple[Tensor, Tensor]]) -> None:
     with resizing(model):
         for name, (inputs, outputs) in examples.items():
-            refit_experts(layers[name], inputs, outputs)
+            refit_experts(model.get_submodule(name), inputs, outputs)
 
 
 def expert_scores(model: nn.Module, batches: Sequence, criterion: str = "usage",

@@ -48,7 +48,7 @@ class MagnitudePruner:
         if score == "wanda" and missing:
             raise ValueError(f"wanda needs the input norms of {missing[0]!r} (and {len(missing) - 1} more): "
                              "pass input_norms=kit.pruning.input_norms(model, batches)")
-        self.history: list[pd.DataFrame] = []
+        self._statistics: list[pd.DataFrame] = []
 
     def scores(self, slot: Slot) -> Tensor:
         """Scores as a matrix (rows, columns) of the slot; already pruned weights score minus infinity."""
@@ -123,8 +123,13 @@ class MagnitudePruner:
     def _apply(self, masks: Mapping[str, Tensor]) -> nn.Module:
         for name, mask in masks.items():
             self.slots[name].set_mask(mask.view_as(self.slots[name].parameter))
-        self.history.append(self.statistics())
+        self._statistics.append(self.statistics().assign(round=len(self._statistics)))
         return self.model
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """The statistics after each pruning so far, numbered by `round` from 0."""
+        return pd.concat(self._statistics, ignore_index=True) if self._statistics else pd.DataFrame()
 
     def statistics(self) -> pd.DataFrame:
         """One row a tensor: weights, kept, sparsity, dead_rows (none left), smallest and mean |w| kept."""
