@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from kit.distillation import DistillationTrainer, build_cache, capture, feature_pairs, layer_mapping, Linear
+from kit.distillation import (
+    DistillationTrainer, Linear, build_cache, capture, feature_pairs, fused, layer_mapping,
+)  # fmt: skip
 from kit.distillation.cache import TeacherCache
 from kit.distillation.fused import Output, TopK, linear_distillation
 from kit.distillation.losses import (
@@ -249,6 +252,34 @@ def test_tensors_alive_do_not_grow_with_the_steps(teacher, student, loader):
         gc.collect()
         counts.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
     assert counts[1] == counts[2] == counts[3]
+
+
+class LargestTensor(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return output
+
+
+def test_no_full_logit_tensor_is_ever_made(monkeypatch):
+    monkeypatch.setattr(fused, "CPU_BLOCK", 2**11)
+    config = ResNetBKConfig(3000, d_model=8, layers=1, channels=4, d_ff=8)
+    teacher, student = ResNetBK(config).eval(), ResNetBK(config)
+    tokens = torch.zeros(8, 64, dtype=torch.int64)
+    trainer = DistillationTrainer([teacher, teacher], student)
+    with LargestTensor() as largest:
+        trainer(student, (tokens, tokens)).backward()
+    assert largest.elements <= 5 * 16 * 3000 < 0.2 * tokens.numel() * 3000
+
+
+def test_bfloat16_training(teacher, student, loader):
+    config = TrainConfig(steps=20, lr=1e-2, precision="bfloat16")
+    result = DistillationTrainer(teacher, student).fit(loader, config, log=False)
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
 
 
 def test_alpha_zero_is_training_on_labels(teacher, student, loader):
