@@ -1,8 +1,5 @@
-"""QAT, pruning and distillation one after another, each ending in a file whose bytes and quality are
-measured.
-"""
+"""QAT, pruning and distillation one after another, each ending in a file whose bytes and quality are measured."""
 
-import copy
 import itertools
 import json
 import math
@@ -19,7 +16,7 @@ from kit.distillation import DistillationTrainer
 from kit.evaluation import evaluate
 from kit.losses import classification_loss, next_token_loss
 from kit.models import MoE
-from kit.parametrization import bake, named_weights, original_of
+from kit.parametrization import bake, copy_model, named_weights, original_of
 from kit.pruning.experts import prune_unused_experts
 from kit.pruning.magnitude import MagnitudePruner
 from kit.quantization import calibrate, original_mix, quantize_bk_core, quantize_weights
@@ -34,17 +31,18 @@ CALIBRATION_BATCHES = 8
 class CompressionPipeline:
     """Compresses a trained model to a byte budget: its float32 file divided by `target_compression`.
 
-    qat           INT4 groups for experts and INT8 for the rest, straight-through; the BK-core's v and G
-    in INT8 pruning       experts under 5 % usage go, the router shrinks; then magnitude pruning on a
-    cubic schedule, as far as brings the file half way (in ratio) from the last stage to the budget
-    distillation  from the uncompressed model; learned steps and a rate term steer the range-coded size to
-    the budget
+    qat           INT4 groups for experts and INT8 for the rest, straight-through; the BK-core's v and G in INT8
+    pruning       experts under 5 % usage go, the router shrinks; then magnitude pruning on a cubic schedule, as far
+                  as brings the file half way (in ratio) from the last stage to the budget
+    distillation  from the uncompressed model; learned steps and a rate term steer the range-coded size to the budget
 
     Every stage starts from the file of the stage before it, and is measured after reloading its own.
 
-    Args: model: any trained module. Language models (`hidden`, `output`) are trained on next tokens,
-    others on labels. stages: their order; distillation last if the budget is to be met. lr: peak learning
-    rate of each stage. Raises ValueError for a target below 1 or an unknown stage.
+    Args:
+        model: any trained module. Language models (`hidden`, `output`) are trained on next tokens, others on labels.
+        stages: their order; distillation last if the budget is to be met.
+        lr: peak learning rate of each stage.
+    Raises ValueError for a target below 1 or an unknown stage.
     """
 
     def __init__(self, model: nn.Module, target_compression: float = 100.0, device: str = "cpu",
@@ -74,7 +72,7 @@ class CompressionPipeline:
         epochs = {"qat": qat_epochs, "pruning": pruning_epochs, "distillation": distillation_epochs}
         steps = {name: max(1, round(epochs[name] * len(train_loader))) for name in self.stages}
         self._claim(save_dir, steps)
-        teacher = copy.deepcopy(bake(self.model)).to(self.device).eval()
+        teacher = bake(self.model).to(self.device).eval()
         baseline = self._quality(teacher, val_loader)
         previous, metrics = None, {"baseline": {"bytes": self.baseline_bytes, **baseline}, "stage_metrics": {}}
         for name in self.stages:
@@ -112,7 +110,7 @@ class CompressionPipeline:
         return artifact.load(path, self._skeleton(), trainable=trainable).to(self.device)
 
     def _skeleton(self) -> nn.Module | None:
-        return None if artifact.recipe(self.model) else copy.deepcopy(bake(self.model))
+        return None if artifact.recipe(self.model) else bake(self.model)
 
     def _quality(self, model: nn.Module, loader) -> dict:
         result = evaluate(model, loader)
@@ -135,7 +133,7 @@ class CompressionPipeline:
         start = time.perf_counter()
         torch.manual_seed(self.seed)
         batches = [tuple(t.to(self.device) for t in batch) for batch in itertools.islice(loader, CALIBRATION_BATCHES)]
-        model = copy.deepcopy(teacher) if previous is None else self._load(previous, trainable=name != "pruning")
+        model = copy_model(teacher) if previous is None else self._load(previous, trainable=name != "pruning")
         model, loss, hooks, extra, finish = getattr(self, f"_{name}")(model, teacher, batches, previous)
         config = TrainConfig(steps=steps, lr=self.lr, seed=self.seed)
         checkpoint = path.with_suffix(".checkpoint")
@@ -169,7 +167,7 @@ class CompressionPipeline:
         low, high = 0.0, 0.95
         for _ in range(6):
             middle = (low + high) / 2
-            trial = copy.deepcopy(model)
+            trial = copy_model(model)
             MagnitudePruner(trial, scope="global").prune(middle)
             low, high = (middle, high) if artifact.save(trial, probe) > wanted else (low, middle)
         probe.unlink()
