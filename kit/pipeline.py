@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ class CompressionPipeline:
 
     qat           INT4 groups for experts and INT8 for the rest, straight-through; the BK-core's v and G in INT8
     pruning       experts under 5 % usage go, the router shrinks; then magnitude pruning on a cubic schedule, as far
-                  as brings the file half way (in ratio) from the last stage to the budget
+                  as brings the file a quarter of the way (in ratio) from the last stage to the budget
     distillation  from the uncompressed model; learned steps and a rate term steer the range-coded size to the budget
 
     Every stage starts from the file of the stage before it, and is measured after reloading its own.
@@ -161,16 +162,18 @@ class CompressionPipeline:
         return model, self.loss, (pruner.schedule(sparsity),), (), lambda: None
 
     def _sparsity_for(self, model: nn.Module, previous: Path | None) -> float:
-        """The global sparsity whose file is half way, in ratio, between the last stage's and the budget."""
+        """The global sparsity whose file is a quarter of the way, in ratio, from the last stage's to the budget:
+        further, and the retraining of one stage no longer repairs it."""
         size = previous.stat().st_size if previous else self.baseline_bytes
-        wanted, probe = math.sqrt(size * self.budget), Path(previous or "probe.kit").with_suffix(".probe")
+        wanted = size**0.75 * self.budget**0.25
         low, high = 0.0, 0.95
-        for _ in range(6):
-            middle = (low + high) / 2
-            trial = copy_model(model)
-            MagnitudePruner(trial, scope="global").prune(middle)
-            low, high = (middle, high) if artifact.save(trial, probe) > wanted else (low, middle)
-        probe.unlink()
+        with tempfile.TemporaryDirectory() as folder:
+            for _ in range(6):
+                middle = (low + high) / 2
+                trial = copy_model(model)
+                MagnitudePruner(trial, scope="global").prune(middle)
+                small = artifact.save(trial, Path(folder) / "trial.kit") <= wanted
+                low, high = (low, middle) if small else (middle, high)
         return low
 
     def _distillation(self, model, teacher, batches, previous):
