@@ -19,7 +19,7 @@ from kit.quantized import QuantizationConfig, QuantizedModel, prepare_qat, quant
 from kit.report import OptimizationResult, compare_models, example_inputs
 from kit.training import TrainConfig, train
 
-STRUCTURED = {"l1": "l1", "l2": "l2", "taylor": "taylor", "l1_structured": "l1", "ln_structured": "l2"}
+STRUCTURED = {"l1": "l1", "l2": "l2", "l1_structured": "l1", "ln_structured": "l2"}
 UNSTRUCTURED = {"magnitude": "magnitude", "random": "random", "l1_unstructured": "magnitude",
                 "random_unstructured": "random"}
 
@@ -29,9 +29,8 @@ class PruningConfig:
     """How much goes, and what.
 
     amount: the share of outputs of each layer (structured) or of weights (unstructured), in [0, 1).
-    method: structured "l1", "l2", "taylor"; unstructured "magnitude", "random". torch's names are
-    understood. dim: 0 names the outputs of a layer, 1 its inputs; a unit that goes takes both with it, so
-    they are one choice.
+    method: structured "l1", "l2"; unstructured "magnitude", "random". torch's names are understood.
+    dim: 0 names the outputs of a layer, 1 its inputs; a unit that goes takes both with it, so they are one choice.
     """
 
     amount: float = 0.3
@@ -50,9 +49,7 @@ class PruningConfig:
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """loss = alpha T^2 KL(teacher || student) + (1 - alpha) cross-entropy, T = temperature (Hinton et al.
-    2015).
-    """
+    """alpha T^2 KL(teacher || student) + (1 - alpha) cross-entropy, T = temperature (Hinton et al. 2015)."""
 
     temperature: float = 3.0
     alpha: float = 0.5
@@ -135,8 +132,9 @@ class ProductionModelOptimizer:
 
     def retrain(self, model: nn.Module, train_loader, epochs: float = 1, learning_rate: float = 1e-3,
                 loss: Callable | None = None) -> nn.Module:
-        """A copy trained on; masks and fake quantizers stay. loss(model, batch): by default next tokens
-        for language models, else cross-entropy with labels.
+        """A copy trained further; masks and fake quantizers stay.
+
+        loss(model, batch): by default that of the next token for language models, else cross-entropy with labels.
         """
         copy = copy_model(model).to(self.device)
         loss = loss or (next_token_loss if hasattr(model, "output") else classification_loss)
@@ -180,11 +178,9 @@ class ProductionModelOptimizer:
         return compare_models(original, optimized, _as_tuple(inputs) or example_inputs(original), notes=notes)
 
     def export_onnx(self, model: nn.Module, path: str | PathLike, inputs=None) -> dict:
-        """Writes an .onnx file: float, or integer QDQ for a QuantizedModel with calibrated inputs (else
-        its engine).
+        """Writes an .onnx file and checks it in ONNX Runtime against torch: see kit.export.export_onnx.
 
-        Checked in ONNX Runtime against torch; returns `bytes`, `max_difference` and `relative_error` from
-        the torch outputs, and the median `torch_ms` and `onnx_ms` a call. Raises ValueError if the model
+        Float, or integers for a QuantizedModel: QDQ if its inputs are calibrated. Raises ValueError if the model
         cannot be exported.
         """
         from kit.export import export_onnx

@@ -1,5 +1,6 @@
 """A model with integer weights that runs on the fastest engine of this machine."""
 
+import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from kit.quantization import HALF, FakeQuantize, Format, quantize_weights, quant
 
 FORMATS = {"int8": Format(8), "int4": Format(4, granularity="group", group_size=32), "float16": HALF}
 TORCH_NAMES = {"qint8": "int8", "quint8": "int8", "quint4x2": "int4", "half": "float16"}
-TORCH_BACKENDS = ("x86", "fbgemm", "onednn", "qnnpack")
+TORCH_BACKENDS = {"x86": "torch-fbgemm", "fbgemm": "torch-fbgemm", "qnnpack": "torch-qnnpack", "onednn": "torch-int8"}
 GROWTH = 8  # batches this much larger than the tuned one are warned of
 
 
@@ -26,12 +27,11 @@ GROWTH = 8  # batches this much larger than the tuned one are warned of
 class QuantizationConfig:
     """How weights are stored, and what computes with them.
 
-    backend: "auto" measures the engines on this machine and takes the fastest; or one of
-    kit.engines.ENGINES. The names of torch's own backends (x86, fbgemm, onednn, qnnpack), whose API is
-    deprecated, mean "torch-int8". dtype: "int8", "int4" (groups of 32) or "float16"; torch.qint8 and the
-    like are understood. per_channel: a scale for each row of a weight; False: one for the whole weight
-    (int8 only). max_error: for "auto", the mean squared difference from the float outputs, over their
-    mean square, allowed.
+    backend: "auto" measures the engines on this machine and takes the fastest; or one of kit.engines.ENGINES. The
+        names of torch's own backends (x86, fbgemm, onednn, qnnpack) mean the engines with those kernels.
+    dtype: "int8", "int4" (groups of 32) or "float16"; torch.qint8 and the like are understood.
+    per_channel: a scale for each row of a weight; False: one for the whole weight (int8 only).
+    max_error: for "auto": the mean squared difference from the float outputs, over their mean square, allowed.
     """
 
     backend: str = "auto"
@@ -60,7 +60,7 @@ class QuantizationConfig:
 
     @property
     def engine(self) -> str:
-        return "torch-int8" if self.backend in TORCH_BACKENDS else self.backend
+        return TORCH_BACKENDS.get(self.backend, self.backend)
 
 
 class QuantizedModel(nn.Module):
@@ -77,17 +77,16 @@ class QuantizedModel(nn.Module):
         super().__init__()
         self.model, self.config, self.dtype = model.eval(), config, dtype
         self.choice: Choice | None = None
-        self._rows, self._warned = 0, False
+        self._rows, self._limit = 0, 0
 
     def forward(self, *inputs: Tensor):
         if self.choice is None:
             self.tune(*inputs)
-        elif len(inputs[0]) >= GROWTH * self._rows:
+        elif inputs[0].shape[0] >= self._limit:
             self._warn_of_growth(len(inputs[0]))
-        with torch.no_grad():
-            if self.dtype == torch.float32:
-                return self.choice.engine(*inputs)
-            return self._cast(self.choice.engine(*self._cast(inputs, torch.float32)), self.dtype)
+        if self.dtype == torch.float32:
+            return self.choice.engine.forward(*inputs)
+        return self._cast(self.choice.engine(*self._cast(inputs, torch.float32)), self.dtype)
 
     def tune(self, *inputs: Tensor) -> Choice:
         """Chooses the engine for inputs like these; returns the choice with the table of what was measured.
@@ -105,7 +104,8 @@ class QuantizedModel(nn.Module):
             if error > allowed:
                 warnings.warn(f"rounding the weights alone changes the output by {error:.2g} of its power, "
                               f"over max_error={allowed:g}: allow more, or train with prepare_qat_model")
-        self._rows, self._warned = len(inputs[0]), False
+        self._rows = len(inputs[0])
+        self._limit = GROWTH * self._rows if self.config.backend == "auto" else sys.maxsize
         return self.choice
 
     def reference(self) -> nn.Module:
@@ -141,10 +141,9 @@ class QuantizedModel(nn.Module):
         return pytree.tree_map(cast, values)
 
     def _warn_of_growth(self, rows: int) -> None:
-        if not self._warned and self.config.backend == "auto":
-            self._warned = True
-            warnings.warn(f"{self.choice.name} was chosen for a batch of {self._rows}, this one has {rows}: "
-                          "another engine may be faster, call .tune(inputs) to measure again")
+        self._limit = sys.maxsize  # once is enough
+        warnings.warn(f"{self.choice.name} was chosen for a batch of {self._rows}, this one has {rows}: "
+                      "another engine may be faster, call .tune(inputs) to measure again")
 
     def extra_repr(self) -> str:
         return f"engine={self.choice.name if self.choice else 'chosen at the first call'}"

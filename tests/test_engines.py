@@ -7,12 +7,15 @@ from kit import engines
 from kit.engines import OnnxEngine, build_engine, choose_engine
 from kit.engines.choice import relative_error
 from kit.engines.folding import batch_norm_pairs, fold_batch_norms
-from kit.engines.kernels import Int8Conv2d, Int8Linear, int8_model, quantize_batch
+from kit.engines.kernels import Int8Conv2d, Int8Linear, PackedLinear, has_backend, int8_model, quantize_batch
 from kit.engines.layers import calibrate_inputs, drop_input_quantizers, float_copy, integer_weight
 from kit.models import build_model
 from kit.quantization import Format, quantize_weights
+from kit.rivals import against_rivals, rivals
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+NAMES = [name for name in engines.choice.CANDIDATES if not name.startswith("torch-fb") or has_backend("fbgemm")]
 
 
 class Recurrent(nn.Module):
@@ -111,10 +114,10 @@ def exported(dense, x):
     """Every engine of the small MLP, calibrated."""
     model = quantized(dense, calibration=x)
     builder = engines.choice._Builder(model, (x,))
-    return model, {name: builder.build(name) for name in engines.ENGINES}
+    return model, {name: builder.build(name) for name in NAMES}
 
 
-@pytest.mark.parametrize("name", engines.ENGINES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("rows", [1, 7, 20])
 def test_every_engine_computes_the_mlp_at_any_batch_size(exported, dense, x, name, rows):
     _, built = exported
@@ -207,12 +210,12 @@ def test_recurrent_models_with_nested_outputs(kind):
 
 def test_int4_blocks_use_the_codes_of_the_model(dense, x):
     model = quantized(dense, Format(4, granularity="group", group_size=32))
-    engine = build_engine(model, "onnx-blocks", (x,))
+    builder = engines.choice._Builder(model, (x,))
     with torch.no_grad():
-        assert relative_error(engine(x), model(x)) < 2e-4  # what rounding the inputs costs
+        assert relative_error(builder.build("onnx-blocks")(x), model(x)) < 2e-4  # what rounding the inputs costs
     for name in ("onnx-int8", "torch-int8", "onnx-static"):
         with pytest.raises(ValueError, match="has no"):
-            build_engine(model, name, (x,))
+            builder.build(name)
 
 
 def test_onnx_engine_is_copied_pickled_saved_and_loaded(exported, x, tmp_path):
@@ -231,7 +234,7 @@ def test_choice_measures_all_and_keeps_the_stated_error(exported, dense, x):
     model, _ = exported
     choice = choose_engine(model, (x,), reference=dense, max_error=1e-3, seconds=0.05)
     table = choice.table.set_index("engine")
-    assert list(table.index) == list(engines.ENGINES) and table["error"].notna().all()
+    assert set(table.index) == set(NAMES) and table["error"].notna().all()
     assert table.loc[choice.name, "why not"] == "" and table.loc[choice.name, "error"] < 1e-3
     assert (table["why not"] == "").sum() == 1
     low = table["low"].dropna()
@@ -259,6 +262,26 @@ def test_choice_falls_back_to_float32_where_nothing_else_works():
     assert "no Linear" in reasons["torch-int8"] and "cannot be exported" in reasons["onnx-float32"]
     with pytest.raises(ValueError, match="unknown"):
         build_engine(model, "fastest", (torch.randn(2, 3),))
+
+
+@pytest.mark.skipif(not has_backend("fbgemm"), reason="this torch has no fbgemm kernels")
+def test_fbgemm_layers_compute_with_the_codes_of_the_model(dense, x):
+    model = quantized(dense)
+    before = torch.backends.quantized.engine
+    layer = PackedLinear(integer_weight(model[0]), model[0].bias, "fbgemm")
+    torch.testing.assert_close(layer(x), integer_product(model[0], x), rtol=1e-4, atol=2e-2 if layer.reduced else 1e-4)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x)) and torch.backends.quantized.engine == before
+    with pytest.raises(ValueError, match="no xnnpack kernels"):
+        int8_model(model, "xnnpack")
+
+
+def test_rivals_are_measured_side_by_side(dense, x):
+    found = rivals(dense, x, compiled=False)
+    assert "ONNX Runtime's quantizer" in found and any(name.startswith("torch dynamic") for name in found)
+    table = against_rivals(dense, x, found, seconds=0.01).set_index("name")
+    assert set(table.index) == {"float32 in torch", "kit", *found} and (table["ms"] > 0).all()
+    assert table.loc["float32 in torch", "error"] == 0 and (table["error"] < 2e-3).all()
+    assert table.attrs["engine"] in engines.ENGINES
 
 
 def test_errors_of_other_shapes_and_nan_are_infinite():

@@ -254,8 +254,9 @@ def test_bad_settings(make, message):
 
 
 def test_settings_of_the_original_documents_are_understood():
-    for backend in ("fbgemm", "qnnpack", "onednn", "x86"):
-        assert QuantizationConfig(backend, torch.qint8).engine == "torch-int8"
+    names = {"fbgemm": "torch-fbgemm", "x86": "torch-fbgemm", "qnnpack": "torch-qnnpack", "onednn": "torch-int8"}
+    for backend, engine in names.items():
+        assert QuantizationConfig(backend, torch.qint8).engine == engine
     tensor = QuantizationConfig(dtype=torch.qint8, per_channel=False)
     assert tensor.format.granularity == "tensor" and tensor.format.bits == 8
     model = ProductionModelOptimizer().quantize_dynamic(mlp(16, 8, 4), tensor)

@@ -1,5 +1,4 @@
-"""Inference engines for quantized models on the CPU: one interface, measured on this machine, the fastest
-chosen.
+"""Inference engines for quantized models on the CPU: measured on this machine, the fastest chosen.
 
 Every engine computes with the integer codes that the compressed file stores. Which one is fastest depends
 on the processor, the layers and the batch size, so `choose_engine` measures.

@@ -27,7 +27,7 @@ BLOCKS = (32, 64, 128, 256, 16)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Exporters and quantizers print progress, log advice and warn of their own deprecations."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
@@ -50,7 +50,7 @@ def export_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> ModelProto:
     for shapes in (_free_shapes(inputs, sequences=True), _free_shapes(inputs, sequences=False), None):
         example = tuple(_two_rows(x) for x in inputs) if shapes else inputs
         try:
-            with _quiet(), torch.no_grad():
+            with quiet(), torch.no_grad():
                 program = torch.onnx.export(model, example, dynamo=True, verbose=False, dynamic_shapes=shapes)
                 return _fold(program.model_proto)
         except Exception as error:  # the exporter raises anything, of any type, over hundreds of lines
@@ -236,9 +236,7 @@ def _constant_codes(r: _Rewriter, name: str, codes: np.ndarray, scales: np.ndarr
 
 
 def dynamic_graph(graph: ModelProto, model: nn.Module) -> ModelProto:
-    """Integer products with inputs rounded by each batch's range; recurrent weights per gate row.
-    ValueError if none.
-    """
+    """Integer products with inputs rounded by each batch's range. Raises ValueError if no layer allows it."""
     rewriter = _Rewriter(graph, model)
     result = rewriter.rewrite(_dynamic)
     lstms = sum(node.op_type == "LSTM" for node in result.graph.node)
@@ -250,7 +248,7 @@ def dynamic_graph(graph: ModelProto, model: nn.Module) -> ModelProto:
 def _quantize_lstms(graph: ModelProto) -> ModelProto:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with _quiet(), tempfile.TemporaryDirectory() as folder:
+    with quiet(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lstm.onnx"
         quantize_dynamic(
             graph, path, op_types_to_quantize=["LSTM"], per_channel=True, weight_type=QuantType.QInt8
@@ -259,9 +257,7 @@ def _quantize_lstms(graph: ModelProto) -> ModelProto:
 
 
 def block_graph(graph: ModelProto, model: nn.Module) -> ModelProto:
-    """Products of 4- or 8-bit blocks with inputs rounded in blocks. Raises ValueError if no layer allows
-    it.
-    """
+    """4- and 8-bit blocks with inputs rounded in blocks. Raises ValueError if no layer allows it."""
     rewriter = _Rewriter(graph, model)
     result = rewriter.rewrite(_blocks)
     if not rewriter.replaced:

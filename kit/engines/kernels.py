@@ -1,8 +1,7 @@
 """INT8 layers on torch's own integer kernels: oneDNN where torch has it, else `torch._int_mm`.
 
-Weights are int8 with a scale a row; inputs are rounded to uint8, with a calibrated range or the range of
-the batch. The product is exact int32, y = s_x s_w (q_x - z_x) q_w + b (Jacob et al. 2018,
-arXiv:1712.05877, eq. 4).
+Weights are int8 with a scale a row; inputs are rounded to uint8, with a calibrated range or that of the batch. The
+product is exact int32: y = s_x s_w (q_x - z_x) q_w + b (Jacob et al. 2018, arXiv:1712.05877, eq. 4).
 """
 
 import torch
@@ -16,9 +15,7 @@ FLOAT_OUTPUT = (1.0, 0, torch.float32, "none", [], "")  # scale, zero point, dty
 
 
 def quantize_batch(x: Tensor, grid: tuple[float, int] | None) -> tuple[Tensor, float, int]:
-    """x as uint8 codes of its shape, with scale and zero point: `grid`, or the range of x widened to
-    contain 0.
-    """
+    """x as uint8 codes of its shape, with scale and zero point: `grid`, or those of its range, 0 included."""
     if grid is None:
         low, high = (bound.item() for bound in torch.aminmax(x)) if x.numel() else (0.0, 0.0)
         low, high = min(low, 0.0), max(high, 0.0)
@@ -29,9 +26,7 @@ def quantize_batch(x: Tensor, grid: tuple[float, int] | None) -> tuple[Tensor, f
 
 
 class _Integer(nn.Module):
-    """Codes and scales of a weight; `weight` multiplies them out for code that reads it, as
-    nn.MultiheadAttention.
-    """
+    """Codes and scales of a weight; `weight` is for code that reads it, as nn.MultiheadAttention does."""
 
     def __init__(self, codes: Tensor, weight: IntegerWeight, bias: Tensor | None):
         super().__init__()
@@ -95,25 +90,60 @@ class Int8Conv2d(_Integer):
         return torch.ops.onednn.qconv_pointwise(*inputs, *self.geometry, *FLOAT_OUTPUT)
 
 
-def int8_layer(layer: nn.Module) -> nn.Module | None:
-    """The integer layer in place of a quantized nn.Linear or nn.Conv2d; None for what the kernels cannot
-    do.
+class PackedLinear(_Integer):
+    """F.linear on the kernels behind torch's quantized backends, "fbgemm" or "qnnpack", while torch still has them.
+
+    fbgemm reads weights faster than the others at small batches. Inputs are rounded by each batch's range, to 7 bits
+    where the processor's 8-bit products could overflow (no VNNI).
     """
+
+    def __init__(self, weight: IntegerWeight, bias: Tensor | None, backend: str):
+        super().__init__(weight.codes, weight, bias)
+        self.backend, self.reduced = backend, backend == "fbgemm" and not torch.cpu._is_vnni_supported()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            self.packed = self._pack()
+        return torch.ops.quantized.linear_dynamic(x, self.packed, self.reduced)
+
+    def _pack(self):
+        before = torch.backends.quantized.engine
+        torch.backends.quantized.engine = self.backend
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that these tensors are to be removed: then so is this engine
+                values = torch._make_per_channel_quantized_tensor(self.codes, self.scale.double(), self.zeros, 0)
+            return torch.ops.quantized.linear_prepack(values, self.bias)
+        finally:
+            torch.backends.quantized.engine = before
+
+
+def has_backend(backend: str) -> bool:
+    """Whether this torch has the kernels of a quantized backend."""
+    supported = getattr(torch.backends, "quantized", None)
+    return supported is not None and backend in supported.supported_engines
+
+
+def int8_layer(layer: nn.Module, backend: str | None = None) -> nn.Module | None:
+    """The integer layer in place of a quantized nn.Linear or nn.Conv2d; None for what the kernels cannot do."""
     weight = integer_weight(layer) if isinstance(layer, (nn.Linear, nn.Conv2d)) else None
     if weight is None or not weight.per_row:
         return None
     if isinstance(layer, nn.Linear):
-        return Int8Linear(weight, layer.bias)
-    plain = ONEDNN and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        return PackedLinear(weight, layer.bias, backend) if backend else Int8Linear(weight, layer.bias)
+    plain = ONEDNN and not backend and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return Int8Conv2d(layer, weight) if plain else None
 
 
-def int8_model(model: nn.Module) -> nn.Module:
+def int8_model(model: nn.Module, backend: str | None = None) -> nn.Module:
     """A copy of a quantized model with integer layers where there are kernels, dequantized floats elsewhere.
 
-    Raises ValueError if no layer can be replaced.
+    backend: "fbgemm" or "qnnpack" for PackedLinear; None for the kernels that stay.
+    Raises ValueError if no layer can be replaced, or torch has no such backend.
     """
-    made = {layer: int8_layer(layer) for layer in model.modules()}
+    if backend and not has_backend(backend):
+        raise ValueError(f"this torch has no {backend} kernels: choose the engine torch-int8")
+    made = {layer: int8_layer(layer, backend) for layer in model.modules()}
     names = model.named_modules(remove_duplicate=False)
     replacements = {name: made[layer] for name, layer in names if made.get(layer) is not None}
     if not replacements:

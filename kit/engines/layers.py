@@ -1,6 +1,4 @@
-"""What an integer engine needs to know of a quantized model: codes, scales and input ranges, layer by
-layer.
-"""
+"""What an integer engine needs to know of a quantized model: codes, scales, input ranges of each layer."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -20,9 +18,7 @@ INTEGER_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 @dataclass(frozen=True)
 class IntegerWeight:
-    """A weight as (rows, columns) int8 codes with scales (rows, blocks a row), and its layer's input
-    range.
-    """
+    """A weight as int8 codes (rows, columns) with scales (rows, blocks a row), and its layer's input range."""
 
     codes: Tensor
     scale: Tensor
@@ -43,9 +39,7 @@ class IntegerWeight:
         return self.codes * self.scale.repeat_interleave(self.block, 1)[:, : self.codes.shape[1]]
 
     def scaled(self, factor: Tensor) -> "IntegerWeight":
-        """The weight with each row times factor (rows,): other scales, and other signs where it is
-        negative.
-        """
+        """The weight with each row times factor (rows,): other scales, other signs where it is negative."""
         sign = factor.sign().where(factor != 0, 1).to(torch.int8)[:, None]
         return replace(self, codes=self.codes * sign, scale=self.scale * factor.abs()[:, None])
 

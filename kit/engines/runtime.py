@@ -12,12 +12,12 @@ from torch.utils import _pytree as pytree
 class OnnxEngine(nn.Module):
     """Runs an ONNX graph on the CPU with as many threads as torch has at the first call.
 
-    The graph is a buffer (uint8), so that the module is copied, pickled to workers and saved like any
-    other; `save` writes it as an .onnx file that any runtime can read. Inputs and outputs are tensors;
-    outputs have no gradient.
+    The graph is a buffer (uint8), so that the module is copied, pickled to workers and saved like any other; `save`
+    writes it as an .onnx file. Inputs and outputs are tensors; outputs have no gradient.
 
-    Args: graph: bytes of an ONNX model. structure: how the flat outputs are nested, from
-    `torch.utils._pytree.treespec_dumps`; None for one tensor.
+    Args:
+        graph: bytes of an ONNX model.
+        structure: how the outputs are nested, from `torch.utils._pytree.treespec_dumps`; None for one tensor.
     """
 
     graph: Tensor
