@@ -4,6 +4,8 @@ Weights are int8 with a scale a row; inputs are rounded to uint8, with a calibra
 product is exact int32: y = s_x s_w (q_x - z_x) q_w + b (Jacob et al. 2018, arXiv:1712.05877, eq. 4).
 """
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
