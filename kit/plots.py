@@ -13,8 +13,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from kit.figures import (COLOURS, DASHES, GREY, INK, MARKERS, MUTED, as_array, byte_text, interval_of,
-                         label_line_ends, label_points, new_axes, plain_log, save, styled)
+from kit.figures import (
+    COLOURS,
+    DASHES,
+    GREY,
+    INK,
+    MARKERS,
+    MUTED,
+    as_array,
+    byte_text,
+    interval_of,
+    label_line_ends,
+    label_points,
+    new_axes,
+    plain_log,
+    save,
+    styled,
+)
 from kit.results import pareto_front, quality_column
 
 __all__ = ["bars", "component_bytes", "heat_map", "lines", "pareto", "save", "stage_waterfall",
