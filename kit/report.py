@@ -2,7 +2,7 @@
 
 import html
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +18,7 @@ from kit.pruning.mask import copy_model
 from kit.quantized import QuantizedModel, dtype_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OptimizationResult:
     """Before and after. Prints as a table; shows as one in a notebook."""
 
@@ -35,7 +35,7 @@ class OptimizationResult:
     parameters_before: int
     parameters_after: int
     engine: str  # what computes the optimized model
-    layers: pd.DataFrame = field(repr=False)  # a row a tensor: shapes, bits, bytes before and after
+    layers: pd.DataFrame  # a row a tensor: shapes, bits, bytes before and after
     notes: tuple[str, ...] = ()
 
     @property
@@ -76,6 +76,8 @@ class OptimizationResult:
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    __repr__ = __str__
 
     def _repr_html_(self):
         table = pd.DataFrame(self.rows(), columns=["", "before", "after", "change"])

@@ -2,6 +2,7 @@
 
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -203,8 +204,9 @@ def _candidates(model, inputs, expected, max_error: float, names):
 def measure(calls: dict[str, Callable], seconds: float, cutoff: float = float("inf")) -> dict[str, tuple]:
     """Lower quartile, median and upper quartile of each call in seconds, by name.
 
-    Blocks of a few milliseconds of each in turn, so that a busy machine slows all alike. What a first
-    look finds `cutoff` times slower than the first of the calls is left out.
+    Blocks of a few milliseconds of each in turn, so that a busy machine slows all alike; with one thread, CPU time,
+    to which other processes add little. What a first look finds `cutoff` times slower than the first of the calls
+    is left out.
     """
     first = {name: min(_block(call, 1) for _ in range(3)) for name, call in calls.items()}
     base = next(iter(first.values()))
@@ -219,8 +221,10 @@ def measure(calls: dict[str, Callable], seconds: float, cutoff: float = float("i
 
 
 def _block(call: Callable, count: int) -> float:
+    one_thread = torch.get_num_threads() == 1 and sys.platform != "win32" and not torch.cuda.is_initialized()
+    clock = time.process_time if one_thread else time.perf_counter
     call()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(count):
         call()
-    return (time.perf_counter() - start) / count
+    return (clock() - start) / count
