@@ -166,7 +166,7 @@ def non_inferiority(
         difference, error, df = _difference(c, (1 + sign * m) * b, paired)
         return float(stats.t.cdf(_ratio(sign * difference, error), df)) if difference or error else 0.5
 
-    alpha, change = 1 - level, float(sign * (c.mean() / b.mean() - 1))
+    alpha, change = 1 - level, float(sign * (c.mean() / b.mean() - 1)) + 0.0  # never a negative zero
     worst, step = change, 1e-9 + abs(change)
     while p_value(change + step) > alpha and step < 1e3:
         step *= 2

@@ -155,8 +155,8 @@ def choose_engine(model: nn.Module, inputs: tuple[Tensor, ...], *, reference: nn
     for name, (low, median, high) in times.items():
         rows[name] |= {"ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high, "speedup": base / median}
     fit = [name for name in times if not rows[name]["why not"]]
-    best = min(fit, key=lambda name: times[name][0], default="float32")  # other processes only add
-    if times[best][0] * MARGIN > times["float32"][0]:
+    best = min(fit, key=lambda name: times[name][1], default="float32")
+    if times[best][1] * MARGIN > base:
         best = "float32"
     usable = {name: engines[name] for name in fit}
     pays_from = len(inputs[0]) if best in INTEGER else _pays_from(usable, inputs)
@@ -175,7 +175,7 @@ def _pays_from(engines: dict[str, nn.Module], inputs: tuple[Tensor, ...]) -> int
             break
         resized = tuple(x.repeat(-(-batch // len(x)), *[1] * (x.ndim - 1))[:batch] for x in inputs)
         times = measure({name: (lambda e=engine: e(*resized)) for name, engine in engines.items()}, 0.1)
-        if min(times.pop(name)[0] for name in integers) * MARGIN > min(low for low, _, _ in times.values()):
+        if min(times.pop(name)[1] for name in integers) * MARGIN > min(median for _, median, _ in times.values()):
             break
         found = batch
     return found

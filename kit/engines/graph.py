@@ -52,7 +52,7 @@ def export_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> ModelProto:
         try:
             with quiet(), torch.no_grad():
                 program = torch.onnx.export(model, example, dynamo=True, verbose=False, dynamic_shapes=shapes)
-                return _fold(program.model_proto)
+            return _fold(_strip(program.model_proto))
         except Exception as error:  # the exporter raises anything, of any type, over hundreds of lines
             reasons.append(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
     raise ValueError(f"{type(model).__name__} cannot be exported to ONNX: {reasons[-1]}")
@@ -71,6 +71,23 @@ def _free_shapes(inputs, sequences: bool):
 def _two_rows(x: Tensor) -> Tensor:
     """Exporters take a dimension of length 1 for a constant."""
     return x if len(x) > 1 else torch.cat([x, x])
+
+
+def _strip(graph: ModelProto) -> ModelProto:
+    """Without the exporter's notes (stack traces, source lines), which are most of a small model's file."""
+    del graph.graph.value_info[:], graph.graph.metadata_props[:], graph.metadata_props[:]
+    for node in nodes_of(graph.graph.node):
+        del node.metadata_props[:]
+        node.doc_string = ""
+    return graph
+
+
+def nodes_of(nodes) -> Iterator[NodeProto]:
+    """The nodes, and those inside their loops and branches."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            yield from nodes_of(attribute.g.node)
 
 
 def _fold(graph: ModelProto) -> ModelProto:
@@ -94,7 +111,6 @@ class _Rewriter:
     def __init__(self, graph: ModelProto, model: nn.Module):
         self.graph = ModelProto()
         self.graph.CopyFrom(graph)
-        del self.graph.graph.value_info[:]
         self.weights = integer_weights(model)
         self.values = {tensor.name: numpy_helper.to_array(tensor) for tensor in self.graph.graph.initializer}
         self.replaced = 0
@@ -135,7 +151,7 @@ class _Rewriter:
 
     def _finish(self) -> None:
         graph = self.graph.graph
-        used = _names(graph) | {output.name for output in graph.output}
+        used = names_read(graph.node) | {output.name for output in graph.output}
         kept = [tensor for tensor in graph.initializer if tensor.name in used]
         del graph.initializer[:]
         graph.initializer.extend(kept)
@@ -143,10 +159,9 @@ class _Rewriter:
             self.graph.opset_import.append(helper.make_opsetid(CONTRIB, 1))
 
 
-def _names(graph) -> set[str]:
+def names_read(nodes) -> set[str]:
     """Everything the nodes read, also inside loops and branches."""
-    inner = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
-    return {name for node in graph.node for name in node.input}.union(*map(_names, inner))
+    return {name for node in nodes_of(nodes) for name in node.input}
 
 
 def _bias(node: NodeProto) -> str:
