@@ -18,7 +18,7 @@ from kit import artifact
 from kit.data import Corpus, Loaders, cache_dir, load_corpus, token_loaders
 from kit.data.cache import key_of
 from kit.evaluation import Evaluation, evaluate
-from kit.measurement import peak_memory
+from kit.measurement import has_fast_bfloat16, peak_memory
 from kit.models import build_model
 from kit.results import write_json
 from kit.training import TrainConfig, train
@@ -55,17 +55,19 @@ class Baseline:
 
 def load_or_train(*, corpus: str = "docs", vocab_size: int = 4096, tokenizer: str = "bpe", train_bytes: int | None = None,
                   batch_size: int = 16, seq_len: int = 128, steps: int = 600, lr: float = 1e-2, patience: int | None = 3,
-                  precision: str = "float32", seed: int = 0, model: str = "ResNetBK", log: bool = True, device: str = "cpu",
+                  precision: str | None = None, seed: int = 0, model: str = "ResNetBK", log: bool = True, device: str = "cpu",
                   **shape) -> Baseline:
     """Trains `model` (a name in kit.models.MODELS; `shape` is its config) until validation stops
     improving or `steps` are done, and writes it as a float32 artifact; with the same settings, data and
     code it is only read again.
 
-    Training resumes when it was killed. The test split is measured once, on the model reloaded from its file.
+    `precision` None is bfloat16 where the device multiplies it in hardware, else float32. Training resumes when it was
+    killed. The test split is measured once, on the model reloaded from its file.
     Raises ValueError for settings that the data or the model cannot have, before any training.
     """
     text = load_corpus(corpus, vocab_size, tokenizer, train_bytes)
     loaders = token_loaders(text, batch_size, seq_len)
+    precision = precision or ("bfloat16" if has_fast_bfloat16(device) else "float32")
     training = TrainConfig(steps=steps, lr=lr, patience=patience, eval_every=max(steps // 12, 10), precision=precision, seed=seed)
     settings = {"model": model, "shape": shape, "training": dataclasses.asdict(training), "seq_len": seq_len,
                 "batch_size": batch_size, "text": text.sha256, "vocab_size": vocab_size, "tokenizer": tokenizer,

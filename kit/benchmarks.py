@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kit.measurement import latency
-from kit.models import BKMixer, build_model, parameter_count
+from kit.models import BKMixer, ResNetBKConfig, build_model, parameter_count
 from kit.models.bk_core import left_resolvent
 
 MIXING = ("BK layer", "attention layer", "BK kernel", "attention kernel")
@@ -50,7 +50,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def mixing_seconds(lengths: Sequence[int], tokens: int, d_model: int = 64, channels: int = 48, heads: int = 4,
+def mixing_seconds(lengths: Sequence[int], tokens: int, d_model: int = 64, channels: int = ResNetBKConfig.channels, heads: int = 4,
                    repeats: int = 5) -> pd.DataFrame:
     """Seconds of one forward and backward over about `tokens` tokens, in windows of each of `lengths`.
 

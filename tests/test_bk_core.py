@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kit.models import bk_core, bk_kernels, bk_scan
-from kit.models.bk_core import left_resolvent, resolvent_diagonal
+from kit.models.bk_core import gated_parts, left_resolvent, resolvent_diagonal, staggered_reflection
 
 EVERY = {
     "left": left_resolvent,
@@ -228,3 +228,49 @@ def test_an_exported_program_takes_any_length():
     for steps in (3, 40):
         inputs = draw(steps=steps)
         torch.testing.assert_close(torch.complex(*program(*inputs)), left_resolvent(*inputs))
+
+
+def test_reflection_is_the_cayley_transform_of_the_staggered_operator():
+    x, p, eta = draw(steps=21)
+    sign = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(11)[:21, None]
+    matrix = dense(x * sign, p, eta)
+    g = np.stack([np.linalg.inv(matrix[..., : i + 1, : i + 1])[..., -1, -1] for i in range(21)], 1)
+    r = (g - 1j) / (g + 1j)
+    truth = np.where(sign > 0, r, r.conj())
+    np.testing.assert_allclose(staggered_reflection(x, p, eta), truth, rtol=1e-11)
+    np.testing.assert_allclose(torch.complex(*bk_core.staggered_reflection_pair(x, p, eta)), truth, rtol=1e-11)
+    assert (np.abs(truth) < 1).all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 19])
+def test_gradients_of_the_reflection_agree_with_finite_differences(steps):
+    assert torch.autograd.gradcheck(staggered_reflection, [part.clone().requires_grad_() for part in draw(steps=steps)])
+
+
+def test_reflection_moves_with_its_input_by_an_odd_number_of_steps():
+    x, p, eta = draw(steps=40)
+    x[:, 0], p[:, 1] = 0, 0  # the step before does not reach the others
+    moved = staggered_reflection(x[:, 1:], p[:, 1:], eta)
+    torch.testing.assert_close(staggered_reflection(x, p, eta)[:, 1:], moved)
+
+
+def test_reflection_integrates_a_weak_potential_for_one_over_eta_steps():
+    x, eta = torch.zeros(1, 400, 1, dtype=torch.float64), torch.tensor([0.02], dtype=torch.float64)
+    p, pulse = torch.ones_like(x), x.clone()
+    pulse[:, 300] = 1e-6
+    answer = (staggered_reflection(pulse, p, eta) - staggered_reflection(x, p, eta))[0, 300:, 0].abs()
+    torch.testing.assert_close(answer[50] / answer[0], torch.tensor(np.exp(-1.0)), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 9, 70)])
+def test_gated_parts_and_their_gradients(shape, monkeypatch):
+    monkeypatch.setattr(bk_kernels, "GRAIN", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    generator = torch.Generator().manual_seed(0)
+    r = torch.randn(shape, dtype=torch.complex128, generator=generator).requires_grad_()
+    gate = torch.randn(*shape[:2], 2 * shape[2], dtype=torch.float64, generator=generator).requires_grad_()
+    truth = torch.cat([r.real, r.imag], -1) * gate
+    torch.testing.assert_close(gated_parts(r, gate), truth)
+    weight = torch.randn(truth.shape, dtype=torch.float64, generator=generator)
+    gradients = (torch.autograd.grad(y, (r, gate), weight) for y in (gated_parts(r, gate), truth))
+    torch.testing.assert_close(*gradients)

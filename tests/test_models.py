@@ -141,7 +141,7 @@ def test_quantizers_see_potential_and_resolvent():
     before = model(tokens())
     assert seen["v"].shape == seen["g"].shape == (2, 20, 8)
     assert seen["v"].dtype == torch.float32 and seen["g"].dtype == torch.complex64
-    assert (seen["g"].imag > 0).all()
+    assert (seen["g"].abs() < 1).all()
     mixer.quantize_g = torch.nn.Dropout(1.0)
     assert not torch.allclose(model(tokens()), before)
 

@@ -345,14 +345,14 @@ def test_bk_core_in_int8_is_close_and_per_channel_closer():
 
 
 def test_bk_core_modules_compute_between_their_quantizers():
-    from kit.models.bk_core import left_resolvent
+    from kit.models.bk_core import staggered_reflection
 
     torch.manual_seed(0)
     v, energy, hopping, eta = torch.randn(2, 10, 4), torch.zeros(4), torch.rand(2, 10, 4), torch.full((4,), 0.5)
     core = PerChannelQuantizedBKCore(4)
     core.quantize_v.observing = core.quantize_g.first.observing = core.quantize_g.second.observing = True
     exact = core(v, energy, hopping, eta)
-    assert torch.allclose(exact, left_resolvent(v - energy, hopping, eta), rtol=1e-6)
+    assert torch.allclose(exact, staggered_reflection(v - energy, hopping, eta), rtol=1e-6)
     core.quantize_v.observing = core.quantize_g.first.observing = core.quantize_g.second.observing = False
     assert 0 < (core(v, energy, hopping, eta) - exact).abs().max() < 0.05
     codes_v, (real, imaginary) = core.codes(v, energy, hopping, eta)

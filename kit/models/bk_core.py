@@ -1,7 +1,8 @@
 """The BK-core: diagonal entries of resolvents of tridiagonal operators, in O(N), with exact gradients.
 
 Each channel is an operator with diagonal ``x_i``, off-diagonal products ``p_i`` linking i-1 and i, and the complex
-shift ``i*eta``. ``left_resolvent`` is causal; ``resolvent_diagonal`` looks at both sides.
+shift ``i*eta``. ``left_resolvent`` is causal; ``resolvent_diagonal`` looks at both sides; ``staggered_reflection`` is what the language
+model mixes tokens by.
 """
 
 import torch
@@ -108,3 +109,77 @@ def resolvent_diagonal(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> t
     Arguments, result and errors are those of :func:`left_resolvent`.
     """
     return _join(x, p, eta, left_resolvent)
+
+
+class _Reflection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, g):
+        from kit.models import bk_kernels
+
+        ctx.save_for_backward(g)
+        return bk_kernels.reflect(g)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        from kit.models import bk_kernels
+
+        return bk_kernels.reflect_backward(*ctx.saved_tensors, grad.resolve_conj().contiguous())
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, r, gate):
+        from kit.models import bk_kernels
+
+        r, gate = r.resolve_conj().contiguous(), gate.contiguous()
+        ctx.save_for_backward(r, gate)
+        return bk_kernels.gate(r, gate)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        from kit.models import bk_kernels
+
+        return bk_kernels.gate_backward(*ctx.saved_tensors, grad.contiguous())
+
+
+def gated_parts(r: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """``[Re r, Im r] * gate`` of r (B, N, C) complex and gate (B, N, 2 C) real, on CPU in one pass over memory."""
+    if r.device.type == "cpu" and gate.dtype == r.real.dtype and not torch.compiler.is_exporting():
+        return (torch.compiler.disable(_Gate.apply) if torch.compiler.is_compiling() else _Gate.apply)(r, gate)
+    return torch.cat([r.real, r.imag], -1) * gate
+
+
+def _alternating(x: torch.Tensor) -> torch.Tensor:
+    """(N, 1): 1, -1, 1, ... for x (B, N, C)."""
+    return 1 - 2 * (torch.arange(x.shape[1], device=x.device) % 2).to(x.dtype).unsqueeze(-1)
+
+
+def staggered_reflection(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
+    """Reflection coefficient ``r_i = (g_i - 1j) / (g_i + 1j)`` of the left resolvent g of the operator whose diagonal is
+    ``(-1)^i x_i``, conjugated at odd i. Causal; ``|r| < 1``.
+
+    Around x = 0 a change of x_j moves g_i by ``(p g^2)^(i-j)``, and at the centre of the band ``p g^2`` is near -1. The
+    alternating signs cancel this rotation: r is a leaky integral of x over some ``sqrt(p) / eta`` steps, and shifting
+    the input by one step shifts r by one step. The Cayley transform maps the upper half-plane, where g lives, to the
+    unit disc; ``g = 1j``, which p = 1 gives a weak potential, to 0.
+
+    Arguments and errors are those of :func:`left_resolvent`; r (B, N, C) complex.
+    """
+    if torch.compiler.is_exporting():
+        return torch.complex(*staggered_reflection_pair(x, p, eta))
+    sign = _alternating(x)
+    g = left_resolvent(x * sign, p, eta)
+    if g.device.type == "cpu":
+        return (torch.compiler.disable(_Reflection.apply) if torch.compiler.is_compiling() else _Reflection.apply)(g)
+    r = (g - 1j) / (g + 1j)
+    return torch.complex(r.real, r.imag * sign)
+
+
+def staggered_reflection_pair(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Real and imaginary part of :func:`staggered_reflection` in plain real arithmetic."""
+    sign = _alternating(x)
+    real, imag = left_resolvent_pair(x * sign, p, eta)
+    scale = 1 / (real * real + (imag + 1) * (imag + 1))
+    return (real * real + imag * imag - 1) * scale, -2 * real * scale * sign

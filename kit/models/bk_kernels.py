@@ -1,4 +1,5 @@
-"""The BK mixer on CPU: numba kernels for the left resolvent, the causal convolution before it, and their adjoints,
+"""The BK mixer on CPU: numba kernels for the left resolvent, its reflection coefficient, the causal convolution before
+it, and their adjoints,
 sequential over N and vectorized over the channels.
 
 Arrays are C-contiguous and channel-last; complex numbers lie as (real, imag) pairs in the last dimension. The work is
@@ -82,6 +83,67 @@ def _backward(g, p, grad, dx, dp, deta, first, last, low, high):
 
 
 @_compile
+def _reflect(g, r, first, last, low, high):  # r = (g - 1j) / (g + 1j), its conjugate at odd steps
+    one = r.dtype.type(1)
+    for b in range(first, last):
+        sign = one
+        for i in range(g.shape[1]):
+            g_i, r_i = g[b, i, 2 * low : 2 * high], r[b, i, 2 * low : 2 * high]
+            for c in range(high - low):
+                real, imag = g_i[2 * c], g_i[2 * c + 1]
+                scale = one / (real * real + (imag + one) * (imag + one))
+                r_i[2 * c] = (real * real + imag * imag - one) * scale
+                r_i[2 * c + 1] = -(real + real) * scale * sign
+            sign = -sign
+
+
+@_compile
+def _reflect_backward(g, grad, dg, first, last, low, high):  # dr/dg = 2j / (g + 1j)^2
+    one = dg.dtype.type(1)
+    for b in range(first, last):
+        sign = one
+        for i in range(g.shape[1]):
+            g_i, w_i, dg_i = g[b, i, 2 * low : 2 * high], grad[b, i, 2 * low : 2 * high], dg[b, i, 2 * low : 2 * high]
+            for c in range(high - low):
+                real, imag = g_i[2 * c], g_i[2 * c + 1] + one
+                scale = one / (real * real + imag * imag)
+                real, imag = real * scale, imag * scale  # conj(1 / (g + 1j))
+                square, twice = real * real - imag * imag, (real + real) * imag
+                w_real, w_imag = w_i[2 * c] + w_i[2 * c], (w_i[2 * c + 1] + w_i[2 * c + 1]) * sign
+                dg_i[2 * c] = w_real * twice + w_imag * square
+                dg_i[2 * c + 1] = w_imag * twice - w_real * square
+            sign = -sign
+
+
+@_compile
+def _gate(r, gate, y, first, last, low, high):  # y = [Re r, Im r] * gate
+    channels = r.shape[2] // 2
+    for b in range(first, last):
+        for i in range(r.shape[1]):
+            r_i = r[b, i, 2 * low : 2 * high]
+            a_i, y_i = gate[b, i, low:high], y[b, i, low:high]
+            for c in range(a_i.size):
+                y_i[c] = r_i[2 * c] * a_i[c]
+            a_i, y_i = gate[b, i, channels + low : channels + high], y[b, i, channels + low : channels + high]
+            for c in range(a_i.size):
+                y_i[c] = r_i[2 * c + 1] * a_i[c]
+
+
+@_compile
+def _gate_backward(r, gate, grad, dr, dgate, first, last, low, high):
+    channels = r.shape[2] // 2
+    for b in range(first, last):
+        for i in range(r.shape[1]):
+            r_i, dr_i = r[b, i, 2 * low : 2 * high], dr[b, i, 2 * low : 2 * high]
+            for part in range(2):
+                start, stop = part * channels + low, part * channels + high
+                a_i, w_i, da_i = gate[b, i, start:stop], grad[b, i, start:stop], dgate[b, i, start:stop]
+                for c in range(a_i.size):
+                    da_i[c] = w_i[c] * r_i[2 * c + part]
+                    dr_i[2 * c + part] = w_i[c] * a_i[c]
+
+
+@_compile
 def _convolve(x, taps, bias, y, first, last, low, high):
     steps, reach = x.shape[1], taps.shape[0] - 1
     for b in range(first, last):
@@ -153,6 +215,34 @@ def backward(g: torch.Tensor, p: torch.Tensor, grad: torch.Tensor) -> tuple[torc
     dx, dp, deta = torch.empty_like(p), torch.empty_like(p), p.new_zeros(p.shape[0], p.shape[2])
     _run(_backward, p.shape, torch.view_as_real(g).flatten(2), p, torch.view_as_real(grad).flatten(2), dx, dp, deta)
     return dx, dp, deta.sum(0)
+
+
+def reflect(g: torch.Tensor) -> torch.Tensor:
+    """(g - 1j) / (g + 1j) of contiguous g (B, N, C) complex, conjugated at odd steps."""
+    r = torch.empty_like(g)
+    _run(_reflect, g.shape, torch.view_as_real(g).flatten(2), torch.view_as_real(r).flatten(2))
+    return r
+
+
+def reflect_backward(g: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """Gradient for g; ``grad`` (B, N, C) complex and contiguous is torch's gradient of ``reflect(g)``."""
+    dg = torch.empty_like(g)
+    _run(_reflect_backward, g.shape, *(torch.view_as_real(t).flatten(2) for t in (g, grad, dg)))
+    return dg
+
+
+def gate(r: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """[Re r, Im r] * gate of contiguous r (B, N, C) complex and gate (B, N, 2 C)."""
+    y = torch.empty_like(gate)
+    _run(_gate, r.shape, torch.view_as_real(r).flatten(2), gate, y)
+    return y
+
+
+def gate_backward(r: torch.Tensor, gate: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients for r and gate; ``grad`` (B, N, 2 C) contiguous."""
+    dr, dgate = torch.empty_like(r), torch.empty_like(gate)
+    _run(_gate_backward, r.shape, torch.view_as_real(r).flatten(2), gate, grad, torch.view_as_real(dr).flatten(2), dgate)
+    return dr, dgate
 
 
 def convolve(x: torch.Tensor, taps: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

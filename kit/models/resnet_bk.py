@@ -8,12 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from kit.models.base import LanguageModel, check_positive
-from kit.models.bk_core import left_resolvent, left_resolvent_pair
+from kit.models.bk_core import gated_parts, staggered_reflection, staggered_reflection_pair
 from kit.models.convolution import causal_convolution
 from kit.models.moe import RESIDUAL_SCALE, MoE
 
 ETA_FLOOR = 1e-3
-HOPPING_FLOOR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,10 @@ def softplus_inverse(y: torch.Tensor) -> torch.Tensor:
 class BKMixer(nn.Module):
     """Causal token mixing by the left resolvent of a tridiagonal operator per channel.
 
-    A depthwise causal convolution, then per token and channel a potential v and a hopping p >= 0 (linear in the
-    convolved input), ``g_i = 1 / (v_i - E - i eta - p_i g_{i-1})`` with learned energy E and width eta per channel,
-    and a projection of [Re eta g, Im eta g], each gated by the token; ``|eta g| <= 1`` whatever the channel's width.
-    ``quantize_v`` and ``quantize_g`` see v (B, N, C) and eta g (B, N, C) complex.
+    A depthwise causal convolution, then per token and channel a potential v and an off-diagonal entry h (linear in the
+    convolved input, hopping p = h^2), the reflection coefficient r of the resolvent g (`staggered_reflection`) with learned energy E and
+    width eta per channel, and a projection of [Re r, Im r], each gated by the token.
+    ``quantize_v`` and ``quantize_g`` see v (B, N, C) and r (B, N, C) complex, ``|r| < 1``.
     """
 
     def __init__(self, d_model: int, channels: int, conv: int = 4):
@@ -68,33 +67,25 @@ class BKMixer(nn.Module):
         self.input = nn.Linear(d_model, 2 * channels)
         self.gate = nn.Linear(d_model, 2 * channels)
         self.output = nn.Linear(2 * channels, d_model)
-        self.energy = nn.Parameter(torch.linspace(-1.5, 1.5, channels)[torch.randperm(channels)])
+        self.energy = nn.Parameter(torch.linspace(-0.1, 0.1, channels)[torch.randperm(channels)])
         eta = torch.logspace(math.log10(0.01), 0, channels)
         self.raw_eta = nn.Parameter(softplus_inverse(eta - ETA_FLOOR / 2))
         self.quantize_v, self.quantize_g = nn.Identity(), nn.Identity()
         with torch.no_grad():
-            self.input.weight[:channels] *= 0.3
-            self.input.bias[:channels] = 0
-            self.input.bias[channels:] = 0.5413  # softplus -> 1
+            self.input.weight *= 0.3
+            self.input.bias[:channels], self.input.bias[channels:] = 0, 1
             self.output.weight *= RESIDUAL_SCALE
             self.output.bias.zero_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, N, D) -> (B, N, D)."""
-        local = F.silu(causal_convolution(x, self.convolution.weight, self.convolution.bias))
-        v, hopping = self.input(local).chunk(2, -1)
+        local = causal_convolution(x, self.convolution.weight, self.convolution.bias)
+        v, off_diagonal = self.input(local).chunk(2, -1)
         diagonal = self.quantize_v(v) - self.energy
-        hopping = F.softplus(hopping) + HOPPING_FLOOR
-        return self.output(self._resolvent(diagonal, hopping) * F.silu(self.gate(x)))
-
-    def _resolvent(self, diagonal: torch.Tensor, hopping: torch.Tensor) -> torch.Tensor:
-        """[Re eta g, Im eta g] (B, N, 2 C)."""
-        eta = F.softplus(self.raw_eta) + ETA_FLOOR
+        hopping, eta, gate = off_diagonal.square(), F.softplus(self.raw_eta) + ETA_FLOOR, self.gate(x)
         if torch.compiler.is_exporting() and isinstance(self.quantize_g, nn.Identity):
-            return torch.cat([part * eta for part in left_resolvent_pair(diagonal, hopping, eta)], -1)
-        parts = torch.view_as_real(left_resolvent(diagonal, hopping, eta)) * eta.unsqueeze(-1)
-        parts = torch.view_as_real(self.quantize_g(torch.view_as_complex(parts)))
-        return parts.transpose(-1, -2).flatten(-2)  # one copy; g.real, g.imag and cat make six
+            return self.output(torch.cat(staggered_reflection_pair(diagonal, hopping, eta), -1) * gate)
+        return self.output(gated_parts(self.quantize_g(staggered_reflection(diagonal, hopping, eta)), gate))
 
 
 class ResNetBKLayer(nn.Module):

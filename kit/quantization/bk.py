@@ -5,14 +5,16 @@ import torch.nn as nn
 from torch import Tensor
 
 from kit.models import BKMixer
-from kit.models.bk_core import left_resolvent
+from kit.models.bk_core import staggered_reflection
 from kit.quantization.activations import ActivationQuantizer, ComplexQuantizer
 
 
 class QuantizedBKCore(nn.Module):
-    """The causal BK-core between two quantizers: v (B, N, C) -> rounded -> G -> rounded, complex (B, N, C).
+    """The causal BK-core between two quantizers: v (B, N, C) -> rounded -> G -> rounded,
+    complex (B, N, C).
 
-    G is rounded as eta G, whose modulus is at most 1 in every channel, as the mixer passes it on.
+    G is rounded as its reflection coefficient (`staggered_reflection`), which lies in the unit disc and is what the
+    mixer passes on.
     Rounds to `bits` with ranges fixed by `kit.quantization.calibrate`; straight-through in training. `codes` gives the
     integers that a deployment would keep.
 
@@ -27,16 +29,14 @@ class QuantizedBKCore(nn.Module):
         self.quantize_g = ComplexQuantizer(bits, channels=channels, mode=mode)
 
     def forward(self, v: Tensor, energy: Tensor, hopping: Tensor, eta: Tensor) -> Tensor:
-        """v (B, N, C), energy (C,), hopping (B, N, C) >= 0, eta (C,) > 0 -> G (B, N, C) complex."""
-        return self.quantize_g(self._scaled(v, energy, hopping, eta)) / eta
+        """v (B, N, C), energy (C,), hopping (B, N, C) >= 0, eta (C,) > 0 -> G as r (B, N, C) complex."""
+        return self.quantize_g(staggered_reflection(self.quantize_v(v) - energy, hopping, eta))
 
     @torch.no_grad()
     def codes(self, v: Tensor, energy: Tensor, hopping: Tensor, eta: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """int8 codes of v and of the two parts of eta G."""
-        return self.quantize_v.codes(v), self.quantize_g.codes(self._scaled(v, energy, hopping, eta))
-
-    def _scaled(self, v: Tensor, energy: Tensor, hopping: Tensor, eta: Tensor) -> Tensor:
-        return left_resolvent(self.quantize_v(v) - energy, hopping, eta) * eta
+        """int8 codes of v and of the two parts of G as r."""
+        reflection = staggered_reflection(self.quantize_v(v) - energy, hopping, eta)
+        return self.quantize_v.codes(v), self.quantize_g.codes(reflection)
 
     def attach(self, mixer: BKMixer) -> None:
         """Makes `mixer` compute with this core's quantizers."""
