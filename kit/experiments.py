@@ -116,7 +116,7 @@ def plan(notebook: str | Path, grid: Mapping | Sequence[Mapping], seeds: Sequenc
     for chosen in combinations(grid, seeds):
         for name, value in chosen.items():
             check_parameter(notebook, name, value, defaults)
-        values = {**profile_overrides(defaults), **chosen}
+        values = {**profile_overrides({**defaults, "out": None}), **chosen}
         changed = {name: value for name, value in values.items() if defaults[name] != value}
         run = Run(notebook, changed, Path(folder).resolve() / identify(notebook, changed))
         runs[run.folder] = run

@@ -20,6 +20,8 @@ PROFILES = Path(kit.__file__).resolve().parent.parent / "notebooks" / "params"
 def profile_overrides(namespace: Mapping) -> dict:
     """The values of ``notebooks/params/$KIT_PROFILE.yaml`` for names in `namespace`; {} when it is not set.
 
+    An `out` under ``runs/`` goes to ``runs-$KIT_PROFILE/``, so that a test never replaces the record of a run.
+
     Raises:
         ValueError: there is no such profile.
     """
@@ -30,6 +32,8 @@ def profile_overrides(namespace: Mapping) -> dict:
     if name not in known:
         raise ValueError(f"KIT_PROFILE is {name!r}, expected one of {', '.join(known)} (see {PROFILES}).")
     profile = yaml.safe_load((PROFILES / f"{name}.yaml").read_text(encoding="utf-8"))
+    if str(namespace.get("out")).startswith("runs/"):
+        profile["out"] = namespace["out"].replace("runs/", f"runs-{name}/", 1)
     return {key: value for key, value in profile.items() if key in namespace}
 
 

@@ -149,6 +149,8 @@ def test_profiles_hold_shared_names_and_apply_to_those_that_exist(notebook, monk
     monkeypatch.setenv("KIT_PROFILE", "smoke")
     smoke = profiles["smoke"]
     assert profile_overrides({"steps": 1, "mine": 2}) == {"steps": smoke["steps"]}
+    assert profile_overrides({"out": "runs/mine"}) == {"out": "runs-smoke/mine"}
+    assert profile_overrides({"out": "/tmp/mine"}) == {}
     assert [run.parameters["steps"] for run in plan(notebook, [{}, {"steps": 5}])] == [smoke["steps"], 5]
     monkeypatch.setenv("KIT_PROFILE", "smok")
     with pytest.raises(ValueError, match="'smok', expected one of quick, reference, smoke"):
