@@ -51,12 +51,13 @@ def main() -> None:
                 "bits_per_byte": test.bits_per_byte(text.utf8_bytes["test"]), **more}
 
     stages = [row("dense float32", dense.path, dense.test, tokens=dense.tokens, seconds=dense.seconds)]
+    rounded = []
     for ratio in ROUNDING:
         model, batches = artifact.load(dense.path), list(itertools.islice(dense.loaders.train, 4))
         set_rate_formats(model, row_sensitivity(model, batches, next_token_loss), 0.9 * dense.bytes / ratio)
         RateLoss(next_token_loss, model, int(dense.bytes / ratio), batches[:1]).finish()
         artifact.save(model, path := folder / f"rounded-{ratio:g}x.kit")
-        stages.append(row(f"rounding {ratio:g}x", path, evaluate(artifact.load(path), dense.loaders.test)))
+        rounded.append(row(f"rounding {ratio:g}x", path, evaluate(artifact.load(path), dense.loaders.test)))
 
     loaders = token_loaders(text, 16, 128)
     pipeline = CompressionPipeline(dense.model, settings["target_compression"], stages=("distillation",), seed=settings["seed"])
@@ -69,7 +70,7 @@ def main() -> None:
     final = row("distillation", path, evaluate(loaded, dense.loaders.test), tokens=stage["tokens"], seconds=stage["seconds"])
     kneser_ney = {order: KneserNey.fit(text.train, order, text.tokenizer.vocab_size).perplexity(text.test) for order in (2, 4)}
     record = write_result(folder, {
-        "notebook": "reference/run.py", "parameters": settings, "seed": settings["seed"], "stages": [*stages, final],
+        "notebook": "reference/run.py", "parameters": settings, "seed": settings["seed"], "stages": [*stages, final], "alternatives": rounded,
         "corpus": {"name": text.name, "sha256": text.sha256}, "kneser_ney": kneser_ney, "load_seconds": load_seconds,
         "degradation": final["perplexity"] / dense.test.perplexity - 1, "peak_memory": peak_memory(), **final})
     (HERE / f"{folder.name.removeprefix('reference-')}.json").write_text(record.read_text())
