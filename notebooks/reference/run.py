@@ -70,7 +70,8 @@ def main() -> None:
     final = row("distillation", path, evaluate(loaded, dense.loaders.test), tokens=stage["tokens"], seconds=stage["seconds"])
     kneser_ney = {order: KneserNey.fit(text.train, order, text.tokenizer.vocab_size).perplexity(text.test) for order in (2, 4)}
     record = write_result(folder, {
-        "notebook": "reference/run.py", "parameters": settings, "seed": settings["seed"], "stages": [*stages, final], "alternatives": rounded,
+        "notebook": "reference/run.py", "parameters": settings, "seed": settings["seed"],
+        "stages": [*stages, final], "alternatives": rounded,
         "corpus": {"name": text.name, "sha256": text.sha256}, "kneser_ney": kneser_ney, "load_seconds": load_seconds,
         "degradation": final["perplexity"] / dense.test.perplexity - 1, "peak_memory": peak_memory(), **final})
     (HERE / f"{folder.name.removeprefix('reference-')}.json").write_text(record.read_text())
