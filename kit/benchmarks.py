@@ -50,8 +50,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def mixing_seconds(lengths: Sequence[int], tokens: int, d_model: int = 64, channels: int = ResNetBKConfig.channels, heads: int = 4,
-                   repeats: int = 5) -> pd.DataFrame:
+def mixing_seconds(lengths: Sequence[int], tokens: int, d_model: int = 64,
+                   channels: int = ResNetBKConfig.channels, heads: int = 4, repeats: int = 5) -> pd.DataFrame:
     """Seconds of one forward and backward over about `tokens` tokens, in windows of each of `lengths`.
 
     Columns: `MIXING`; a layer includes its projections (and the BK layer its convolution and gate), a kernel

@@ -9,7 +9,7 @@ from torch import nn
 
 from kit.distillation.losses import FEATURE_LOSSES, as_real
 
-BK_FEATURE = "mixer.quantize_g"  # its output is the resolvent as reflection coefficient, (B, N, C) complex, after any fake quantizer
+BK_FEATURE = "mixer.quantize_g"  # gives the reflection coefficient r, (B, N, C) complex, after any quantizer
 
 
 @contextmanager

@@ -10,8 +10,7 @@ from kit.quantization.activations import ActivationQuantizer, ComplexQuantizer
 
 
 class QuantizedBKCore(nn.Module):
-    """The causal BK-core between two quantizers: v (B, N, C) -> rounded -> G -> rounded,
-    complex (B, N, C).
+    """The causal BK-core between two quantizers: v (B, N, C) -> rounded -> G -> rounded, complex (B, N, C).
 
     G is rounded as its reflection coefficient (`staggered_reflection`), which lies in the unit disc and is what the
     mixer passes on.
@@ -30,13 +29,15 @@ class QuantizedBKCore(nn.Module):
 
     def forward(self, v: Tensor, energy: Tensor, hopping: Tensor, eta: Tensor) -> Tensor:
         """v (B, N, C), energy (C,), hopping (B, N, C) >= 0, eta (C,) > 0 -> G as r (B, N, C) complex."""
-        return self.quantize_g(staggered_reflection(self.quantize_v(v) - energy, hopping, eta))
+        return self.quantize_g(self._reflection(v, energy, hopping, eta))
 
     @torch.no_grad()
     def codes(self, v: Tensor, energy: Tensor, hopping: Tensor, eta: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """int8 codes of v and of the two parts of G as r."""
-        reflection = staggered_reflection(self.quantize_v(v) - energy, hopping, eta)
-        return self.quantize_v.codes(v), self.quantize_g.codes(reflection)
+        return self.quantize_v.codes(v), self.quantize_g.codes(self._reflection(v, energy, hopping, eta))
+
+    def _reflection(self, v: Tensor, energy: Tensor, hopping: Tensor, eta: Tensor) -> Tensor:
+        return staggered_reflection(self.quantize_v(v) - energy, hopping, eta)
 
     def attach(self, mixer: BKMixer) -> None:
         """Makes `mixer` compute with this core's quantizers."""
