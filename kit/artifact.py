@@ -29,7 +29,8 @@ from kit.models import MODELS, build_model
 from kit.parametrization import bake, find_step, named_weights, original_of, set_steps, steps_of
 from kit.pruning.mask import Mask
 from kit.quantization.activations import ACTIVATION_MODULES
-from kit.quantization.fake import FakeQuantize, matrix_shape
+from kit.quantization.composition import Composition
+from kit.quantization.fake import FakeQuantize, matrix_shape, seen_by
 from kit.quantization.formats import HALF
 
 MAGIC = b"KIT1"
@@ -61,7 +62,8 @@ def save(model: nn.Module, path: str | os.PathLike, layouts: tuple[str, ...] = L
     return len(data)
 
 
-def load(path: str | os.PathLike, model: nn.Module | None = None, trainable: bool = False) -> nn.Module:
+def load(path: str | os.PathLike, model: nn.Module | None = None, trainable: bool = False,
+         parts: np.ndarray | None = None) -> nn.Module:
     """The model in the file, in evaluation mode, its weights dequantized to floats.
 
     Its outputs equal those of the fake-quantized model that was saved, to the last bit.
@@ -69,6 +71,7 @@ def load(path: str | os.PathLike, model: nn.Module | None = None, trainable: boo
     Args:
         model: an instance to fill, for models that are not the kit's own; it is changed and returned.
         trainable: put the masks and fake quantizers of the saved model back on, so that training can go on.
+        parts: what each token was merged from (`BPETokenizer.parts`), for files whose token tables were composed of them.
     Raises ArtifactError: the file is not an artifact, was cut or edited, or has other tensors than the model.
     """
     header, blobs = _read(path)
@@ -77,16 +80,31 @@ def load(path: str | os.PathLike, model: nn.Module | None = None, trainable: boo
     _restore_modules(model, header["modules"], path)
     targets = _tensors(model)
     _check_shapes(header, targets, path)
-    grids = {}
+    grids, compositions = {}, {}
     with torch.no_grad():
         for entry in header["tensors"]:
-            parts = [next(blobs) for _ in entry["sizes"]]
-            targets[entry["name"]].copy_(decode(entry, parts))
+            data, name = [next(blobs) for _ in entry["sizes"]], entry["name"]
+            if "composed" in entry:
+                compositions[name], data = _composition(entry, data, parts, path), data[:-2]
+            targets[name].copy_(decode(entry, data))
             if trainable and "format" in entry:
-                grids[entry["name"]] = decode_grid(entry, parts)
+                grids[name] = decode_grid(entry, data)
+            elif name in compositions:
+                targets[name].copy_(compositions[name](targets[name]))
     if trainable:
-        _restore_steps(model, header["tensors"], grids)
+        _restore_steps(model, header["tensors"], grids, compositions)
     return model.eval()
+
+
+def _composition(entry: dict, data: list[bytes], parts: np.ndarray | None, path) -> Composition:
+    if parts is None:
+        raise ArtifactError(f"{path} composes {entry['name']!r} of the tokenizer's merges: pass load(path, parts=tokenizer.parts)")
+    composition = Composition(parts, entry["shape"][-1])
+    if composition.checksum != entry["composed"]:
+        raise ArtifactError(f"{path} was composed with another tokenizer's merges than the parts given: use its own")
+    for factor, half in zip((composition.left, composition.right), data[-2:]):
+        factor.copy_(torch.frombuffer(bytearray(half), dtype=torch.float16))
+    return composition
 
 
 def float32_bytes(model: nn.Module) -> int:
@@ -154,11 +172,11 @@ def _encode(module: nn.Module, attribute: str, layouts: tuple[str, ...]) -> tupl
     if quantizer.format.bits == 16:
         entry, parts = encode_float(getattr(module, attribute).half(), layouts)
         return {**entry, "half": True}, parts
-    weight = original_of(module, attribute)
-    for step in steps_of(module, attribute):
-        if step is not quantizer:
-            weight = step(weight)
-    entry, parts = encode_codes(weight, quantizer, layouts)
+    entry, parts = encode_codes(seen_by(quantizer, module, attribute), quantizer, layouts)
+    composition = find_step(module, attribute, Composition)
+    if composition is not None:
+        entry["composed"] = composition.checksum
+        parts += [encode_float(factor.half(), ("dense",))[1][0] for factor in (composition.left, composition.right)]
     return ({**entry, "learned": True} if quantizer.learned else entry), parts
 
 
@@ -208,7 +226,7 @@ def _restore_modules(model: nn.Module, modules: dict, path) -> None:
         model.set_submodule(name, ACTIVATION_MODULES[kind].from_settings(settings))
 
 
-def _restore_steps(model: nn.Module, entries: list[dict], grids: dict) -> None:
+def _restore_steps(model: nn.Module, entries: list[dict], grids: dict, compositions: dict) -> None:
     entries = {entry["name"]: entry for entry in entries}
     for name, module, attribute in list(named_weights(model)):
         entry, weight, steps = entries[name], getattr(module, attribute).detach(), []
@@ -220,6 +238,8 @@ def _restore_steps(model: nn.Module, entries: list[dict], grids: dict) -> None:
             if name in grids and (quantizer.scale is not None or not torch.equal(quantizer(weight), weight)):
                 quantizer.set_grid(*grids[name])  # also where rounded weights would not give their own range again
             steps.append(quantizer)
+        if name in compositions:
+            steps.append(compositions[name])
         if steps:
             set_steps(model, module, attribute, steps)
 

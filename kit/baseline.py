@@ -2,12 +2,15 @@
 disk.
 """
 
+import ast
 import dataclasses
 import hashlib
 import itertools
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from kit import artifact
 from kit.data import Corpus, Loaders, cache_dir, load_corpus, token_loaders
 from kit.data.cache import key_of
 from kit.evaluation import Evaluation, evaluate
+from kit.losses import VocabularySample, next_token_loss
 from kit.measurement import has_fast_bfloat16, peak_memory
 from kit.models import build_model
 from kit.results import write_json
@@ -84,12 +88,18 @@ def load_or_train(*, corpus: str = "docs", vocab_size: int = 4096, tokenizer: st
                     record["tokens"], record["seconds"], record["peak_memory"])
 
 
+def training_loss(model: nn.Module) -> Callable:
+    """`next_token_loss`, on a sample of the vocabulary where that is much smaller than the whole."""
+    large = len(model.output()[0]) > 4 * VocabularySample.frequent
+    return partial(next_token_loss, sample=VocabularySample()) if large else next_token_loss
+
+
 def _train(model: nn.Module, loaders: Loaders, config: TrainConfig, folder: Path, settings: dict, log: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint"
-    sample = list(itertools.islice(loaders.validation, VALIDATION_BATCHES))
-    result = train(model, loaders.train, config, validate=lambda m: evaluate(m, sample).loss,
-                   checkpoint=checkpoint, log=log)
+    glance = list(itertools.islice(loaders.validation, VALIDATION_BATCHES))
+    result = train(model, loaders.train, config, loss=training_loss(model), checkpoint=checkpoint, log=log,
+                   validate=lambda m: evaluate(m, glance).loss)
     artifact.save(model, folder / "model.kit", layouts=("dense",))
     test = evaluate(artifact.load(folder / "model.kit").to(next(model.parameters()).device), loaders.test)
     write_json(folder / "record.json", {"settings": settings, "test": dataclasses.asdict(test), "history": result.history,
@@ -105,4 +115,13 @@ def _sources() -> str:
     """A hash of the code that decides what is trained, so that no stale model passes for a new one."""
     package = Path(__file__).parent
     files = sorted(f for name in SOURCES for f in ([package / name] if name.endswith(".py") else (package / name).rglob("*.py")))
-    return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()[:16]
+    return hashlib.sha256("\0".join(_computes(f.read_text()) for f in files).encode()).hexdigest()[:16]
+
+
+def _computes(source: str) -> str:
+    """What a module does, whatever its comments, docstrings and line breaks."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value.value = None
+    return ast.dump(tree)

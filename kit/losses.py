@@ -1,5 +1,8 @@
 """Training losses: next-token cross-entropy that never holds all logits, and classification."""
 
+import math
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,9 +58,37 @@ def linear_token_losses(
     return losses, torch.zeros_like(kept).masked_scatter_(kept, hits)
 
 
-def next_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+@dataclass(frozen=True)
+class VocabularySample:
+    """A part of a large vocabulary that stands for the whole in one training step.
+
+    The first `frequent` tokens (vocabularies are sorted by falling frequency, roughly) and every target of the batch
+    are always in it; of the others one in `every` is, drawn anew each time, its exp(logit) counted `every` times:
+    the softmax's denominator is estimated without bias (importance sampling: Bengio & Senecal 2008). Evaluation
+    always takes the whole vocabulary.
+    """
+
+    frequent: int = 4096
+    every: int = 16
+
+    def draw(self, targets: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+        """Tokens (n,) int64, ascending, and (n,) the log of how often each counts."""
+        sure = torch.zeros(vocabulary, dtype=torch.bool, device=targets.device)
+        sure[: self.frequent] = True
+        sure[targets[targets >= 0]] = True
+        drawn = torch.rand(vocabulary, device=targets.device) * self.every < 1
+        tokens = (sure | drawn).nonzero()[:, 0]
+        return tokens, torch.where(sure[tokens], 0.0, math.log(self.every))
+
+    def restrict(self, output: tuple[Tensor, Tensor | None], tokens: Tensor, log_counts: Tensor) -> tuple[Tensor, Tensor]:
+        """An output layer (weight (V, D), bias (V,) or None) cut down to `tokens`."""
+        weight, bias = output
+        return weight[tokens], log_counts.to(weight.dtype) if bias is None else bias[tokens] + log_counts
+
+
+def next_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor], sample: VocabularySample | None = None) -> Tensor:
     """Cross-entropy of a language model (`hidden`, `output`, `auxiliary_loss`) on (inputs, targets), both (B,
-    T) int64, plus its weighted auxiliary (load-balancing) loss.
+    T) int64, plus its weighted auxiliary (load-balancing) loss. With a `sample` it is estimated on part of the vocabulary.
 
     On CPU, bfloat16 autocast is for the product with the vocabulary alone; in narrow layers its casts cost
     more than it saves.
@@ -66,7 +97,12 @@ def next_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     device = inputs.device.type
     with torch.autocast(device, enabled=device != "cpu" and torch.is_autocast_enabled(device)):
         hidden = model.hidden(inputs)
-    loss = linear_cross_entropy(hidden, *model.output(), targets)
+    output = model.output()
+    if sample is not None:
+        tokens, log_counts = sample.draw(targets, len(output[0]))
+        output = sample.restrict(output, tokens, log_counts)
+        targets = torch.where(targets < 0, targets, torch.searchsorted(tokens, targets.contiguous()))
+    loss = linear_cross_entropy(hidden, *output, targets)
     return loss + AUXILIARY_WEIGHT * model.auxiliary_loss()
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
@@ -69,6 +70,15 @@ class BPETokenizer:
     def decode(self, ids):
         """The text behind the tokens; bytes that are no UTF-8 (a cut character) become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    @cached_property
+    def parts(self):
+        """The two tokens that each token was merged from, -1 twice for a byte: int32 array (vocab_size, 2)."""
+        state = json.loads(self.to_json())["model"]
+        ids, parts = state["vocab"], np.full((self.vocab_size, 2), -1, np.int32)
+        for left, right in reversed(state["merges"]):  # the first merge that makes a token is its own
+            parts[ids[left + right]] = ids[left], ids[right]
+        return parts
 
     def to_json(self):
         return self._backend.to_str()

@@ -11,7 +11,7 @@ from kit.distillation.cache import TeacherCache
 from kit.distillation.features import FeatureLoss, capture, feature_pairs
 from kit.distillation.fused import Output, TopK, linear_distillation
 from kit.distillation.losses import DIVERGENCES, hard_loss, soft_loss, top_k_divergence
-from kit.losses import AUXILIARY_WEIGHT
+from kit.losses import AUXILIARY_WEIGHT, VocabularySample
 from kit.training import TrainConfig, TrainResult, train
 
 Schedule = Callable[[float], float]
@@ -42,6 +42,7 @@ class DistillationTrainer:
 
     temperature and alpha are numbers or schedules of the progress in [0, 1]. `kind` is one of losses.DIVERGENCES,
     `feature_loss` one of losses.FEATURE_LOSSES. A teacher receives no gradients and must be in evaluation mode.
+    With a `sample` both models are compared on part of a large vocabulary, at temperature 1.
     `parts` holds the last batch's soft, hard and feature loss.
     """
 
@@ -49,12 +50,13 @@ class DistillationTrainer:
         self, teacher: nn.Module | Sequence[nn.Module] | TeacherCache, student: nn.Module,
         temperature: float | Schedule = 2.0, alpha: float | Schedule = 0.7, feature_weight: float = 0.1, *,
         kind: str = "forward", features: Sequence[tuple[str, str]] | None = None, feature_loss: str = "mse",
+        sample: VocabularySample | None = None,
     ):  # fmt: skip
         """Raises ValueError for settings outside their range, names that match nothing, unequal vocabularies."""
         self.cache = teacher if isinstance(teacher, TeacherCache) else None
         self.teachers = [] if self.cache else [teacher] if isinstance(teacher, nn.Module) else list(teacher)
         self.student, self.temperature, self.alpha, self.kind = student, temperature, alpha, kind
-        self.feature_weight, self.parts = feature_weight, {}
+        self.feature_weight, self.sample, self.parts = feature_weight, sample, {}
         self.progress = nn.Parameter(torch.zeros(()), requires_grad=False)  # a parameter, so that checkpoints hold it
         self.fused = all(hasattr(model, "output") and hasattr(model, "hidden") for model in (student, *self.teachers))
         self._check()
@@ -125,6 +127,8 @@ class DistillationTrainer:
 
     def _logit_loss(self, own, soft, targets):
         temperature, alpha = self._now("temperature"), self._now("alpha")
+        if self.fused and self.sample is not None:
+            own, soft, targets = self._sampled(own, soft, targets)
         if self.fused:
             loss = linear_distillation(own, targets, soft, temperature=temperature, alpha=alpha, kind=self.kind)
             self.parts.update(soft=loss.soft, hard=loss.hard)
@@ -139,6 +143,11 @@ class DistillationTrainer:
         divergence = divergence[keep].mean()
         self.parts.update(soft=divergence.detach(), hard=hard.detach())
         return alpha * divergence + (1 - alpha) * hard
+
+    def _sampled(self, own: Output, soft: Sequence[Output], targets: torch.Tensor):
+        tokens, log_counts = self.sample.draw(targets, len(own.weight))
+        own, *soft = (Output(x.hidden, *self.sample.restrict(x[1:], tokens, log_counts)) for x in (own, *soft))
+        return own, soft, torch.where(targets < 0, targets, torch.searchsorted(tokens, targets.contiguous()))
 
     def _now(self, name: str) -> float:
         value = getattr(self, name)
@@ -155,6 +164,8 @@ class DistillationTrainer:
             raise ValueError(f"divergence {self.kind!r} is unknown: choose one of {', '.join(DIVERGENCES)}")
         if not self.teachers and self.cache is None:
             raise ValueError("there is no teacher: give a module, a list of at least one, or a TeacherCache")
+        if self.sample and (self.cache or not self.fused or self.temperature != 1):
+            raise ValueError(f"a sample of the vocabulary needs language models, no cache, and temperature 1 (it is {self.temperature})")
         if self.cache and self.temperature != self.cache.temperature:
             raise ValueError(f"temperature is {self.temperature}, the cached targets were made at "
                              f"{self.cache.temperature}: use that, or build another cache")  # fmt: skip

@@ -69,6 +69,11 @@ class _LeftResolvent(torch.autograd.Function):
         return *ctx.backend.backward(g, p.contiguous(), grad.resolve_conj().contiguous()), None
 
 
+def _apply(function: type[torch.autograd.Function], *arguments):
+    """`function.apply`, outside the graph of torch.compile: its kernels are compiled already."""
+    return (torch.compiler.disable(function.apply) if torch.compiler.is_compiling() else function.apply)(*arguments)
+
+
 def _check(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> None:
     if x.ndim != 3 or p.shape != x.shape or eta.shape != x.shape[2:] or not x.numel():
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, p, eta))
@@ -98,8 +103,7 @@ def left_resolvent(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> torch
         from kit.models import bk_kernels as backend  # numba takes half a second to import
     else:
         from kit.models import bk_scan as backend
-    apply = _LeftResolvent.apply
-    return (torch.compiler.disable(apply) if torch.compiler.is_compiling() else apply)(x, p, eta, backend)
+    return _apply(_LeftResolvent, x, p, eta, backend)
 
 
 def resolvent_diagonal(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
@@ -147,7 +151,7 @@ class _Gate(torch.autograd.Function):
 def gated_parts(r: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """``[Re r, Im r] * gate`` of r (B, N, C) complex and gate (B, N, 2 C) real, on CPU in one pass over memory."""
     if r.device.type == "cpu" and gate.dtype == r.real.dtype and not torch.compiler.is_exporting():
-        return (torch.compiler.disable(_Gate.apply) if torch.compiler.is_compiling() else _Gate.apply)(r, gate)
+        return _apply(_Gate, r, gate)
     return torch.cat([r.real, r.imag], -1) * gate
 
 
@@ -172,7 +176,7 @@ def staggered_reflection(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) ->
     sign = _alternating(x)
     g = left_resolvent(x * sign, p, eta)
     if g.device.type == "cpu":
-        return (torch.compiler.disable(_Reflection.apply) if torch.compiler.is_compiling() else _Reflection.apply)(g)
+        return _apply(_Reflection, g)
     r = (g - 1j) / (g + 1j)
     return torch.complex(r.real, r.imag * sign)
 

@@ -22,10 +22,12 @@ from torch import Tensor
 from kit import coding
 from kit.parametrization import named_weights, original_of, set_steps, steps_of
 from kit.quantization import formats
+from kit.quantization.composition import Composition
 from kit.quantization.fake import FakeQuantize, matrix_shape, seen_by
 from kit.quantization.formats import Format
 
 ROW_CELLS = 16
+MOST_ROWS = 128  # that share a step: frequencies of tokens fall quickly
 SMALL = 1024    # tensors below this many values are not worth a rate term: they take SMALL_FORMAT
 LEAST_SENSITIVITY = 1e-8    # relative to the largest: rows that no gradient reached still get a finite step
 SMALL_FORMAT = Format(8, granularity="tensor")
@@ -109,13 +111,17 @@ def set_rate_formats(model: nn.Module, sensitivity: dict[str, Tensor], target_by
     """
     members, largest = [], max(float(rows.max()) for rows in sensitivity.values())
     for name, module, attribute in list(named_weights(model)):
-        keep = [s for s in steps_of(module, attribute) if not isinstance(s, FakeQuantize)]
-        weight = getattr(module, attribute).detach()
+        others = [s for s in steps_of(module, attribute) if not isinstance(s, FakeQuantize)]
+        before, after = ([s for s in others if isinstance(s, Composition) == last] for last in (False, True))
+        weight = original_of(module, attribute).detach()
+        for step in before:
+            weight = step(weight)
         rows, _ = shape = matrix_shape(module, weight.shape)
         large = weight.numel() >= SMALL
-        blocks = Format(8, granularity="rows", group_size=max(1, -(-rows // ROW_CELLS))) if large else SMALL_FORMAT
+        size = min(MOST_ROWS, -(-rows // ROW_CELLS))
+        blocks = Format(8, granularity="rows", group_size=size) if large else SMALL_FORMAT
         quantizer = FakeQuantize(weight, shape, blocks, learned=large)
-        set_steps(model, module, attribute, [*keep, quantizer])
+        set_steps(model, module, attribute, [*before, quantizer, *after])
         if large:
             fisher = sensitivity.get(name, torch.zeros(rows)).to(weight.device)
             means = formats.to_blocks(fisher[:, None].expand(rows, 1), blocks, math.nan).nanmean(1, keepdim=True)
@@ -199,7 +205,9 @@ class RateLoss:
         losses, sizes = [], []
         for change in (1 / factor, factor * factor):
             self._widen(change)
-            losses.append(sum(float(self.loss(self.model, batch)) for batch in self.batches) / len(self.batches))
+            with torch.random.fork_rng(devices=[]):  # the same sample of the vocabulary for both
+                torch.manual_seed(0)
+                losses.append(sum(float(self.loss(self.model, batch)) for batch in self.batches) / len(self.batches))
             sizes.append(8 * self.coded() / self.weights)
         self._widen(1 / factor)
         return max((losses[1] - losses[0]) / max(sizes[0] - sizes[1], 1e-6), 1e-4)

@@ -1,0 +1,120 @@
+"""Rows of a token table composed from the rows of the tokens that byte-pair encoding merged.
+
+A BPE token is two shorter tokens side by side ("compression" from "com" and "pression"), so its row is predicted by
+theirs and only a residual is left to train and to store:
+
+    e_i = r_i + a * e_left(i) + b * e_right(i)        (elementwise; a and b are two learned vectors a table)
+
+The tokens of one byte have no parts. Where a residual is zero a row costs nothing and still differs from all others.
+This is predictive coding (DPCM) along the tree of merges; subword sums as in fastText (Bojanowski et al. 2017,
+arXiv:1607.04606) with the segmentation that the tokenizer already has. The merges are the tokenizer's, and stay there.
+"""
+
+import zlib
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from kit.parametrization import named_weights, original_of, set_steps
+
+
+class _Compose(torch.autograd.Function):
+    """Level by level, shortest tokens first; the adjoint goes the other way."""
+
+    @staticmethod
+    def forward(ctx, residual, left, right, levels):
+        rows = residual.clone()
+        for at, first, second in levels:
+            rows[at] += left * rows[first] + right * rows[second]
+        ctx.levels = levels
+        ctx.save_for_backward(rows, left, right)
+        return rows
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        rows, left, right = ctx.saved_tensors
+        grad, d_left, d_right = grad.clone(), torch.zeros_like(left), torch.zeros_like(right)
+        for at, first, second in reversed(ctx.levels):
+            g = grad[at]
+            d_left += (g * rows[first]).sum(0)
+            d_right += (g * rows[second]).sum(0)
+            grad.index_add_(0, first, left * g).index_add_(0, second, right * g)
+        return grad, d_left, d_right, None
+
+
+class Composition(nn.Module):
+    """Parametrization: residuals (V, D) -> rows (V, D), float32.
+
+    Args:
+        parts: int (V, 2), the two tokens that each token is made of, both before it, or -1 twice (`BPETokenizer.parts`).
+        width: D.
+    Raises ValueError for parts that do not precede their token.
+    """
+
+    def __init__(self, parts: np.ndarray, width: int):
+        super().__init__()
+        self.parts = np.ascontiguousarray(parts, np.int32)
+        made = self.parts[:, 0] >= 0
+        if self.parts.ndim != 2 or (self.parts.max(1) >= np.arange(len(self.parts))).any():
+            raise ValueError("a token's parts must come before it: pass the `parts` of a BPETokenizer")
+        depth = np.zeros(len(self.parts), np.int64)
+        for token in np.flatnonzero(made):
+            depth[token] = 1 + depth[self.parts[token]].max()
+        self.levels = [tuple(torch.from_numpy(x.astype(np.int64)) for x in (at, *self.parts[at].T))
+                       for at in (np.flatnonzero(depth == d) for d in range(1, depth.max() + 1))]
+        self.left, self.right = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+
+    @property
+    def checksum(self) -> int:
+        """CRC-32 of the parts, by which a file tells whether it was given the right ones."""
+        return zlib.crc32(self.parts.tobytes())
+
+    def _apply(self, function, recurse: bool = True):
+        self.levels = [tuple(function(x) for x in level) for level in self.levels]
+        return super()._apply(function, recurse)
+
+    def forward(self, residual: Tensor) -> Tensor:
+        return _Compose.apply(residual, _half(self.left), _half(self.right), self.levels)
+
+    @torch.no_grad()
+    def fit(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Sets a and b by least squares, each row weighted (V,), and returns the residuals of `rows` (V, D)."""
+        at, first, second = (torch.cat(x) for x in zip(*self.levels))
+        y, x = rows[at], torch.stack([rows[first], rows[second]], -1)
+        w = weights[at][:, None, None]
+        gram = torch.einsum("ndi,ndj->dij", w * x, x) + 1e-6 * torch.eye(2, device=x.device)
+        solution = torch.linalg.solve(gram, torch.einsum("ndi,nd->di", w * x, y))
+        self.left.copy_(solution[:, 0]), self.right.copy_(solution[:, 1])
+        residual = rows.clone()
+        residual[at] -= _half(self.left) * rows[first] + _half(self.right) * rows[second]
+        return residual
+
+
+def _half(x: Tensor) -> Tensor:
+    """Rounded to half precision, as the file holds it, with the gradient straight through."""
+    return x + (x.half().float() - x).detach()
+
+
+def compose_tables(model: nn.Module, parts: np.ndarray, counts: Tensor) -> nn.Module:
+    """Puts a `Composition` on every matrix with a row for each token (embedding, output layer), in place, and returns
+    the model. What it computes stays the same; masks and formats of these matrices are dropped.
+
+    counts: (V,), how often each token occurs: the weight of its row when a and b are fitted.
+    Raises ValueError when no matrix has as many rows as `parts`.
+    """
+    tables = [(m, a) for _, m, a in named_weights(model) if original_of(m, a).ndim == 2 and len(original_of(m, a)) == len(parts)]
+    if not tables:
+        raise ValueError(f"no matrix of {type(model).__name__} has the {len(parts):,} rows of a token table: "
+                         "pass the parts of the tokenizer it was trained with")
+    for module, attribute in tables:
+        rows = getattr(module, attribute).detach()
+        composition = Composition(parts, rows.shape[1]).to(rows.device)
+        residual = composition.fit(rows, counts.to(rows))
+        set_steps(model, module, attribute, [])
+        with torch.no_grad():
+            original_of(module, attribute).copy_(residual)
+        set_steps(model, module, attribute, [composition])
+    return model
