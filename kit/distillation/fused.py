@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from kit.distillation.losses import DIVERGENCES
 
-CPU_BLOCK = 2**21  # logits a buffer: 8 MB in float32
+CPU_BLOCK = 2**19  # logits a buffer: 2 MB in float32, so that all five stay in cache
 CUDA_BLOCK = 2**26
 
 
@@ -25,12 +25,12 @@ class Output(NamedTuple):
     bias: torch.Tensor | None = None
 
 
-class TopK(NamedTuple):
-    """Cached targets: indices (..., k) int64, log_p (..., k), and the log of the remaining mass, log_tail (...)."""
+class SparseTarget(NamedTuple):
+    """Cached targets: k tokens of the vocabulary, indices (..., k) int64, and the log of their probabilities, (..., k),
+    which sum to 1 and stand for the whole distribution (`cache.sparse`)."""
 
     indices: torch.Tensor
     log_p: torch.Tensor
-    log_tail: torch.Tensor
 
 
 class FusedLoss(NamedTuple):
@@ -47,10 +47,10 @@ def linear_distillation(
 ) -> FusedLoss:  # fmt: skip
     """alpha * soft + (1 - alpha) * hard, mean over the tokens whose target (...) is not `ignore_index`.
 
-    `soft` is a sequence of teachers' `Output`s (the mean of their probabilities is the target), or a `TopK`, whose
-    probabilities must belong to the same temperature. `chunk` is the number of tokens a pass.
+    `soft` is a sequence of teachers' `Output`s (the mean of their probabilities is the target), or a `SparseTarget`,
+    whose probabilities must belong to the same temperature. `chunk` is the number of tokens a pass.
     Differentiable in the student's hidden, weight and bias. Raises ValueError when the vocabularies differ, when
-    no token is left, or when `kind` is unknown or not "forward" with a `TopK`.
+    no token is left, or when `kind` is unknown or not "forward" with a `SparseTarget`.
     """
     _check(student, soft, kind)
     keep = (targets != ignore_index).flatten()
@@ -58,8 +58,8 @@ def linear_distillation(
         raise ValueError(f"every target is {ignore_index}: a batch needs at least one token to learn from")
     rows = slice(None) if keep.all() else keep
     hidden = student.hidden.flatten(0, -2).to(student.weight.dtype)[rows]
-    if isinstance(soft, TopK):
-        target = _TopKTarget(*(_flat(x, targets)[rows] for x in soft))
+    if isinstance(soft, SparseTarget):
+        target = _Sparse(*(_flat(x, targets)[rows] for x in soft))
     else:
         target = _FullTarget([Output(t.hidden.detach().flatten(0, -2)[rows], *t[1:]) for t in soft], kind, skew)
     block = CUDA_BLOCK if hidden.is_cuda else CPU_BLOCK
@@ -75,9 +75,9 @@ def _flat(x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def _check(student: Output, soft, kind: str) -> None:
     if kind not in DIVERGENCES:
         raise ValueError(f"divergence {kind!r} is unknown: choose one of {', '.join(DIVERGENCES)}")
-    if isinstance(soft, TopK):
+    if isinstance(soft, SparseTarget):
         if kind != "forward":
-            raise ValueError(f"cached top-k targets know the forward divergence only, not {kind!r}: use the teacher")
+            raise ValueError(f"cached targets know the forward divergence only, not {kind!r}: use the teacher")
         return
     for teacher in soft:
         if len(teacher.weight) != len(student.weight):
@@ -113,12 +113,17 @@ def _passes(hidden, weight, bias, targets, target, temperature, alpha, chunk, wa
         h, own = hidden[rows], targets[rows, None]
         logits, error, q, p, log_p = buffers[:, : len(h)]
         _logits(h, weight, bias, out=logits)
-        hard += (_softmax(logits, out=error) - logits.gather(1, own)).sum()
-        error.scatter_add_(1, own, error.new_full((len(h), 1), -1.0)).mul_((1 - alpha) / n)
-        if alpha:
-            log_z = _softmax(logits.div_(temperature), out=q)
-            soft += target(rows, logits, log_z, q, temperature, p, log_p)
-            error.add_(q, alpha=alpha * temperature / n)
+        log_z = _softmax(logits, out=error)
+        hard += (log_z - logits.gather(1, own)).sum()
+        if alpha == temperature == 1:  # the same softmax, and no other gradient
+            soft += target(rows, logits, log_z, error, temperature, p, log_p)
+            error.div_(n)
+        else:
+            error.scatter_add_(1, own, error.new_full((len(h), 1), -1.0)).mul_((1 - alpha) / n)
+            if alpha:
+                log_z = _softmax(logits.div_(temperature), out=q)
+                soft += target(rows, logits, log_z, q, temperature, p, log_p)
+                error.add_(q, alpha=alpha * temperature / n)
         _accumulate(grads, rows, h, weight, error)
     return grads, soft.mul_(temperature**2 / n), hard.div_(n)
 
@@ -186,16 +191,14 @@ def mean_probabilities(teachers: Sequence[Output], rows: slice, temperature: flo
     return p.new_zeros(len(p), 1)
 
 
-class _TopKTarget:
-    """As `_FullTarget`, from k probabilities and the mass of the rest (`losses.top_k_divergence`)."""
+class _Sparse:
+    """As `_FullTarget`, from k probabilities (`losses.sparse_divergence`)."""
 
-    def __init__(self, indices, log_p, log_tail):
-        self.indices, self.log_p, self.log_tail = indices, log_p, log_tail
+    def __init__(self, indices, log_p):
+        self.indices, self.log_p = indices, log_p
 
     def __call__(self, rows, logits, log_z, q, *_):
-        indices, log_p, log_tail = self.indices[rows], self.log_p[rows], self.log_tail[rows]
-        p, tail = log_p.exp(), log_tail.exp()
-        known = logits.gather(1, indices) - log_z
-        rest = q.scatter_(1, indices, 0).sum(1).clamp_min_(torch.finfo(q.dtype).tiny)
-        q.mul_((1 - tail / rest)[:, None]).scatter_(1, indices, known.exp() - p)
-        return (p * (log_p - known)).sum() + torch.where(tail > 0, tail * (log_tail - rest.log()), 0).sum()
+        indices, log_p = self.indices[rows], self.log_p[rows]
+        p = log_p.exp()
+        q.scatter_add_(1, indices, -p)
+        return (p * (log_p - logits.gather(1, indices) + log_z)).sum()

@@ -49,16 +49,13 @@ def hard_loss(student_logits: torch.Tensor, targets: torch.Tensor, ignore_index:
     return flat.view_as(targets)
 
 
-def top_k_divergence(log_q: torch.Tensor, indices: torch.Tensor, log_p: torch.Tensor, log_tail: torch.Tensor):
-    """KL(p || q) when only k probabilities of p and the mass of the rest are known: the rest is one event.
+def sparse_divergence(log_q: torch.Tensor, indices: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of a p that is 0 outside k tokens: log_q (..., V), indices and log_p (..., k) -> (...).
 
-    log_q (..., V), indices and log_p (..., k), log_tail (...) -> (...). Equals the full divergence for k = V
-    (log_tail = -inf) and never exceeds it (the log-sum inequality).
+    For an unbiased sample of the teacher's distribution (`cache.sparse`) its gradient is the full divergence's in the
+    mean; its value is larger by what the sample lacks in entropy, the same for every student. Equal for k = V.
     """
-    known = (log_p.exp() * (log_p - log_q.gather(-1, indices))).sum(-1)
-    rest = log_q.exp().scatter(-1, indices, 0).sum(-1)
-    tail = log_tail.exp()
-    return known + torch.where(tail > 0, tail * (log_tail - rest.clamp_min(_tiny(rest)).log()), 0)
+    return (log_p.exp() * (log_p - log_q.gather(-1, indices))).sum(-1)
 
 
 def _tiny(x: torch.Tensor) -> float:

@@ -9,8 +9,8 @@ from torch import nn
 
 from kit.distillation.cache import TeacherCache
 from kit.distillation.features import FeatureLoss, capture, feature_pairs
-from kit.distillation.fused import Output, TopK, linear_distillation
-from kit.distillation.losses import DIVERGENCES, hard_loss, soft_loss, top_k_divergence
+from kit.distillation.fused import Output, SparseTarget, linear_distillation
+from kit.distillation.losses import DIVERGENCES, hard_loss, soft_loss, sparse_divergence
 from kit.losses import AUXILIARY_WEIGHT, VocabularySample
 from kit.training import TrainConfig, TrainResult, train
 
@@ -121,9 +121,9 @@ class DistillationTrainer:
     def _soft(self, batch, passes):
         if self.cache is None:
             return [output for output, _ in passes]
-        if len(batch) != 5:
+        if len(batch) != 4:
             raise ValueError(f"a batch has {len(batch)} parts and no cached targets: train on cache.wrap(loader)")
-        return TopK(*batch[1:4])
+        return SparseTarget(*batch[1:3])
 
     def _logit_loss(self, own, soft, targets):
         temperature, alpha = self._now("temperature"), self._now("alpha")
@@ -135,8 +135,8 @@ class DistillationTrainer:
             return loss.total
         keep = targets != -100
         hard = hard_loss(own, targets)[keep].mean()
-        if isinstance(soft, TopK):
-            divergence = temperature**2 * top_k_divergence(F.log_softmax(own / temperature, -1), *soft)
+        if isinstance(soft, SparseTarget):
+            divergence = temperature**2 * sparse_divergence(F.log_softmax(own / temperature, -1), *soft)
         else:
             _same_classes(own.shape[-1], *(logits.shape[-1] for logits in soft))
             divergence = soft_loss(own, soft, temperature, self.kind)
