@@ -6,21 +6,25 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 
 from kit import artifact
+from kit.baseline import training_loss
 from kit.data.cache import key_of
 from kit.distillation import DistillationTrainer
 from kit.evaluation import evaluate
-from kit.losses import classification_loss, next_token_loss
+from kit.losses import classification_loss
 from kit.models import MoE
 from kit.parametrization import bake, copy_model, named_weights, original_of
 from kit.pruning.experts import prune_unused_experts
 from kit.pruning.magnitude import MagnitudePruner
 from kit.quantization import calibrate, original_mix, quantize_bk_core, quantize_weights
+from kit.quantization.composition import compose_tables
 from kit.quantization.rate import RateLoss, row_sensitivity, set_rate_formats
 from kit.results import write_json
 from kit.training import TrainConfig, train
@@ -35,26 +39,31 @@ class CompressionPipeline:
     qat           INT4 groups for experts and INT8 for the rest, straight-through; the BK-core's v and G in INT8
     pruning       experts under 5 % usage go, the router shrinks; then magnitude pruning on a cubic schedule, as far
                   as brings the file a quarter of the way (in ratio) from the last stage to the budget
-    distillation  from the uncompressed model; learned steps and a rate term steer the range-coded size to the budget
+    distillation  from the uncompressed model; learned steps and a rate term steer the range-coded size to the budget,
+                  and weights that were pruned may come back where they are worth their bits
 
     Every stage starts from the file of the stage before it, and is measured after reloading its own.
 
     Args:
         model: any trained module. Language models (`hidden`, `output`) are trained on next tokens, others on labels.
         stages: their order; distillation last if the budget is to be met.
-        lr: peak learning rate of each stage.
+        lr: peak learning rate of QAT and pruning; the distillation, which goes further, takes twice that.
+        token_parts: what each token was merged from (`BPETokenizer.parts`): the distillation then codes token tables as
+            residuals from their parts (`kit.quantization.composition`), and its file is loaded with `parts=token_parts`.
     Raises ValueError for a target below 1 or an unknown stage.
     """
 
     def __init__(self, model: nn.Module, target_compression: float = 100.0, device: str = "cpu",
-                 stages: Sequence[str] = STAGES, lr: float = 2e-3, seed: int = 0, log: bool = True):
+                 stages: Sequence[str] = STAGES, lr: float = 2e-3, seed: int = 0, log: bool = True,
+                 token_parts: np.ndarray | None = None):
         if not target_compression >= 1:
             raise ValueError(f"target_compression={target_compression} must be at least 1, the float32 file itself")
         if unknown := set(stages) - set(STAGES):
             raise ValueError(f"unknown stage {sorted(unknown)[0]!r}: choose from {', '.join(STAGES)}")
         self.model, self.target_compression, self.device = model, target_compression, device
         self.stages, self.lr, self.seed, self.log = tuple(stages), lr, seed, log
-        self.loss = next_token_loss if hasattr(model, "output") else classification_loss
+        self.token_parts, self.language = token_parts, hasattr(model, "output")
+        self.loss = training_loss(model) if self.language else classification_loss
         self.baseline_bytes = artifact.float32_bytes(model)
         self.budget = math.floor(self.baseline_bytes / target_compression)
 
@@ -108,7 +117,7 @@ class CompressionPipeline:
         write_json(file, claim)
 
     def _load(self, path: Path, trainable: bool = False) -> nn.Module:
-        return artifact.load(path, self._skeleton(), trainable=trainable).to(self.device)
+        return artifact.load(path, self._skeleton(), trainable, self.token_parts).to(self.device)
 
     def _skeleton(self) -> nn.Module | None:
         return None if artifact.recipe(self.model) else bake(self.model)
@@ -134,9 +143,9 @@ class CompressionPipeline:
         start = time.perf_counter()
         torch.manual_seed(self.seed)
         batches = [tuple(t.to(self.device) for t in batch) for batch in itertools.islice(loader, CALIBRATION_BATCHES)]
-        model = copy_model(teacher) if previous is None else self._load(previous, trainable=name != "pruning")
+        model = copy_model(teacher) if previous is None else self._load(previous)
         model, loss, hooks, extra, finish = getattr(self, f"_{name}")(model, teacher, batches, previous)
-        config = TrainConfig(steps=steps, lr=self.lr, seed=self.seed)
+        config = TrainConfig(steps=steps, lr=self.lr * (2 if name == "distillation" else 1), seed=self.seed)
         checkpoint = path.with_suffix(".checkpoint")
         result = train(model, loader, config, loss=loss, hooks=hooks, checkpoint=checkpoint, log=self.log,
                        extra_parameters=extra)
@@ -177,11 +186,18 @@ class CompressionPipeline:
         return low
 
     def _distillation(self, model, teacher, batches, previous):
-        distill = DistillationTrainer(teacher, model)
-        if previous is not None and previous.stat().st_size <= self.budget:
+        fits = previous is not None and previous.stat().st_size <= self.budget
+        if fits:
+            model = self._load(previous, trainable=True)
+        sample = self.loss.keywords["sample"] if isinstance(self.loss, partial) else None
+        distill = DistillationTrainer(teacher, model, temperature=1.0, alpha=1.0, feature_weight=0.0, sample=sample)
+        if fits:
             return model, distill, (distill.step,), distill.parameters(), lambda: None
+        if self.language and self.token_parts is not None:
+            counts = torch.bincount(torch.cat([batch[0].flatten() for batch in batches]), minlength=len(self.token_parts))
+            compose_tables(model, self.token_parts, counts)
         weights = sum(original_of(m, a).numel() for _, m, a in named_weights(model))
-        start = min(3.0 * self.budget, weights / 2)
+        start = min(6.0 * self.budget, weights / 2)
         set_rate_formats(model, row_sensitivity(model, batches, self.loss), start)
         rate = RateLoss(distill, model, self.budget, batches[:2])
         return model, rate, (distill.step, rate.step), [*distill.parameters(), *rate.parameters()], rate.finish

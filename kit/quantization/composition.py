@@ -18,31 +18,43 @@ import torch.nn as nn
 from torch import Tensor
 
 from kit.parametrization import named_weights, original_of, set_steps
+from kit.quantization import kernels
+
+
+def compose_by_levels(residual: Tensor, left: Tensor, right: Tensor, levels) -> Tensor:
+    """`kernels.compose` on any device, the shortest tokens first."""
+    rows = residual.clone()
+    for at, first, second in levels:
+        rows[at] += left * rows[first] + right * rows[second]
+    return rows
+
+
+def compose_by_levels_backward(rows: Tensor, left: Tensor, right: Tensor, levels, grad: Tensor) -> tuple[Tensor, ...]:
+    """Its adjoint, the longest tokens first."""
+    grad, d_left, d_right = grad.clone(), torch.zeros_like(left), torch.zeros_like(right)
+    for at, first, second in reversed(levels):
+        g = grad[at]
+        d_left += (g * rows[first]).sum(0)
+        d_right += (g * rows[second]).sum(0)
+        grad.index_add_(0, first, left * g).index_add_(0, second, right * g)
+    return grad, d_left, d_right
 
 
 class _Compose(torch.autograd.Function):
-    """Level by level, shortest tokens first; the adjoint goes the other way."""
-
     @staticmethod
-    def forward(ctx, residual, left, right, levels):
-        rows = residual.clone()
-        for at, first, second in levels:
-            rows[at] += left * rows[first] + right * rows[second]
-        ctx.levels = levels
+    def forward(ctx, residual, left, right, composition):
+        ctx.composition, cpu = composition, residual.device.type == "cpu"
+        rows = (kernels.compose(residual, left, right, composition.parts) if cpu
+                else compose_by_levels(residual, left, right, composition.levels))
         ctx.save_for_backward(rows, left, right)
         return rows
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        rows, left, right = ctx.saved_tensors
-        grad, d_left, d_right = grad.clone(), torch.zeros_like(left), torch.zeros_like(right)
-        for at, first, second in reversed(ctx.levels):
-            g = grad[at]
-            d_left += (g * rows[first]).sum(0)
-            d_right += (g * rows[second]).sum(0)
-            grad.index_add_(0, first, left * g).index_add_(0, second, right * g)
-        return grad, d_left, d_right, None
+        if grad.device.type == "cpu":
+            return *kernels.compose_backward(*ctx.saved_tensors, ctx.composition.parts, grad), None
+        return *compose_by_levels_backward(*ctx.saved_tensors, ctx.composition.levels, grad), None
 
 
 class Composition(nn.Module):
@@ -77,7 +89,7 @@ class Composition(nn.Module):
         return super()._apply(function, recurse)
 
     def forward(self, residual: Tensor) -> Tensor:
-        return _Compose.apply(residual, _half(self.left), _half(self.right), self.levels)
+        return _Compose.apply(residual, _half(self.left), _half(self.right), self)
 
     @torch.no_grad()
     def fit(self, rows: Tensor, weights: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kit.quantization import kernels
+
 BITS = (2, 3, 4, 5, 6, 8, 16, "ternary")
 SCALES = ("float32", "float16", "log8")
 SMALLEST_SCALE = {"float32": 1e-30, "float16": 2.0**-24, "log8": 1e-30}
@@ -214,6 +216,12 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, zero, qmin, qmax, step_gradient):
+        ctx.compiled = kernels.fits(x, scale, zero)
+        if ctx.compiled:
+            x, scale = x.contiguous(), scale.contiguous()
+            ctx.save_for_backward(x, scale)
+            ctx.range, ctx.step_gradient = (qmin, qmax), step_gradient
+            return kernels.fake_quantize(x, scale, qmin, qmax)
         ratio = x / scale
         unclipped = torch.round(ratio) if zero is None else torch.round(ratio) + zero
         q = unclipped.clamp(qmin, qmax) + 0.0  # integer codes know no -0.0
@@ -223,6 +231,9 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        if ctx.compiled:
+            grad_x, grad_scale = kernels.fake_quantize_backward(*ctx.saved_tensors, *ctx.range, grad)
+            return grad_x, grad_scale * ctx.step_gradient if ctx.step_gradient else None, None, None, None, None
         ratio, q, unclipped, zero = ctx.saved_tensors
         inside = q == unclipped
         grad_x = grad * inside

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kit import coding
 from kit.parametrization import named_weights, original_of, set_steps, steps_of
-from kit.quantization import formats
+from kit.quantization import formats, kernels
 from kit.quantization.composition import Composition
 from kit.quantization.fake import FakeQuantize, matrix_shape, seen_by
 from kit.quantization.formats import Format
@@ -31,6 +31,10 @@ MOST_ROWS = 128  # that share a step: frequencies of tokens fall quickly
 SMALL = 1024    # tensors below this many values are not worth a rate term: they take SMALL_FORMAT
 LEAST_SENSITIVITY = 1e-8    # relative to the largest: rows that no gradient reached still get a finite step
 SMALL_FORMAT = Format(8, granularity="tensor")
+INTEGRAL, PROPORTIONAL = 0.03, 2.0    # of log lambda, a step, for log(size / wanted)
+LOG_LAMBDA = (-9.0, 4.0)
+SLACK = 0.08
+AIM = 0.99    # of the bytes that there are, so that little is left to `finish`
 
 
 def geometric_bits(mean: Tensor) -> Tensor:
@@ -44,15 +48,15 @@ class _Magnitude(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale):
-        ratio = x / scale
-        ctx.save_for_backward(ratio, scale)
-        return torch.round(ratio).abs()
+        ctx.save_for_backward(x, scale)
+        return kernels.magnitude(x, scale) if kernels.fits(x, scale, None) else torch.round(x / scale).abs()
 
     @staticmethod
     def backward(ctx, grad):
-        ratio, scale = ctx.saved_tensors
-        sign = torch.sign(ratio)
-        return grad * sign / scale, -(grad * ratio.abs()).sum(1, keepdim=True) / scale
+        x, scale = ctx.saved_tensors
+        if kernels.fits(x, scale, None):
+            return kernels.magnitude_backward(x, scale, grad)
+        return grad * torch.sign(x) / scale, -(grad * x.abs()).sum(1, keepdim=True) / scale**2
 
 
 def _row_edges(rows: int) -> list[int]:
@@ -138,14 +142,15 @@ def set_rate_formats(model: nn.Module, sensitivity: dict[str, Tensor], target_by
 class RateLoss:
     """loss + lambda * bits / weights for kit.training.train, with the size of the file on a schedule; `step` is its hook.
 
-    The size falls geometrically to `file_bytes` during the first `ramp` of the run and is held there: some forty
-    times a run one factor on all steps brings the range-coded codes to the size that is due. lambda is the slope of
-    the loss against bits along that factor, measured at the same time, so that pulling a weight to zero and widening
-    its step cost the same. `finish`, after training, fits the file exactly. What is not range-coded (header, scales,
-    small tensors) is measured and counted.
+    The size falls geometrically to `file_bytes` during the first `ramp` of the run and is held there by lambda: log lambda
+    follows log(size / wanted) as a proportional-integral controller. Steps are learned, with the rate's own gradient.
+    Twenty times a run the estimate of `code_bits` is set right by what the coder really takes, and where lambda has not
+    had the steps to do it (more than SLACK above, shrinking to nothing at the end) one factor widens all steps. lambda
+    begins as the slope of the loss against bits along such a factor. `finish`, after training, fits the file exactly.
+    What is not range-coded (header, scales, small tensors) is measured and counted.
     """
 
-    def __init__(self, loss: Callable, model: nn.Module, file_bytes: int, batches: list, ramp: float = 0.5):
+    def __init__(self, loss: Callable, model: nn.Module, file_bytes: int, batches: list, ramp: float = 0.6):
         self.loss, self.model, self.file_bytes, self.batches, self.ramp = loss, model, file_bytes, batches, ramp
         self.members = rate_quantizers(model)
         if not self.members:
@@ -156,47 +161,56 @@ class RateLoss:
         if file_bytes <= 1.1 * overhead:
             raise ValueError(f"{file_bytes} bytes are too few: header, scales and small tensors alone take {overhead}; "
                              "ask for less compression or a model with fewer small tensors")
-        self.target = file_bytes - overhead
-        self.multiplier = nn.Parameter(torch.tensor(self._slope()), requires_grad=False)
+        self.target = AIM * (file_bytes - overhead)
+        self.estimate = float(self._bits().detach()) / 8
+        slope = math.log(self._slope())
+        state = torch.tensor([slope, slope, self.start / self.estimate])  # log lambda, its integral part, coded / estimated
+        self.state = nn.Parameter(state, requires_grad=False)
 
     def parameters(self) -> list[nn.Parameter]:
         """What a checkpoint has to keep: pass as `extra_parameters`."""
-        return [self.multiplier]
+        return [self.state]
 
     def coded(self) -> int:
         """Bytes of the range-coded codes as the weights stand."""
         return sum(coded_bytes(seen_by(s, m, a), s) for m, a, s in self.members)
 
+    def _bits(self) -> Tensor:
+        return sum(code_bits(seen_by(s, m, a), s) for m, a, s in self.members)
+
     def __call__(self, model: nn.Module, batch) -> Tensor:
-        bits = sum(code_bits(seen_by(s, m, a), s) for m, a, s in self.members)
-        return self.loss(model, batch) + self.multiplier * bits / self.weights
+        bits = self._bits()
+        self.estimate = float(bits.detach()) / 8
+        return self.loss(model, batch) + self.state[0].exp() * bits / self.weights
 
     @torch.no_grad()
     def step(self, step: int, steps: int, model: nn.Module) -> None:
-        if step % max(5, steps // 40):
-            return
-        progress = min(1.0, step / (self.ramp * steps))
-        wanted = self.start * (self.target / self.start) ** progress
-        drifted = self.coded()
-        self._fit(wanted)
-        self.multiplier.fill_(self._slope())
-        self.history.append({"step": step, "bytes": drifted, "wanted": wanted, "lambda": self.multiplier.item()})
+        wanted = self.start * (self.target / self.start) ** min(1.0, step / (self.ramp * steps))
+        due = step % max(5, steps // 20) == 0
+        if due:
+            self.state[2] = self.coded() / float(self._bits() / 8)
+        error = math.log(self.estimate * self.state[2].item() / wanted)
+        self.state[1] = (self.state[1] + INTEGRAL * error).clamp(*LOG_LAMBDA)
+        self.state[0] = (self.state[1] + PROPORTIONAL * error).clamp(*LOG_LAMBDA)
+        if due:
+            self.history.append({"step": step, "bytes": wanted * math.exp(error), "wanted": wanted,
+                                 "lambda": math.exp(self.state[0])})
+            self._shrink(wanted * (1 + SLACK * (1 - step / steps)))
 
-    @torch.no_grad()
     def _widen(self, factor: float) -> None:
         for _, _, quantizer in self.members:
             quantizer.scale.mul_(factor)
 
-    def _fit(self, wanted: float, tolerance: float = 0.01) -> None:
-        """Widens or narrows all steps until the codes take `wanted` bytes, by the secant method in log-log."""
+    def _shrink(self, most: float) -> None:
+        """Widens all steps until the codes take at most `most` bytes, by the secant method in log-log."""
         exponent, size = 1.0, self.coded()
-        for _ in range(6):
-            if abs(size / wanted - 1) < tolerance:
+        for _ in range(8):
+            if size <= 1.005 * most:
                 return
-            factor = min(max((size / wanted) ** (1 / exponent), 0.7), 1.5)
+            factor = min((size / most) ** (1 / exponent), 1.5)
             self._widen(factor)
             before, size = size, self.coded()
-            if factor != 1 and size != before:
+            if size != before:
                 exponent = min(max(math.log(before / size) / math.log(factor), 0.4), 4.0)
 
     @torch.no_grad()
@@ -210,28 +224,34 @@ class RateLoss:
                 losses.append(sum(float(self.loss(self.model, batch)) for batch in self.batches) / len(self.batches))
             sizes.append(8 * self.coded() / self.weights)
         self._widen(1 / factor)
-        return max((losses[1] - losses[0]) / max(sizes[0] - sizes[1], 1e-6), 1e-4)
+        return max((losses[1] - losses[0]) / max(sizes[0] - sizes[1], 1e-6), 1e-3)
 
-    @torch.no_grad()
     def finish(self) -> None:
-        """After training: sets the smallest codes to zero, as many as it takes for the file to be within its bytes."""
+        """After training: sets codes to zero until the file is within its bytes, those first whose squared weight times
+        the sensitivity of their row is least."""
+        sensitivity = row_sensitivity(self.model, self.batches, self.loss)
+        names = {id(original_of(m, a)): name for name, m, a in named_weights(self.model)}
         kept = [original_of(m, a).detach().clone() for m, a, _ in self.members]
+        scores = []
+        for (m, a, s), weight in zip(self.members, kept):
+            rows = sensitivity.get(names[id(original_of(m, a))], weight.new_zeros(s.shape[0]))
+            score = (rows[:, None] * weight.reshape(s.shape).square()).reshape(weight.shape)
+            scores.append(score.masked_fill(s.codes(seen_by(s, m, a))[0].reshape(weight.shape) == 0, math.inf))
         self.target = self.coded()
         while (over := _file_bytes(self.model) - self.file_bytes) > 0:
             self.target -= over
-            self._trim(kept)
+            self._trim(kept, scores)
 
-    def _trim(self, kept: list[Tensor]) -> None:
-        """Zeroes all weights within a factor of their step, the least factor from 0.5 that reaches the target."""
-        low, high = 0.5, 129.0
+    @torch.no_grad()
+    def _trim(self, kept: list[Tensor], scores: list[Tensor]) -> None:
+        """Zeroes the weights of lowest score, as few as reach the target."""
+        ordered = torch.cat([score[score < math.inf] for score in scores]).sort().values
+        low, high = 0, len(ordered) - 1
         for left in reversed(range(17)):
-            middle = math.sqrt(low * high) if left else high
-            for (m, a, s), weight in zip(self.members, kept):
-                blocks = formats.to_blocks(weight.reshape(s.shape), s.format)
-                small = formats.from_blocks(blocks.abs() < middle * s.grid(blocks)[0], s.shape, s.format)
-                original_of(m, a).copy_(weight.masked_fill(small.reshape(weight.shape), 0.0))
+            middle = (low + high) // 2 if left else high
+            for (m, a, _), weight, score in zip(self.members, kept, scores):
+                original_of(m, a).copy_(weight.masked_fill(score <= ordered[middle], 0.0))
             low, high = (middle, high) if self.coded() > self.target else (low, middle)
-
 
 def _file_bytes(model: nn.Module) -> int:
     from kit import artifact

@@ -1,12 +1,12 @@
-"""The 4.2 M-parameter model on two CPU cores: the dense model, the file it makes by rounding alone, and the one it makes by
-rate-distortion distillation. Writes its record beside this file.
+"""The reference model (30,000 words, 4.2 M parameters) on a corpus, and what the kit makes of it; a record a run, beside
+this file. `notebooks/08_reference.ipynb` reads them.
 
-    python notebooks/reference/run.py docs --target-compression 100 --steps 1300
+    python notebooks/reference/run.py docs                                         # 100x: QAT, pruning, distillation
+    python notebooks/reference/run.py docs --target-compression 40 --stages distillation
+    python notebooks/reference/run.py docs --controls                              # rounding, rivals, small models
 """
 
 import argparse
-import itertools
-import json
 import sys
 import time
 from pathlib import Path
@@ -14,68 +14,66 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from kit import artifact
-from kit.baseline import load_or_train
+import torch
+
+from kit import artifact, frontier
+from kit.baseline import Baseline, load_or_train
 from kit.data import token_loaders
-from kit.evaluation import evaluate
-from kit.losses import next_token_loss
 from kit.measurement import peak_memory
 from kit.models.ngram import KneserNey
-from kit.pipeline import CompressionPipeline
-from kit.quantization.rate import RateLoss, row_sensitivity, set_rate_formats
-from kit.results import write_result
+from kit.pipeline import STAGES, CompressionPipeline
+from kit.results import write_json
 
 SHAPE = {"d_model": 64, "layers": 4, "experts": 4, "tied": False}
-ROUNDING = (8.0, 12.0, 16.0, 24.0)
+ROUNDING = (8, 12, 16, 24, 40)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", help="docs, or text:<file, folder or glob>")
     parser.add_argument("--vocab-size", type=int, default=30000)
-    parser.add_argument("--dense-steps", type=int, default=3600, help="at most, of 32 windows of 128 tokens")
-    parser.add_argument("--steps", type=int, default=1300, help="of distillation, of 16 windows")
+    parser.add_argument("--dense-steps", type=int, default=3000, help="at most, of 32 windows of 128 tokens")
+    parser.add_argument("--steps", type=int, default=3000, help="of distillation, of 16 windows; QAT and pruning: a tenth each")
     parser.add_argument("--target-compression", type=float, default=100.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--seed", type=int, default=0, help="of the compression; the dense model's is 0")
+    parser.add_argument("--controls", action="store_true")
     settings = vars(parser.parse_args())
     dense = load_or_train(corpus=settings["corpus"], vocab_size=settings["vocab_size"], batch_size=32, seq_len=128,
-                          steps=settings["dense_steps"], seed=settings["seed"], **SHAPE)
-    text, name = dense.corpus, settings["corpus"].rsplit("/", 1)[-1].removesuffix(".txt")
-    folder = HERE.parents[1] / "runs" / f"reference-{name}-{settings['target_compression']:g}x-{settings['seed']}"
+                          steps=settings["dense_steps"], **SHAPE)
+    name = settings["corpus"].rsplit("/", 1)[-1].removesuffix(".txt")
+    record = controls(dense, name) if settings["controls"] else compression(dense, name, settings)
+    file = f"{name}-controls" if settings["controls"] else f"{name}-{settings['target_compression']:g}x-{settings['seed']}"
+    write_json(HERE / f"{file}.json", {
+        "notebook": "reference/run.py", "parameters": {**settings, "train_bytes": None, "batch_size": 32, "seq_len": 128},
+        "seed": settings["seed"], "dense": frontier.dense_row(dense), "threads": torch.get_num_threads(), "peak_memory": peak_memory(),
+        "corpus": {"name": dense.corpus.name, "sha256": dense.corpus.sha256}, **record})
+
+
+def compression(dense: Baseline, name: str, settings: dict) -> dict:
+    loader, steps = token_loaders(dense.corpus, 16, 128).train, settings["steps"]
+    folder = HERE.parents[1] / "runs" / f"reference-{name}-{settings['target_compression']:g}x-{settings['seed']}-{len(settings['stages'])}-{steps}"
+    pipeline = CompressionPipeline(dense.model, settings["target_compression"], stages=settings["stages"], seed=settings["seed"],
+                                   token_parts=frontier.token_parts(dense))
+    stages = frontier.compressed(dense, pipeline, loader, folder, qat=steps // 10, pruning=steps // 10, distillation=steps)
+    file, start = folder / f"{settings['stages'][-1]}.kit", time.perf_counter()
+    artifact.load(file, parts=frontier.token_parts(dense))
+    seconds, last = time.perf_counter() - start, stages[-1]
+    print({key: last[key] for key in ("bytes", "ratio", "perplexity")}, f"dense {dense.test.perplexity:.2f}")
+    return {"stages": stages, "load_seconds": seconds, "degradation": last["perplexity"] / dense.test.perplexity - 1,
+            "artifact": str(file.relative_to(HERE.parents[1])), **{key: last[key] for key in ("bytes", "ratio", "perplexity")}}
+
+
+def controls(dense: Baseline, name: str) -> dict:
+    folder, text = HERE.parents[1] / "runs" / f"reference-{name}-controls", dense.corpus
     folder.mkdir(parents=True, exist_ok=True)
-
-    def row(name: str, path: Path, test, **more) -> dict:
-        low, high = test.interval()
-        return {"name": name, "bytes": path.stat().st_size, "ratio": dense.bytes / path.stat().st_size,
-                "perplexity": test.perplexity, "low": low, "high": high,
-                "bits_per_byte": test.bits_per_byte(text.utf8_bytes["test"]), **more}
-
-    stages = [row("dense float32", dense.path, dense.test, tokens=dense.tokens, seconds=dense.seconds)]
-    rounded = []
-    for ratio in ROUNDING:
-        model, batches = artifact.load(dense.path), list(itertools.islice(dense.loaders.train, 4))
-        set_rate_formats(model, row_sensitivity(model, batches, next_token_loss), 0.9 * dense.bytes / ratio)
-        RateLoss(next_token_loss, model, int(dense.bytes / ratio), batches[:1]).finish()
-        artifact.save(model, path := folder / f"rounded-{ratio:g}x.kit")
-        rounded.append(row(f"rounding {ratio:g}x", path, evaluate(artifact.load(path), dense.loaders.test)))
-
-    loaders = token_loaders(text, 16, 128)
-    pipeline = CompressionPipeline(dense.model, settings["target_compression"], stages=("distillation",), seed=settings["seed"])
-    _, metrics = pipeline.run_pipeline(loaders.train, loaders.validation, save_dir=folder / f"{settings['steps']}-steps",
-                                       distillation_epochs=settings["steps"] / len(loaders.train))
-    stage = metrics["stage_metrics"]["distillation"]
-    path, start = Path(stage["path"]), time.perf_counter()
-    loaded = artifact.load(path)
-    load_seconds = time.perf_counter() - start
-    final = row("distillation", path, evaluate(loaded, dense.loaders.test), tokens=stage["tokens"], seconds=stage["seconds"])
-    kneser_ney = {order: KneserNey.fit(text.train, order, text.tokenizer.vocab_size).perplexity(text.test) for order in (2, 4)}
-    record = write_result(folder, {
-        "notebook": "reference/run.py", "parameters": settings, "seed": settings["seed"],
-        "stages": [*stages, final], "alternatives": rounded,
-        "corpus": {"name": text.name, "sha256": text.sha256}, "kneser_ney": kneser_ney, "load_seconds": load_seconds,
-        "degradation": final["perplexity"] / dense.test.perplexity - 1, "peak_memory": peak_memory(), **final})
-    (HERE / f"{folder.name.removeprefix('reference-')}.json").write_text(record.read_text())
-    print(json.dumps({key: final[key] for key in ("bytes", "ratio", "perplexity")}), f"dense {dense.test.perplexity:.2f}")
+    rivals = [frontier.product_quantized(dense, pieces, folder) for pieces in (4, 8, 16)]
+    rivals += [frontier.low_rank(dense, *shape, folder) for shape in ((16, 3), (32, 3), (32, 4))]
+    rivals += [frontier.hashed(dense, buckets, folder) for buckets in (500, 2000)]
+    rivals += [frontier.uniform_zlib(dense, bits, folder) for bits in (2, 3, 4)]
+    orders = (1, 2, 4)
+    return {"rounding": [frontier.rounded(dense, ratio, folder) for ratio in ROUNDING], "rivals": rivals,
+            "kneser_ney": {n: KneserNey.fit(text.train, n, text.tokenizer.vocab_size).perplexity(text.test) for n in orders}}
 
 
 if __name__ == "__main__":

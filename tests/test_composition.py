@@ -1,0 +1,118 @@
+"""Composed token tables against a plain loop, and the files they end in."""
+
+import numpy as np
+import pytest
+import torch
+
+from kit import artifact
+from kit.data.tokenization import BPETokenizer
+from kit.losses import next_token_loss
+from kit.models import build_model
+from kit.quantization import kernels
+from kit.quantization.composition import (Composition, _Compose, compose_by_levels, compose_by_levels_backward,
+                                          compose_tables)
+from kit.quantization.rate import RateLoss, row_sensitivity, set_rate_formats
+
+TEXT = "the theory of the other weather gathers there; they breathe together, rather other than the others. " * 40
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return BPETokenizer.train(TEXT, 290)
+
+
+def model_of(tokenizer, **more):
+    torch.manual_seed(0)
+    return build_model("ResNetBK", {"vocab_size": tokenizer.vocab_size, "d_model": 32, "layers": 1, "channels": 8, **more}).eval()
+
+
+def batch(tokenizer):
+    tokens = torch.from_numpy(tokenizer.encode(TEXT)[:161]).long()
+    return tokens[:160].view(4, 40), tokens[1:161].view(4, 40)
+
+
+def test_parts_spell_their_token(tokenizer):
+    spell = [tokenizer._backend.id_to_token(i) for i in range(tokenizer.vocab_size)]
+    assert (tokenizer.parts[:256] == -1).all() and (tokenizer.parts[256:] >= 0).all()
+    for token, (left, right) in enumerate(tokenizer.parts[256:], 256):
+        assert spell[left] + spell[right] == spell[token]
+
+
+def test_rows_are_the_recursion(tokenizer):
+    torch.manual_seed(1)
+    composition = Composition(tokenizer.parts, 5)
+    composition.left.data, composition.right.data = torch.randn(5).half().float(), torch.randn(5).half().float()
+    residual = torch.randn(tokenizer.vocab_size, 5)
+    expected = residual.double()
+    for i, (left, right) in enumerate(tokenizer.parts):
+        if left >= 0:
+            expected[i] += composition.left.double() * expected[left] + composition.right.double() * expected[right]
+    assert torch.allclose(composition(residual), expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients(tokenizer):
+    parts = tokenizer.parts[:280]
+    arguments = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((280, 3), 3, 3)]
+    composition = Composition(parts, 3)
+    assert torch.autograd.gradcheck(lambda *a: _Compose.apply(*a, composition)[250:], arguments)
+
+
+def test_levels_give_what_the_kernel_gives(tokenizer):
+    """The route that other devices take."""
+    torch.manual_seed(2)
+    composition, residual = Composition(tokenizer.parts, 4), torch.randn(tokenizer.vocab_size, 4)
+    left, right, grad = torch.rand(4), torch.rand(4), torch.randn(tokenizer.vocab_size, 4)
+    rows = compose_by_levels(residual, left, right, composition.levels)
+    assert torch.allclose(kernels.compose(residual, left, right, tokenizer.parts), rows, atol=1e-5)
+    for ours, theirs in zip(kernels.compose_backward(rows, left, right, tokenizer.parts, grad),
+                            compose_by_levels_backward(rows, left, right, composition.levels, grad)):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_composing_keeps_the_outputs(tokenizer):
+    model, (inputs, _) = model_of(tokenizer), batch(tokenizer)
+    before = model(inputs)
+    compose_tables(model, tokenizer.parts, torch.ones(tokenizer.vocab_size))
+    assert torch.allclose(model(inputs), before, atol=1e-4)
+
+
+def test_fit_finds_the_factors_that_made_the_rows(tokenizer):
+    torch.manual_seed(3)
+    truth = Composition(tokenizer.parts, 6)
+    truth.left.data, truth.right.data = torch.rand(6).half().float(), torch.rand(6).half().float()
+    rows = truth(torch.cat([torch.randn(256, 6), torch.zeros(tokenizer.vocab_size - 256, 6)])).detach()
+    found = Composition(tokenizer.parts, 6)
+    residual = found.fit(rows, torch.ones(len(rows)))
+    assert torch.allclose(found.left, truth.left, atol=2e-3) and residual[256:].abs().max() < 2e-2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_file_gives_the_model_back(tokenizer, tmp_path, tied):
+    model, examples = model_of(tokenizer, tied=tied), [batch(tokenizer)]
+    compose_tables(model, tokenizer.parts, torch.ones(tokenizer.vocab_size))
+    set_rate_formats(model, row_sensitivity(model, examples, next_token_loss), 4000)
+    rate = RateLoss(next_token_loss, model, 9000, examples)
+    rate(model, examples[0]).backward()
+    assert all(step.left.grad.abs().sum() > 0 for name, step in model.named_modules() if isinstance(step, Composition))
+    rate.finish()
+    assert artifact.save(model, tmp_path / "a.kit") <= 9000
+    again = artifact.load(tmp_path / "a.kit", parts=tokenizer.parts)
+    assert torch.equal(again(examples[0][0]), model(examples[0][0]))
+    trainable = artifact.load(tmp_path / "a.kit", trainable=True, parts=tokenizer.parts)
+    artifact.save(trainable, tmp_path / "b.kit")
+    assert (tmp_path / "a.kit").read_bytes() == (tmp_path / "b.kit").read_bytes()
+
+
+def test_bad_input(tokenizer, tmp_path):
+    model = model_of(tokenizer)
+    with pytest.raises(ValueError, match="no matrix of ResNetBK has the 289 rows"):
+        compose_tables(model, tokenizer.parts[:289], torch.ones(289))
+    with pytest.raises(ValueError, match="parts must come before"):
+        Composition(np.array([[-1, -1], [2, 0], [-1, -1]]), 4)
+    compose_tables(model, tokenizer.parts, torch.ones(tokenizer.vocab_size))
+    set_rate_formats(model, {"embedding.weight": torch.ones(tokenizer.vocab_size)}, 20000)
+    artifact.save(model, tmp_path / "a.kit")
+    with pytest.raises(artifact.ArtifactError, match="parts=tokenizer.parts"):
+        artifact.load(tmp_path / "a.kit")
+    with pytest.raises(artifact.ArtifactError, match="another tokenizer's merges"):
+        artifact.load(tmp_path / "a.kit", parts=np.full_like(tokenizer.parts, -1))
