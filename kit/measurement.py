@@ -4,6 +4,7 @@ machine."""
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -71,6 +72,29 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def added_memory(setup: str, work: str) -> int:
+    """Bytes by which the Python statements `work` raise the resident memory of a fresh process at their peak, `setup`
+    done before. On Linux the peak is counted from there on: `ru_maxrss` would begin at that of the parent process.
+    Raises RuntimeError with the last line of the error when the statements fail."""
+    script = f"from kit.measurement import _resident_peak\n{setup}\nbefore = _resident_peak(restart=True)\n{work}\n"
+    script += "print(_resident_peak() - before)"
+    root = Path(kit.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the process to be measured failed: {done.stderr.strip().splitlines()[-1]}")
+    return int(done.stdout.split()[-1])
+
+
+def _resident_peak(restart: bool = False) -> int:
+    process = Path("/proc/self")
+    if not (process / "status").exists():
+        return peak_memory()
+    if restart:
+        (process / "clear_refs").write_text("5")
+    lines = (process / "status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def macs(model: nn.Module, example: Tensor | tuple) -> int:

@@ -20,6 +20,7 @@ from kit.distillation.losses import (
     DIVERGENCES, as_real, feature_cosine, feature_mse, hard_loss, relational_loss, soft_loss, soft_targets,
     sparse_divergence,
 )  # fmt: skip
+from kit.measurement import added_memory
 from kit.models import DigitsCNN, DigitsMLP, LSTMLM, LSTMLMConfig, ResNetBK, ResNetBKConfig
 from kit.pruning.mask import set_mask
 from kit.quantization import Format, quantize_weights
@@ -481,6 +482,16 @@ def test_damaged_missing_and_foreign_caches(teacher, student, loader, tmp_path):
         TeacherCache(tmp_path / "cache")
     with pytest.raises(ValueError, match="k is 51"):
         build_cache(teacher, loader, tmp_path / "again", k=51)
+
+
+# Memory
+
+
+def test_added_memory_is_that_of_the_work_alone_and_errors_are_named():
+    added = added_memory("import torch; early = torch.ones(50_000_000)", "late = torch.ones(25_000_000)")
+    assert 95e6 < added < 115e6
+    with pytest.raises(RuntimeError, match="NameError: name 'absent'"):
+        added_memory("", "absent")
 
 
 # Bad input

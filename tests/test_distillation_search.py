@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import optuna
 import pytest
 import torch
 from hypothesis import given
@@ -8,8 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kit.distillation import ProgressiveDistillation, config_for_parameters, initialize_from_teacher, student_like
-from kit.distillation.search import RIVALS, StudentSearch, resnet_bk_space
+from kit import artifact
+from kit.distillation import DistillationTrainer, ProgressiveDistillation, config_for_parameters, initialize_from_teacher, student_like
+from kit.distillation.search import RIVALS, StudentSearch, expected_bytes, resnet_bk_space
 from kit.distillation.students import count_parameters, describe
 from kit.evaluation import evaluate
 from kit.models import DigitsCNN, DigitsMLP, DigitsMLPConfig, LSTMLM, LSTMLMConfig, ResNetBK, ResNetBKConfig, parameter_count
@@ -205,7 +207,7 @@ def test_hopeless_trials_stop_early(digits, tmp_path):
     search = make_search(digits, tmp_path)
 
     def good_then_hopeless(trial):
-        width = 4 if trial.number < RIVALS else 32
+        width = 4 + trial.number if trial.number < RIVALS else 32
         model = DigitsMLP(DigitsMLPConfig((trial.suggest_int("width", width, width),)))
         if trial.number >= RIVALS:
             model[-1].weight.data *= 1e3
@@ -217,15 +219,32 @@ def test_hopeless_trials_stop_early(digits, tmp_path):
     assert search.table()["steps"].tolist()[-1] < 8
 
 
+def test_no_student_is_trained_twice(digits, tmp_path):
+    search = make_search(digits, tmp_path)
+    for _ in range(3):
+        search.study.enqueue_trial({"width": 8})
+    assert search.run(2)["width"].tolist().count(8) == 1
+
+
 def test_a_budget_that_nothing_meets(digits, tmp_path):
     with pytest.raises(ValueError, match="over the budget of 10 bytes"):
         make_search(digits, tmp_path, budget=10).run(1)
 
 
-def test_the_language_model_space_builds_quantized_students():
-    import optuna
-
-    settings = {"d_model": 16, "rank": 0.5, "layers": 2, "experts": 2, "bits": 4}
-    student = resnet_bk_space(VOCABULARY)(optuna.trial.FixedTrial(settings))
-    assert student.config.embedding_rank == 8 and student.config.tied
+@pytest.mark.parametrize("fill", [1.0, 0.5])
+def test_the_language_model_space_fills_the_budget_with_quantized_students(fill):
+    settings = {"rank": 0.5, "layers": 2, "experts": 2, "bits": 4, "fill": fill}
+    space = resnet_bk_space(VOCABULARY, 20_000)
+    student = space(optuna.trial.FixedTrial(settings))
+    assert student.config.embedding_rank == student.config.d_model // 2 and student.config.tied
     assert isinstance(student, nn.Module) and len(student.layers[0].mixer.gate.weight[0].unique()) <= 16
+    assert 0.8 * fill * 20_000 < expected_bytes(student) <= fill * 20_000
+    assert space(optuna.trial.FixedTrial(settings)).config == student.config
+
+
+def test_expected_bytes_are_those_of_the_trained_file(teacher, loader, tmp_path):
+    student = quantize_weights(ResNetBK(ResNetBKConfig(VOCABULARY, 16, 2, 2, 32, 12, tied=True)), Format(4))
+    before, expected = artifact.save(student, tmp_path / "untrained.kit"), expected_bytes(student)
+    DistillationTrainer(teacher, student).fit(loader, TrainConfig(steps=20, lr=1e-2), log=False)
+    trained = artifact.save(student, tmp_path / "trained.kit")
+    assert abs(expected - trained) < 0.1 * trained < trained - before

@@ -1,7 +1,9 @@
 """Search for students: what file size buys which perplexity, and the best student for a number of bytes."""
 
+import copy
 import math
 import tempfile
+from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,23 +24,45 @@ from kit.training import TrainConfig
 
 RUNGS = (0.25, 0.5)  # fractions of the steps after which hopeless trials stop
 RIVALS = 4  # trials no larger than this one that must have passed a rung before it may stop there
-REJECTED = "rejected"  # user attribute of a trial that was too large to be trained
+REJECTED = "rejected"  # user attribute of a trial that was not trained: too large, or done before
+WIDTHS = range(8, 130, 2)
+GROWTH = 1.02  # of a file in training, over `expected_bytes`; seen: up to 1.01
 
 
-def resnet_bk_space(vocab_size: int, bits: tuple = (8, 4, 3, 2)) -> Callable[[optuna.Trial], nn.Module]:
-    """A search space of ResNetBK students, tied, under fake quantization: width, depth, experts, rank and bits."""
+def resnet_bk_space(vocab_size: int, budget: int, bits: tuple = (8, 4, 3, 2)) -> Callable[[optuna.Trial], nn.Module]:
+    """A search space of ResNetBK students, tied, under fake quantization: depth, experts, rank, bits and bytes.
+
+    The width follows: the largest whose file has the share `fill` of the budget, so that none is wasted.
+    """
 
     def build(trial: optuna.Trial) -> nn.Module:
-        width = trial.suggest_int("d_model", 8, 64, step=4)
-        ratio = trial.suggest_categorical("rank", [1.0, 0.5, 0.25])
-        config = ResNetBKConfig(
-            vocab_size, width, trial.suggest_int("layers", 1, 4), trial.suggest_categorical("experts", [1, 2, 4]),
-            d_ff=2 * width, channels=max(4, 3 * width // 4), tied=True,
-            embedding_rank=None if ratio == 1 else max(1, round(ratio * width)),
-        )  # fmt: skip
-        return quantize_weights(ResNetBK(config), Format(trial.suggest_categorical("bits", list(bits))))
+        layers, experts = trial.suggest_int("layers", 1, 4), trial.suggest_categorical("experts", [1, 2, 4])
+        rank, format = trial.suggest_categorical("rank", [1.0, 0.5, 0.25]), trial.suggest_categorical("bits", list(bits))
+        target = trial.suggest_categorical("fill", [1.0, 0.75, 0.5]) * budget / GROWTH
+
+        def student(width: int) -> nn.Module:
+            config = ResNetBKConfig(vocab_size, width, layers, experts, 2 * width, max(4, 3 * width // 4), tied=True,
+                                    embedding_rank=None if rank == 1 else max(1, round(rank * width)))  # fmt: skip
+            return quantize_weights(ResNetBK(config), Format(format))
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            fitting = bisect_right(WIDTHS, target, key=lambda width: expected_bytes(student(width)))
+        return student(WIDTHS[max(0, fitting - 1)])
 
     return build
+
+
+@torch.no_grad()
+def expected_bytes(model: nn.Module) -> int:
+    """Bytes of the file that an untrained model will have when it is trained: as saved now, with random numbers for
+    the constants that its biases and norms start from, which would cost nothing."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        if parameter.numel() > 1 and parameter.min() == parameter.max():
+            parameter.copy_(torch.linspace(-1, 1, parameter.numel()).sin().view_as(parameter))
+    with tempfile.TemporaryDirectory() as folder:
+        return artifact.save(model, Path(folder) / "student.kit")
 
 
 class StudentSearch:
@@ -47,8 +71,9 @@ class StudentSearch:
     Trials live in `folder/journal.log`, which any number of processes (and later calls) may share, and their
     students in `folder/trial_<n>.kit`. Optuna prunes only single objectives; here a trial stops at a rung when at
     least half of the trials that are no larger, and had as many steps, are better there: such a trial cannot be on
-    the Pareto front unless learning curves cross. With a `budget`, students whose untrained file exceeds it by over
-    10 % (training lowers the entropy of codes) are rejected before training, at no cost.
+    the Pareto front unless learning curves cross. With a `budget`, students whose `expected_bytes` exceed it are
+    rejected before training, at no cost, and so are proposals made before. A `TeacherCache` as the teacher serves all trials from one pass.
+    `study` is Optuna's: `study.enqueue_trial` says where to begin.
 
     space(trial) builds an untrained student, with any masks and quantizers; validate(model) is a loss in nats;
     config is the training of one trial; settings are those of `DistillationTrainer`.
@@ -69,13 +94,13 @@ class StudentSearch:
     def run(self, trials: int) -> pd.DataFrame:
         """Train until `trials` students of all processes are done or stopped early; returns `table()`.
 
-        Raises ValueError when nearly everything the space gives is over the budget.
+        Raises ValueError when nearly everything the space gives is over the budget, or was given before.
         """
         while len(self._trained()) < trials:
             number = len(self.study.get_trials(deepcopy=False))
             if number > 20 * (trials + 1):
                 raise ValueError(f"{number - len(self._trained())} of {number} students were over the budget of "
-                                 f"{self.budget:,} bytes: raise it, or make the search space smaller")  # fmt: skip
+                                 f"{self.budget:,} bytes, or alike: raise it, or change the search space")  # fmt: skip
             self.study.sampler = optuna.samplers.TPESampler(seed=1000 * self.config.seed + number, n_startup_trials=6)
             self.study.optimize(self._objective, n_trials=1)
         return self.table()
@@ -85,7 +110,7 @@ class StudentSearch:
         front = {trial.number for trial in self.study.best_trials}
         rows = []
         for trial in self._trained():
-            nbytes, perplexity = trial.values or (trial.user_attrs["untrained_bytes"], math.nan)
+            nbytes, perplexity = trial.values or (trial.user_attrs["expected_bytes"], math.nan)
             rows.append({"trial": trial.number, "state": trial.state.name.lower(), "bytes": int(nbytes),
                          "perplexity": perplexity, "parameters": trial.user_attrs["parameters"],
                          "steps": trial.user_attrs["steps"], "on_front": trial.number in front, **trial.params})  # fmt: skip
@@ -122,10 +147,11 @@ class StudentSearch:
     def _objective(self, trial: optuna.Trial) -> tuple[int, float]:
         torch.manual_seed(self.config.seed)
         student = self.space(trial)
-        nbytes = _file_bytes(student)
-        trial.set_user_attr("untrained_bytes", nbytes)
+        nbytes = expected_bytes(student)
+        trial.set_user_attr("expected_bytes", nbytes)
         trial.set_user_attr("parameters", parameter_count(student))
-        if self.budget and nbytes > 1.1 * self.budget:
+        seen = any(other.params == trial.params for other in self._trained())
+        if seen or (self.budget and nbytes > self.budget):
             trial.set_user_attr(REJECTED, True)
             raise optuna.TrialPruned
         trainer = DistillationTrainer(self.teacher, student, **self.settings)
@@ -150,11 +176,7 @@ class _Stopper:
         self.trial.set_user_attr("steps", step)
         rivals = [other.user_attrs[name] for other in self.search.study.get_trials(deepcopy=False)
                   if name in other.user_attrs and other.number != self.trial.number
-                  and other.user_attrs["untrained_bytes"] <= self.nbytes]  # fmt: skip
+                  and other.user_attrs["expected_bytes"] <= self.nbytes]  # fmt: skip
         if len(rivals) >= RIVALS and 2 * sum(rival < loss for rival in rivals) >= len(rivals):
             raise optuna.TrialPruned
 
-
-def _file_bytes(model: nn.Module) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        return artifact.save(model, Path(folder) / "student.kit")
