@@ -23,7 +23,8 @@ def remeasure(folder: str | Path) -> dict:
         raise ValueError(f"{folder} was measured on text {record['corpus']['sha256'][:12]}, this machine has "
                          f"{corpus.sha256[:12]}: install the versions in its record")
     path = Path(folder) / record["artifact"]
-    test = evaluate(artifact.load(path), token_loaders(corpus, settings["batch_size"], settings["seq_len"]).test)
+    loaded = artifact.load(path, parts=getattr(corpus.tokenizer, "parts", None))
+    test = evaluate(loaded, token_loaders(corpus, settings["batch_size"], settings["seq_len"]).test)
     return {"bytes": path.stat().st_size, "bytes in the record": record["bytes"], "perplexity": test.perplexity,
             "perplexity in the record": record["perplexity"]}
 

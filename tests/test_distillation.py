@@ -20,6 +20,7 @@ from kit.distillation.losses import (
     DIVERGENCES, as_real, feature_cosine, feature_mse, hard_loss, relational_loss, soft_loss, soft_targets,
     sparse_divergence,
 )  # fmt: skip
+from kit.losses import VocabularySample
 from kit.measurement import added_memory
 from kit.models import DigitsCNN, DigitsMLP, LSTMLM, LSTMLMConfig, ResNetBK, ResNetBKConfig
 from kit.pruning.mask import set_mask
@@ -527,3 +528,13 @@ def test_bad_teachers(teacher, student, loader):
         DistillationTrainer(few, mlp := DigitsMLP())(mlp, (images, torch.arange(3)))
     with pytest.raises(ValueError, match="every target is -100"):
         DistillationTrainer(teacher.eval(), student)(student, [torch.zeros(1, 4).long(), torch.full((1, 4), -100)])
+
+
+def test_a_sample_of_the_whole_vocabulary_changes_nothing(teacher, student):
+    batch = torch.randint(0, VOCABULARY, (2, 8)), torch.randint(0, VOCABULARY, (2, 8))
+    settings = {"temperature": 1.0, "alpha": 0.6, "feature_weight": 0.0}
+    whole = DistillationTrainer(teacher, student, **settings)(student, batch)
+    sampled = DistillationTrainer(teacher, student, **settings, sample=VocabularySample(frequent=VOCABULARY))(student, batch)
+    torch.testing.assert_close(sampled, whole)
+    with pytest.raises(ValueError, match="temperature 1"):
+        DistillationTrainer(teacher, student, temperature=2.0, sample=VocabularySample())

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from kit.losses import classification_loss, linear_cross_entropy, linear_token_losses, next_token_loss
+from kit.losses import VocabularySample, classification_loss, linear_cross_entropy, linear_token_losses, next_token_loss
+from kit.models import build_model
 
 
 def problem(shape=(3, 5), vocab_size=17, width=6, dtype=torch.float64, bias=True, seed=0, scale=1.0):
@@ -198,3 +199,27 @@ def test_bfloat16_keeps_the_gradient_of_learned_tokens():
     ours, theirs = (g.double() for (g,) in (gradients(loss, weight), gradients(expected, weight)))
     assert (ours - theirs).norm() < 0.15 * theirs.norm()  # bfloat16 rounds logits near 40 by up to 0.13
     assert ours.sum(0).norm() < 0.01 * ours.norm()  # errors of a token add up to 0, as they must
+
+
+def test_a_sample_of_the_vocabulary_estimates_the_denominator_without_bias():
+    torch.manual_seed(0)
+    weight, bias, hidden = torch.randn(200, 8), torch.randn(200), torch.randn(8)
+    targets, sample = torch.tensor([3, 150, -100]), VocabularySample(frequent=20, every=4)
+    whole, draws = (weight @ hidden + bias).double().exp().sum(), []
+    for _ in range(4000):
+        tokens, log_counts = sample.draw(targets, 200)
+        part, part_bias = sample.restrict((weight, bias), tokens, log_counts)
+        draws.append((part @ hidden + part_bias).double().exp().sum())
+    draws = torch.stack(draws)
+    assert abs(draws.mean() - whole) < 4 * draws.std() / len(draws) ** 0.5
+    assert {*range(20), 150} <= set(tokens.tolist()) and tokens.equal(tokens.sort().values)
+
+
+def test_a_sample_of_everything_is_the_loss_itself():
+    torch.manual_seed(0)
+    model = build_model("ResNetBK", {"vocab_size": 60, "d_model": 16, "layers": 1, "channels": 4})
+    batch = torch.randint(0, 60, (2, 9)), torch.randint(0, 60, (2, 9))
+    batch[1][0, 0] = -100
+    whole = next_token_loss(model, batch)
+    for sample in (VocabularySample(frequent=60), VocabularySample(frequent=1, every=1)):
+        torch.testing.assert_close(next_token_loss(model, batch, sample), whole)

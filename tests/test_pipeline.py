@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -128,3 +129,15 @@ def test_bad_settings(trained, settings, message):
 def test_a_budget_below_the_overhead_is_refused(trained, tmp_path):
     with pytest.raises(ValueError, match="too few"):
         run(trained, tmp_path, stages=("distillation",), target_compression=500.0)
+
+
+def test_composed_token_tables_give_the_same_file_twice(trained, tmp_path):
+    parts = np.full((64, 2), -1, np.int32)
+    parts[32:] = np.arange(64).reshape(32, 2) // 2
+    files = []
+    for turn in ("one go", "again"):
+        run(trained, tmp_path / turn, stages=("distillation",), token_parts=parts)
+        files.append((tmp_path / turn / "distillation.kit").read_bytes())
+    assert files[0] == files[1] and len(files[0]) <= artifact.float32_bytes(trained[0]) // 12
+    with pytest.raises(artifact.ArtifactError, match="parts"):
+        artifact.load(tmp_path / "again" / "distillation.kit")

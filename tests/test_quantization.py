@@ -15,7 +15,7 @@ from kit.models import MoE, build_model
 from kit.parametrization import bake, find_step, named_weights, original_of
 from kit.quantization import (HALF, ActivationQuantizer, ComplexQuantizer, FakeQuantize, Format, PerChannelQuantizedBKCore,
                               QuantizedBKCore, calibrate, original_mix, quantize_bk_core, quantize_weights)
-from kit.quantization import formats
+from kit.quantization import formats, kernels
 from kit.quantization.hqq import hqq, hqq_grid
 from kit.quantization.layers import GroupWiseQuantizer, QuantizedLinear, QuantizedMoELayer, pack_layers
 from kit.quantization.packing import pack, packed_bytes, unpack
@@ -463,3 +463,18 @@ def test_hqq_fixes_the_grid_of_a_model():
     model = hqq(nn.Sequential(nn.Linear(32, 8)), Format(3))
     step = find_step(model[0], "weight", FakeQuantize)
     assert torch.equal(step.scale, hqq_grid(original_of(model[0], "weight"), Format(3))[0])
+
+
+@pytest.mark.parametrize("bits", [8, 3, 2, "ternary"])
+def test_compiled_rounding_is_that_of_torch(bits, monkeypatch):
+    torch.manual_seed(0)
+    found, weight, grad = [], 4 * torch.randn(7, 33), torch.randn(7, 33)
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(kernels, "fits", lambda *_: False)
+        x, scale = weight.clone().requires_grad_(), torch.full((7, 1), 0.3).requires_grad_()
+        formats.fake_quantize(x, scale, None, Format(bits), 0.5).backward(grad)
+        found.append((formats.fake_quantize(x, scale, None, Format(bits)).detach(), x.grad, scale.grad))
+    (ours, dx, dscale), (torchs, dx_torch, dscale_torch) = found
+    assert torch.equal(ours, torchs) and torch.equal(dx, dx_torch)
+    torch.testing.assert_close(dscale, dscale_torch)

@@ -1,12 +1,14 @@
-"""The reference model (30,000 words, 4.2 M parameters) on a corpus, and what the kit makes of it; a record a run, beside
-this file. `notebooks/08_reference.ipynb` reads them.
+"""The reference model (30,000 words, 4.2 M parameters) on a corpus, and what the kit makes of it; a folder a run, beside
+this file, with its record and its compressed file. `notebooks/08_reference.ipynb` reads them.
 
     python notebooks/reference/run.py docs                                         # 100x: QAT, pruning, distillation
     python notebooks/reference/run.py docs --target-compression 40 --stages distillation
-    python notebooks/reference/run.py docs --controls                              # rounding, rivals, small models
+    python notebooks/reference/run.py docs --controls                              # rounding and rivals
+    python -m kit.remeasure notebooks/reference/docs-100x-0                        # the file again, in a fresh process
 """
 
 import argparse
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -14,15 +16,19 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
+import numpy as np
 import torch
 
-from kit import artifact, frontier
+from kit import artifact, coding, frontier
 from kit.baseline import Baseline, load_or_train
 from kit.data import token_loaders
 from kit.measurement import peak_memory
 from kit.models.ngram import KneserNey
+from kit.models.sampling import continue_text
 from kit.pipeline import STAGES, CompressionPipeline
-from kit.results import write_json
+from kit.quantization import quantizers
+from kit.quantization.fake import seen_by
+from kit.results import write_result
 
 SHAPE = {"d_model": 64, "layers": 4, "experts": 4, "tied": False}
 ROUNDING = (8, 12, 16, 24, 40)
@@ -42,26 +48,42 @@ def main() -> None:
     dense = load_or_train(corpus=settings["corpus"], vocab_size=settings["vocab_size"], batch_size=32, seq_len=128,
                           steps=settings["dense_steps"], **SHAPE)
     name = settings["corpus"].rsplit("/", 1)[-1].removesuffix(".txt")
-    record = controls(dense, name) if settings["controls"] else compression(dense, name, settings)
-    file = f"{name}-controls" if settings["controls"] else f"{name}-{settings['target_compression']:g}x-{settings['seed']}"
-    write_json(HERE / f"{file}.json", {
+    place = HERE / (f"{name}-controls" if settings["controls"] else f"{name}-{settings['target_compression']:g}x-{settings['seed']}")
+    place.mkdir(exist_ok=True)
+    record = controls(dense, name) if settings["controls"] else compression(dense, name, place, settings)
+    write_result(place, {
         "notebook": "reference/run.py", "parameters": {**settings, "train_bytes": None, "batch_size": 32, "seq_len": 128},
         "seed": settings["seed"], "dense": frontier.dense_row(dense), "threads": torch.get_num_threads(), "peak_memory": peak_memory(),
         "corpus": {"name": dense.corpus.name, "sha256": dense.corpus.sha256}, **record})
 
 
-def compression(dense: Baseline, name: str, settings: dict) -> dict:
+def compression(dense: Baseline, name: str, place: Path, settings: dict) -> dict:
     loader, steps = token_loaders(dense.corpus, 16, 128).train, settings["steps"]
     folder = HERE.parents[1] / "runs" / f"reference-{name}-{settings['target_compression']:g}x-{settings['seed']}-{len(settings['stages'])}-{steps}"
     pipeline = CompressionPipeline(dense.model, settings["target_compression"], stages=settings["stages"], seed=settings["seed"],
                                    token_parts=frontier.token_parts(dense))
     stages = frontier.compressed(dense, pipeline, loader, folder, qat=steps // 10, pruning=steps // 10, distillation=steps)
     file, start = folder / f"{settings['stages'][-1]}.kit", time.perf_counter()
-    artifact.load(file, parts=frontier.token_parts(dense))
+    model = artifact.load(file, parts=frontier.token_parts(dense))
     seconds, last = time.perf_counter() - start, stages[-1]
     print({key: last[key] for key in ("bytes", "ratio", "perplexity")}, f"dense {dense.test.perplexity:.2f}")
+    shutil.copy(file, place / "model.kit")
+    prompt = dense.corpus.tokenizer.decode(dense.corpus.test[:12])
     return {"stages": stages, "load_seconds": seconds, "degradation": last["perplexity"] / dense.test.perplexity - 1,
-            "artifact": str(file.relative_to(HERE.parents[1])), **{key: last[key] for key in ("bytes", "ratio", "perplexity")}}
+            "artifact": "model.kit", **{key: last[key] for key in ("bytes", "ratio", "perplexity", "low", "high", "bits_per_byte")},
+            "components": artifact.describe(file)[["tensor", "bytes"]].to_dict("records"), "row_bits": row_bits(dense, file),
+            "texts": {who: continue_text(m, dense.corpus.tokenizer, prompt, 60) for who, m in
+                      {"dense": dense.model, "compressed": model}.items()}}
+
+
+def row_bits(dense: Baseline, file: Path) -> list[tuple[int, float]]:
+    """Mean bits of an embedding row by rank of its token in frequency: (last rank, bits), a pair a bin."""
+    model = artifact.load(file, trainable=True, parts=frontier.token_parts(dense))
+    quantizer = quantizers(model)["embedding.weight"]
+    codes = quantizer.codes(seen_by(quantizer, model.embedding, "weight"))[0].numpy()
+    order = np.argsort(-dense.corpus.token_counts)
+    edges = np.unique(np.geomspace(16, len(order), 20).astype(int))
+    return [(int(b), 8 * len(coding.encode(codes[order[a:b]])) / (b - a)) for a, b in zip([0, *edges], edges)]
 
 
 def controls(dense: Baseline, name: str) -> dict:
