@@ -62,7 +62,7 @@ def compressed(dense: Baseline, pipeline: CompressionPipeline, loader, folder: P
     """A row for each stage of a pipeline, `steps` optimizer steps of each on the batches of `loader`."""
     epochs = {f"{stage}_epochs": count / len(loader) for stage, count in steps.items()}
     _, metrics = pipeline.run_pipeline(loader, dense.loaders.validation, save_dir=folder, **epochs)
-    return [measured(name, Path(stage["path"]), dense, seconds=stage["seconds"], tokens=stage["tokens"])
+    return [measured(name, Path(stage["path"]), dense, **{key: stage.get(key) for key in ("seconds", "tokens", "peak_memory")})
             for name, stage in metrics["stage_metrics"].items()]
 
 

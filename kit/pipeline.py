@@ -19,6 +19,7 @@ from kit.data.cache import key_of
 from kit.distillation import DistillationTrainer
 from kit.evaluation import evaluate
 from kit.losses import classification_loss
+from kit.measurement import peak_memory
 from kit.models import MoE
 from kit.parametrization import bake, copy_model, named_weights, original_of
 from kit.pruning.experts import prune_unused_experts
@@ -75,7 +76,7 @@ class CompressionPipeline:
         killed goes on from its last checkpoint. The model comes from its file. metrics:
         `compression_ratio`, `target_met`, `budget_bytes`, `baseline` and, for each stage,
         `stage_metrics[stage]` with `bytes`, `ratio`, `final_perplexity` (`final_accuracy` of a
-        classifier), `degradation`, `seconds`, `tokens`, `path`.
+        classifier), `degradation`, `seconds`, `tokens`, `peak_memory` (bytes), `path`.
         """
         save_dir = Path(save_dir)
         save_dir.mkdir(parents=True, exist_ok=True)
@@ -151,7 +152,8 @@ class CompressionPipeline:
                        extra_parameters=extra)
         finish()
         artifact.save(model, path)
-        write_json(path.with_suffix(".training"), {"seconds": time.perf_counter() - start, "tokens": result.tokens})
+        write_json(path.with_suffix(".training"), {"seconds": time.perf_counter() - start, "tokens": result.tokens,
+                                                    "peak_memory": peak_memory()})
         checkpoint.unlink(missing_ok=True)
 
     def _qat(self, model, teacher, batches, previous):
