@@ -4,16 +4,13 @@ The stored weight keeps its identity (optimizers go on holding it), its gradient
 and a fake quantizer on the same tensor, registered before or after, sees the masked weight.
 """
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.nn.utils import parametrize
 
-from kit.parametrization import find_step, matching, named_weights, original_of, set_steps, steps_of
+from kit.parametrization import copy_model, find_step, matching, named_weights, original_of, set_steps, steps_of
 from kit.quantization.fake import matrix_shape
 
 
@@ -123,21 +120,3 @@ def select(model: nn.Module, tensors: str | Iterable[str] = "*") -> dict[str, Sl
         raise ValueError(f"no weight of two or more dimensions matches {', '.join(patterns)!r}: there is "
                          f"only {', '.join(slots) or 'nothing to prune'}")
     return chosen
-
-
-def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy that shares nothing with the model, parametrized or not.
-
-    Tensors that modules computed and hold are copied without their graph. Each parametrized module gets a
-    class of its own: `copy.deepcopy` shares it, and taking a parametrization off the copy would break the
-    original.
-    """
-    held = [value for module in model.modules() for entry in vars(module).values()
-            for value in (entry if isinstance(entry, list) else [entry])]
-    copied = copy.deepcopy(model, {id(value): value.detach() for value in held
-                                   if isinstance(value, Tensor) and not value.is_leaf})
-    for module in copied.modules():
-        if parametrize.is_parametrized(module):
-            shared = type(module)
-            module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
-    return copied
