@@ -48,7 +48,8 @@ class CompressionPipeline:
     Args:
         model: any trained module. Language models (`hidden`, `output`) are trained on next tokens, others on labels.
         stages: their order; distillation last if the budget is to be met.
-        lr: peak learning rate of QAT and pruning; the distillation, which goes further, takes twice that.
+        lr: peak learning rate of each stage.
+        distillation_lr: that of the distillation, if another: with some thousand steps it bears twice as much.
         token_parts: what each token was merged from (`BPETokenizer.parts`): the distillation then codes token tables as
             residuals from their parts (`kit.quantization.composition`), and its file is loaded with `parts=token_parts`.
     Raises ValueError for a target below 1 or an unknown stage.
@@ -56,13 +57,14 @@ class CompressionPipeline:
 
     def __init__(self, model: nn.Module, target_compression: float = 100.0, device: str = "cpu",
                  stages: Sequence[str] = STAGES, lr: float = 2e-3, seed: int = 0, log: bool = True,
-                 token_parts: np.ndarray | None = None):
+                 token_parts: np.ndarray | None = None, distillation_lr: float | None = None):
         if not target_compression >= 1:
             raise ValueError(f"target_compression={target_compression} must be at least 1, the float32 file itself")
         if unknown := set(stages) - set(STAGES):
             raise ValueError(f"unknown stage {sorted(unknown)[0]!r}: choose from {', '.join(STAGES)}")
         self.model, self.target_compression, self.device = model, target_compression, device
-        self.stages, self.lr, self.seed, self.log = tuple(stages), lr, seed, log
+        self.stages, self.seed, self.log = tuple(stages), seed, log
+        self.lr = {"qat": lr, "pruning": lr, "distillation": distillation_lr or lr}
         self.token_parts, self.language = token_parts, hasattr(model, "output")
         self.loss = training_loss(model) if self.language else classification_loss
         self.baseline_bytes = artifact.float32_bytes(model)
@@ -146,7 +148,7 @@ class CompressionPipeline:
         batches = [tuple(t.to(self.device) for t in batch) for batch in itertools.islice(loader, CALIBRATION_BATCHES)]
         model = copy_model(teacher) if previous is None else self._load(previous)
         model, loss, hooks, extra, finish = getattr(self, f"_{name}")(model, teacher, batches, previous)
-        config = TrainConfig(steps=steps, lr=self.lr * (2 if name == "distillation" else 1), seed=self.seed)
+        config = TrainConfig(steps=steps, lr=self.lr[name], seed=self.seed)
         checkpoint = path.with_suffix(".checkpoint")
         result = train(model, loader, config, loss=loss, hooks=hooks, checkpoint=checkpoint, log=self.log,
                        extra_parameters=extra)

@@ -31,7 +31,7 @@ MOST_ROWS = 128  # that share a step: frequencies of tokens fall quickly
 SMALL = 1024    # tensors below this many values are not worth a rate term: they take SMALL_FORMAT
 LEAST_SENSITIVITY = 1e-8    # relative to the largest: rows that no gradient reached still get a finite step
 SMALL_FORMAT = Format(8, granularity="tensor")
-INTEGRAL, PROPORTIONAL = 0.03, 2.0    # of log lambda, a step, for log(size / wanted)
+INTEGRAL, PROPORTIONAL = 75.0, 2.0    # of log lambda for log(size / wanted): over a whole run, and at once
 LOG_LAMBDA = (-9.0, 4.0)
 SLACK = 0.08
 AIM = 0.99    # of the bytes that there are, so that little is left to `finish`
@@ -190,7 +190,7 @@ class RateLoss:
         if due:
             self.state[2] = self.coded() / float(self._bits() / 8)
         error = math.log(self.estimate * self.state[2].item() / wanted)
-        self.state[1] = (self.state[1] + INTEGRAL * error).clamp(*LOG_LAMBDA)
+        self.state[1] = (self.state[1] + INTEGRAL / steps * error).clamp(*LOG_LAMBDA)
         self.state[0] = (self.state[1] + PROPORTIONAL * error).clamp(*LOG_LAMBDA)
         if due:
             self.history.append({"step": step, "bytes": wanted * math.exp(error), "wanted": wanted,

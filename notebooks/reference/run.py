@@ -60,7 +60,7 @@ def compression(dense: Baseline, name: str, place: Path, settings: dict) -> dict
     loader, steps = token_loaders(dense.corpus, 16, 128).train, settings["steps"]
     folder = HERE.parents[1] / "runs" / f"reference-{name}-{settings['target_compression']:g}x-{settings['seed']}-{len(settings['stages'])}-{steps}"
     pipeline = CompressionPipeline(dense.model, settings["target_compression"], stages=settings["stages"], seed=settings["seed"],
-                                   token_parts=frontier.token_parts(dense))
+                                   token_parts=frontier.token_parts(dense), distillation_lr=4e-3)
     stages = frontier.compressed(dense, pipeline, loader, folder, qat=steps // 10, pruning=steps // 10, distillation=steps)
     file, start = folder / f"{settings['stages'][-1]}.kit", time.perf_counter()
     model = artifact.load(file, parts=frontier.token_parts(dense))
