@@ -98,7 +98,8 @@ def load(path: str | os.PathLike, model: nn.Module | None = None, trainable: boo
 
 def _composition(entry: dict, data: list[bytes], parts: np.ndarray | None, path) -> Composition:
     if parts is None:
-        raise ArtifactError(f"{path} composes {entry['name']!r} of the tokenizer's merges: pass load(path, parts=tokenizer.parts)")
+        raise ArtifactError(f"{path} composes {entry['name']!r} of the tokenizer's merges: "
+                            "pass load(path, parts=tokenizer.parts)")
     composition = Composition(parts, entry["shape"][-1])
     if composition.checksum != entry["composed"]:
         raise ArtifactError(f"{path} was composed with another tokenizer's merges than the parts given: use its own")

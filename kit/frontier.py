@@ -76,14 +76,14 @@ def _rival(name: str, dense: Baseline, encode: Callable[[Tensor], tuple[Tensor, 
     tables = {n: p for n, p in dense.model.named_parameters() if p.ndim == 2 and len(p) == dense.corpus.tokenizer.vocab_size}
     quantize_weights(model, {n: None for n in tables})
     decoded = {}
-    for name_, table in tables.items():
-        decoded[name_], arrays = encode(table.detach())
+    for table, weight in tables.items():
+        decoded[table], arrays = encode(weight.detach())
         size += sum(len(zlib.compress(np.ascontiguousarray(a).tobytes(), 9)) for a in arrays)
-        model.get_parameter(name_).data.zero_()
+        model.get_parameter(table).data.zero_()
     size += artifact.save(model, path)
     model = artifact.load(path)
-    for name_, table in decoded.items():
-        model.get_parameter(name_).data.copy_(table)
+    for table, rows in decoded.items():
+        model.get_parameter(table).data.copy_(rows)
     return row(name, size, model, dense)
 
 
@@ -122,14 +122,16 @@ def low_rank(dense: Baseline, rank: int, bits: int, folder: Path) -> dict:
         thin.weight.data = table @ right[:rank].T
         quantizer = quantize_weights(nn.Sequential(thin), format)[0].parametrizations.weight[0]
         codes, scale, _ = quantizer.codes(thin.parametrizations.weight.original)
-        return thin.weight.detach() @ right[:rank].half().float(), [codes.numpy(), scale.half().numpy(), right[:rank].half().numpy()]
+        basis = right[:rank].half()
+        return thin.weight.detach() @ basis.float(), [codes.numpy(), scale.half().numpy(), basis.numpy()]
 
     return _rival(f"rank {rank} x {bits} bits + zlib", dense, encode, folder)
 
 
 def uniform_zlib(dense: Baseline, bits: int, folder: Path) -> dict:
     """One format for every matrix, in groups of 64, the packed file after zlib."""
-    model = quantize_weights(copy_model(dense.model), uniform(dense.model, Format(bits, granularity="group", group_size=64, range="mse")))
+    format = Format(bits, granularity="group", group_size=64, range="mse")
+    model = quantize_weights(copy_model(dense.model), uniform(dense.model, format))
     artifact.save(model, path := Path(folder) / "uniform.kit", layouts=("dense",))
     return row(f"uniform {bits} bits + zlib", len(zlib.compress(path.read_bytes(), 9)), artifact.load(path), dense)
 

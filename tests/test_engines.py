@@ -15,6 +15,8 @@ from kit.rivals import against_rivals, rivals
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+# But for rounding of ties; convolutions that stay in float round no inputs.
+EXACT = 1e-6 if engines.kernels.ONEDNN else 1e-4
 NAMES = [name for name in engines.choice.CANDIDATES if not name.startswith("torch-fb") or has_backend("fbgemm")]
 
 
@@ -87,9 +89,10 @@ def test_calibrated_integer_layers_equal_the_fake_quantized_model(cnn):
     images = torch.rand(32, 1, 8, 8)
     model = quantized(cnn, calibration=images)
     integer = int8_model(model)
-    assert [type(integer[i]) for i in (0, 3, 8)] == [Int8Conv2d, Int8Conv2d, Int8Linear]
+    convolution = Int8Conv2d if engines.kernels.ONEDNN else nn.Conv2d
+    assert [type(integer[i]) for i in (0, 3, 8)] == [convolution, convolution, Int8Linear]
     with torch.no_grad():
-        assert relative_error(integer(images), model(images)) < 1e-6  # but for rounding of ties
+        assert relative_error(integer(images), model(images)) < EXACT
 
 
 def test_int8_model_keeps_weights_that_other_code_reads():
@@ -160,8 +163,9 @@ def test_batch_norms_are_folded(cnn):
         assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in folded.modules())
         torch.testing.assert_close(folded(images), model(images), rtol=1e-4, atol=1e-5)
         integer = int8_model(quantized(model, calibration=images))
-        assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in integer.modules())
-        assert relative_error(integer(images), quantized(model, calibration=images)(images)) < 1e-6
+        left = [module for module in integer.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        assert len(left) == (0 if engines.kernels.ONEDNN else 2)  # float convolutions keep theirs
+        assert relative_error(integer(images), quantized(model, calibration=images)(images)) < EXACT
 
 
 def test_a_batch_norm_whose_input_is_read_twice_is_not_folded():
@@ -269,7 +273,9 @@ def test_fbgemm_layers_compute_with_the_codes_of_the_model(dense, x):
     model = quantized(dense)
     before = torch.backends.quantized.engine
     layer = PackedLinear(integer_weight(model[0]), model[0].bias, "fbgemm")
-    torch.testing.assert_close(layer(x), integer_product(model[0], x), rtol=1e-4, atol=2e-2 if layer.reduced else 1e-4)
+    half_steps = (x.max().clamp(min=0) - x.min().clamp(max=0)).item() * (1 / 254 + 1 / 510)  # inputs in 7 bits against 8
+    most = half_steps * model[0].weight.abs().sum(1).max().item()
+    torch.testing.assert_close(layer(x), integer_product(model[0], x), rtol=1e-4, atol=most if layer.reduced else 1e-4)
     assert torch.equal(copy.deepcopy(layer)(x), layer(x)) and torch.backends.quantized.engine == before
     with pytest.raises(ValueError, match="no xnnpack kernels"):
         int8_model(model, "xnnpack")

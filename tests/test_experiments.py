@@ -1,6 +1,6 @@
-import re
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys

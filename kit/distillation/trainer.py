@@ -165,7 +165,8 @@ class DistillationTrainer:
         if not self.teachers and self.cache is None:
             raise ValueError("there is no teacher: give a module, a list of at least one, or a TeacherCache")
         if self.sample and (self.cache or not self.fused or self.temperature != 1):
-            raise ValueError(f"a sample of the vocabulary needs language models, no cache, and temperature 1 (it is {self.temperature})")
+            raise ValueError(f"a sample of the vocabulary needs language models, no cache, and temperature 1 "
+                             f"(it is {self.temperature})")  # fmt: skip
         if self.cache and self.temperature != self.cache.temperature:
             raise ValueError(f"temperature is {self.temperature}, the cached targets were made at "
                              f"{self.cache.temperature}: use that, or build another cache")  # fmt: skip

@@ -4,6 +4,7 @@ Weights are int8 with a scale a row; inputs are rounded to uint8, with a calibra
 product is exact int32: y = s_x s_w (q_x - z_x) q_w + b (Jacob et al. 2018, arXiv:1712.05877, eq. 4).
 """
 
+import platform
 import warnings
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from kit.engines.folding import batch_norm_pairs, scale_and_shift
 from kit.engines.layers import IntegerWeight, float_copy, integer_weight
 
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+# Without VNNI, x86 adds pairs of uint8 x int8 products in int16, which saturates: oneDNN's integer products are wrong there.
+SATURATES = platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_vnni_supported()
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise") and not SATURATES
 FLOAT_OUTPUT = (1.0, 0, torch.float32, "none", [], "")  # scale, zero point, dtype; nothing computed behind it
 
 

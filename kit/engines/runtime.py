@@ -45,6 +45,7 @@ class OnnxEngine(nn.Module):
             options.add_session_config_entry(
                 "session.intra_op.allow_spinning", "0"
             )  # it would starve torch's threads
+            options.add_session_config_entry("session.x64quantprecision", "1")  # exact sums where x86 lacks VNNI
             options.log_severity_level = 3
             graph = self.graph.cpu().numpy().tobytes()
             self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
