@@ -201,7 +201,7 @@ class CompressionPipeline:
             counts = torch.bincount(torch.cat([batch[0].flatten() for batch in batches]), minlength=len(self.token_parts))
             compose_tables(model, self.token_parts, counts)
         weights = sum(original_of(m, a).numel() for _, m, a in named_weights(model))
-        start = min(6.0 * self.budget, weights / 2)
+        start = min(6.0 * self.budget, weights / 2, previous.stat().st_size / 2 if previous else math.inf)
         set_rate_formats(model, row_sensitivity(model, batches, self.loss), start)
         rate = RateLoss(distill, model, self.budget, batches[:2])
         return model, rate, (distill.step, rate.step), [*distill.parameters(), *rate.parameters()], rate.finish

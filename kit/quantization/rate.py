@@ -129,13 +129,14 @@ def set_rate_formats(model: nn.Module, sensitivity: dict[str, Tensor], target_by
         if large:
             fisher = sensitivity.get(name, torch.zeros(rows)).to(weight.device)
             means = formats.to_blocks(fisher[:, None].expand(rows, 1), blocks, math.nan).nanmean(1, keepdim=True)
-            members.append((weight, quantizer, (means / largest).clamp(min=LEAST_SENSITIVITY) ** -exponent))
+            least = quantizer.blocks(weight).abs().amax(1, keepdim=True) / blocks.qmax  # finer steps would clip
+            members.append((weight, quantizer, (means / largest).clamp(min=LEAST_SENSITIVITY) ** -exponent, least))
     low, high = -20.0, 8.0
     for _ in range(18):
         middle = (low + high) / 2
-        for weight, quantizer, shape_of_steps in members:
-            quantizer.set_grid(shape_of_steps * 2.0**middle)
-        size = sum(coded_bytes(weight, quantizer) for weight, quantizer, _ in members)
+        for _, quantizer, shape_of_steps, least in members:
+            quantizer.set_grid(torch.maximum(shape_of_steps * 2.0**middle, least))
+        size = sum(coded_bytes(weight, quantizer) for weight, quantizer, *_ in members)
         low, high = (middle, high) if size > target_bytes else (low, middle)
 
 
