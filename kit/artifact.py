@@ -85,7 +85,7 @@ def load(path: str | os.PathLike, model: nn.Module | None = None, trainable: boo
         for entry in header["tensors"]:
             data, name = [next(blobs) for _ in entry["sizes"]], entry["name"]
             if "composed" in entry:
-                compositions[name], data = _composition(entry, data, parts, path), data[:-2]
+                compositions[name], data = _composition(entry, data[-4:], parts, path), data[:-4]
             targets[name].copy_(decode(entry, data))
             if trainable and "format" in entry:
                 grids[name] = decode_grid(entry, data)
@@ -101,9 +101,10 @@ def _composition(entry: dict, data: list[bytes], parts: np.ndarray | None, path)
         raise ArtifactError(f"{path} composes {entry['name']!r} of the tokenizer's merges: "
                             "pass load(path, parts=tokenizer.parts)")
     composition = Composition(parts, entry["shape"][-1])
-    if composition.checksum != entry["composed"]:
+    if composition.checksum != entry["composed"]["parts"]:
         raise ArtifactError(f"{path} was composed with another tokenizer's merges than the parts given: use its own")
-    for factor, half in zip((composition.left, composition.right), data[-2:]):
+    composition.basis.copy_(decode(entry["composed"]["basis"], data[:2]))
+    for factor, half in zip((composition.left, composition.right), data[2:]):
         factor.copy_(torch.frombuffer(bytearray(half), dtype=torch.float16))
     return composition
 
@@ -176,8 +177,9 @@ def _encode(module: nn.Module, attribute: str, layouts: tuple[str, ...]) -> tupl
     entry, parts = encode_codes(seen_by(quantizer, module, attribute), quantizer, layouts)
     composition = find_step(module, attribute, Composition)
     if composition is not None:
-        entry["composed"] = composition.checksum
-        parts += [encode_float(factor.half(), ("dense",))[1][0] for factor in (composition.left, composition.right)]
+        basis, more = encode_codes(composition.basis, composition.rounding, ("entropy",))
+        entry["composed"] = {"parts": composition.checksum, "basis": basis}
+        parts += more + [encode_float(factor.half(), ("dense",))[1][0] for factor in (composition.left, composition.right)]
     return ({**entry, "learned": True} if quantizer.learned else entry), parts
 
 

@@ -7,7 +7,7 @@ modules, and recurrent layers, whose cached weight list would otherwise go stale
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
 
 import torch.nn as nn
@@ -54,6 +54,17 @@ def steps_of(module: nn.Module, attribute: str) -> list[nn.Module]:
 
 def find_step(module: nn.Module, attribute: str, kind: type) -> nn.Module | None:
     return next((step for step in steps_of(module, attribute) if isinstance(step, kind)), None)
+
+
+def gradients(model: nn.Module, batches: Iterable, loss: Callable) -> Iterator[dict[str, Tensor]]:
+    """For each batch the gradients of loss(model, batch) in the trained values of every weight that has one, by dotted
+    name; the model's own gradients are cleared before and after."""
+    for batch in batches:
+        model.zero_grad(set_to_none=True)
+        loss(model, batch).backward()
+        found = {name: original_of(module, attribute).grad for name, module, attribute in named_weights(model)}
+        model.zero_grad(set_to_none=True)
+        yield {name: grad for name, grad in found.items() if grad is not None}
 
 
 def set_steps(model: nn.Module, module: nn.Module, attribute: str, steps: list[nn.Module]) -> None:

@@ -6,6 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from kit.training import TrainConfig, train
 
 STAGES = ("qat", "pruning", "distillation")
 CALIBRATION_BATCHES = 8
+FREQUENT = 2048  # words of a large vocabulary that every step of the distillation sees; all others by turns
 
 
 class CompressionPipeline:
@@ -193,13 +195,12 @@ class CompressionPipeline:
         fits = previous is not None and previous.stat().st_size <= self.budget
         if fits:
             model = self._load(previous, trainable=True)
-        sample = self.loss.keywords["sample"] if isinstance(self.loss, partial) else None
+        sample = replace(self.loss.keywords["sample"], frequent=FREQUENT) if isinstance(self.loss, partial) else None
         distill = DistillationTrainer(teacher, model, temperature=1.0, alpha=1.0, feature_weight=0.0, sample=sample)
         if fits:
             return model, distill, (distill.step,), distill.parameters(), lambda: None
         if self.language and self.token_parts is not None:
-            counts = torch.bincount(torch.cat([batch[0].flatten() for batch in batches]), minlength=len(self.token_parts))
-            compose_tables(model, self.token_parts, counts)
+            compose_tables(model, self.token_parts, batches, self.loss)
         weights = sum(original_of(m, a).numel() for _, m, a in named_weights(model))
         start = min(6.0 * self.budget, weights / 2, previous.stat().st_size / 2 if previous else math.inf)
         set_rate_formats(model, row_sensitivity(model, batches, self.loss), start)

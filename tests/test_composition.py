@@ -42,12 +42,14 @@ def test_rows_are_the_recursion(tokenizer):
     torch.manual_seed(1)
     composition = Composition(tokenizer.parts, 5)
     composition.left.data, composition.right.data = torch.randn(5).half().float(), torch.randn(5).half().float()
+    composition.basis.copy_(torch.randn(5, 5))
     residual = torch.randn(tokenizer.vocab_size, 5)
     expected = residual.double()
     for i, (left, right) in enumerate(tokenizer.parts):
         if left >= 0:
             expected[i] += composition.left.double() * expected[left] + composition.right.double() * expected[right]
-    assert torch.allclose(composition(residual), expected.float(), rtol=1e-5, atol=1e-5)
+    expected = expected @ composition.rounding(composition.basis).double()
+    assert torch.allclose(composition(residual).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients(tokenizer):
@@ -72,24 +74,40 @@ def test_levels_give_what_the_kernel_gives(tokenizer):
 def test_composing_keeps_the_outputs(tokenizer):
     model, (inputs, _) = model_of(tokenizer), batch(tokenizer)
     before = model(inputs)
-    compose_tables(model, tokenizer.parts, torch.ones(tokenizer.vocab_size))
+    compose_tables(model, tokenizer.parts, [batch(tokenizer)], next_token_loss)
     assert torch.allclose(model(inputs), before, atol=1e-4)
 
 
 def test_fit_finds_the_factors_that_made_the_rows(tokenizer):
     torch.manual_seed(3)
     truth = Composition(tokenizer.parts, 6)
-    truth.left.data, truth.right.data = torch.rand(6).half().float(), torch.rand(6).half().float()
+    truth.left.data, truth.right.data = torch.full((6,), 0.75), torch.full((6,), 0.5)  # the same in every basis
     rows = truth(torch.cat([torch.randn(256, 6), torch.zeros(tokenizer.vocab_size - 256, 6)])).detach()
     found = Composition(tokenizer.parts, 6)
-    residual = found.fit(rows, torch.ones(len(rows)))
+    residual = found.fit(rows, torch.ones(len(rows)), torch.eye(6))
     assert torch.allclose(found.left, truth.left, atol=2e-3) and residual[256:].abs().max() < 2e-2
+    assert torch.allclose(found(residual), rows, atol=1e-4)
+
+
+def test_columns_cost_the_same_and_tell_nothing_of_each_other(tokenizer):
+    """In the fitted basis the curvature is a multiple of the identity and the residuals are uncorrelated, most first."""
+    torch.manual_seed(4)
+    mix, slope = torch.randn(6, 6, dtype=torch.float64), torch.randn(40, 6, dtype=torch.float64)
+    curvature, rows = slope.T @ slope, torch.randn(tokenizer.vocab_size, 6, dtype=torch.float64) @ mix
+    composition = Composition(tokenizer.parts, 6).double()
+    residual = composition.fit(rows, torch.ones(len(rows), dtype=torch.float64), curvature)
+    basis = composition.basis
+    metric, covariance = basis @ curvature @ basis.T, residual.T @ residual
+    assert torch.allclose(metric / metric[0, 0], torch.eye(6, dtype=torch.float64), atol=1e-6)
+    ratio = covariance / covariance.diagonal().outer(covariance.diagonal()).sqrt()
+    assert (ratio - torch.eye(6)).abs().max() < 0.1  # the basis is rounded to six bits
+    assert (covariance.diagonal().diff() < 0).all()
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_file_gives_the_model_back(tokenizer, tmp_path, tied):
     model, examples = model_of(tokenizer, tied=tied), [batch(tokenizer)]
-    compose_tables(model, tokenizer.parts, torch.ones(tokenizer.vocab_size))
+    compose_tables(model, tokenizer.parts, [batch(tokenizer)], next_token_loss)
     set_rate_formats(model, row_sensitivity(model, examples, next_token_loss), 4000)
     rate = RateLoss(next_token_loss, model, 9000, examples)
     rate(model, examples[0]).backward()
@@ -106,10 +124,10 @@ def test_file_gives_the_model_back(tokenizer, tmp_path, tied):
 def test_bad_input(tokenizer, tmp_path):
     model = model_of(tokenizer)
     with pytest.raises(ValueError, match="no matrix of ResNetBK has the 289 rows"):
-        compose_tables(model, tokenizer.parts[:289], torch.ones(289))
+        compose_tables(model, tokenizer.parts[:289], [batch(tokenizer)], next_token_loss)
     with pytest.raises(ValueError, match="parts must come before"):
         Composition(np.array([[-1, -1], [2, 0], [-1, -1]]), 4)
-    compose_tables(model, tokenizer.parts, torch.ones(tokenizer.vocab_size))
+    compose_tables(model, tokenizer.parts, [batch(tokenizer)], next_token_loss)
     set_rate_formats(model, {"embedding.weight": torch.ones(tokenizer.vocab_size)}, 20000)
     artifact.save(model, tmp_path / "a.kit")
     with pytest.raises(artifact.ArtifactError, match="parts=tokenizer.parts"):

@@ -1,24 +1,37 @@
-"""Rows of a token table composed from the rows of the tokens that byte-pair encoding merged.
+"""Token tables in few bits: rows composed from the rows of the tokens that byte-pair encoding merged, in a basis that suits
+the loss.
 
 A BPE token is two shorter tokens side by side ("compression" from "com" and "pression"), so its row is predicted by
 theirs and only a residual is left to train and to store:
 
-    e_i = r_i + a * e_left(i) + b * e_right(i)        (elementwise; a and b are two learned vectors a table)
+    c_i = r_i + a * c_left(i) + b * c_right(i)        (elementwise; a and b are two learned vectors a table)
 
 The tokens of one byte have no parts. Where a residual is zero a row costs nothing and still differs from all others.
 This is predictive coding (DPCM) along the tree of merges; subword sums as in fastText (Bojanowski et al. 2017,
 arXiv:1607.04606) with the segmentation that the tokenizer already has. The merges are the tokenizer's, and stay there.
+
+Rows of the table are c_i B. Codes share one step over all columns, which is right where an error costs the same in each and
+no column tells of another (Goyal 2001, "Theoretical foundations of transform coding"). So B undoes two changes of
+coordinates: by F^1/2, with F the columns' factor of the Fisher information (Martens and Grosse 2015, arXiv:1503.05671),
+and onto the principal axes of what is to be coded (Karhunen-Loeve), after which the energy is in few columns.
 """
 
 import zlib
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from kit.parametrization import named_weights, original_of, set_steps
+from kit.parametrization import gradients, named_weights, original_of, set_steps
 from kit.quantization import kernels
+from kit.quantization.fake import FakeQuantize
+from kit.quantization.formats import Format
+
+BASIS = Format(6)
+LEAST_CURVATURE = 1e-2  # of a direction, relative to their mean: flatter ones are not flat further away
+LEAST_SENSITIVITY = 1e-8  # relative to the largest: rows that no gradient reached
 
 
 def compose_by_levels(residual: Tensor, left: Tensor, right: Tensor, levels) -> Tensor:
@@ -58,7 +71,7 @@ class _Compose(torch.autograd.Function):
 
 
 class Composition(nn.Module):
-    """Parametrization: residuals (V, D) -> rows (V, D), float32.
+    """Parametrization: residuals (V, D) -> rows (V, D), float32. The basis (D, D) begins as the identity and is not trained.
 
     Args:
         parts: int (V, 2), the two tokens that each token is made of, both before it, or -1 twice (`BPETokenizer.parts`).
@@ -78,6 +91,8 @@ class Composition(nn.Module):
         self.levels = [tuple(torch.from_numpy(x.astype(np.int64)) for x in (at, *self.parts[at].T))
                        for at in (np.flatnonzero(depth == d) for d in range(1, depth.max() + 1))]
         self.left, self.right = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        self.register_buffer("basis", torch.eye(width))
+        self.rounding = FakeQuantize(self.basis, (width, width), BASIS)
 
     @property
     def checksum(self) -> int:
@@ -89,15 +104,33 @@ class Composition(nn.Module):
         return super()._apply(function, recurse)
 
     def forward(self, residual: Tensor) -> Tensor:
-        return _Compose.apply(residual, _half(self.left), _half(self.right), self)
+        rows = _Compose.apply(residual, _half(self.left), _half(self.right), self)
+        return rows @ self.rounding(self.basis)
 
     @torch.no_grad()
-    def fit(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """Sets a and b by least squares, each row weighted (V,), and returns the residuals of `rows` (V, D)."""
+    def fit(self, rows: Tensor, sensitivity: Tensor, curvature: Tensor) -> Tensor:
+        """Sets basis, a and b, and returns the residuals of `rows` (V, D).
+
+        sensitivity (V,) and curvature (D, D): Kronecker factors of the Fisher information of the table.
+        """
+        residual = self._factors(rows, sensitivity)
+        scale, axes = torch.linalg.eigh(curvature)
+        scale = (scale / scale.mean()).clamp(min=LEAST_CURVATURE).sqrt()
+        weighed = residual @ (axes * scale)
+        weight = (sensitivity / sensitivity.max()).clamp(min=LEAST_SENSITIVITY).sqrt()
+        _, turn = torch.linalg.eigh(weighed.T @ (weight[:, None] * weighed))
+        size = (weighed.square().mean() / residual.square().mean()).sqrt()  # the learning rate meets weights of a usual size
+        self.basis.copy_(size * turn.flip(1).T @ (axes / scale).T)
+        return self._factors(rows @ torch.linalg.inv(self.rounding(self.basis)), sensitivity)
+
+    @torch.no_grad()
+    def _factors(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Sets a and b by least squares, each row weighted (V,), and returns the residuals of rows (V, D)."""
         at, first, second = (torch.cat(x) for x in zip(*self.levels))
         y, x = rows[at], torch.stack([rows[first], rows[second]], -1)
         w = weights[at][:, None, None]
-        gram = torch.einsum("ndi,ndj->dij", w * x, x) + 1e-6 * torch.eye(2, device=x.device)
+        gram = torch.einsum("ndi,ndj->dij", w * x, x)
+        gram += 1e-6 * gram.diagonal(dim1=1, dim2=2).mean() * torch.eye(2, device=x.device)
         solution = torch.linalg.solve(gram, torch.einsum("ndi,nd->di", w * x, y))
         self.left.copy_(solution[:, 0]), self.right.copy_(solution[:, 1])
         residual = rows.clone()
@@ -110,23 +143,30 @@ def _half(x: Tensor) -> Tensor:
     return x + (x.half().float() - x).detach()
 
 
-def compose_tables(model: nn.Module, parts: np.ndarray, counts: Tensor) -> nn.Module:
+def compose_tables(model: nn.Module, parts: np.ndarray, batches: Iterable, loss: Callable) -> nn.Module:
     """Puts a `Composition` on every matrix with a row for each token (embedding, output layer), in place, and returns
     the model. What it computes stays the same; masks and formats of these matrices are dropped.
 
-    counts: (V,), how often each token occurs: the weight of its row when a and b are fitted.
+    batches, loss: loss(model, batch) -> scalar, whose gradients say what an error in a row or a column costs.
     Raises ValueError when no matrix has as many rows as `parts`.
     """
-    tables = [(m, a) for _, m, a in named_weights(model) if original_of(m, a).ndim == 2 and len(original_of(m, a)) == len(parts)]
+    tables = {name: (m, a) for name, m, a in named_weights(model)
+              if original_of(m, a).ndim == 2 and len(original_of(m, a)) == len(parts)}
     if not tables:
         raise ValueError(f"no matrix of {type(model).__name__} has the {len(parts):,} rows of a token table: "
                          "pass the parts of the tokenizer it was trained with")
-    for module, attribute in tables:
+    for module, attribute in tables.values():
         rows = getattr(module, attribute).detach()
-        composition = Composition(parts, rows.shape[1]).to(rows.device)
-        residual = composition.fit(rows, counts.to(rows))
         set_steps(model, module, attribute, [])
-        with torch.no_grad():
-            original_of(module, attribute).copy_(residual)
+        original_of(module, attribute).data.copy_(rows)
+    factors = dict.fromkeys(tables, (0.0, 0.0))
+    for grads in gradients(model, batches, loss):
+        for name in tables:
+            rows, columns = factors[name]
+            factors[name] = rows + grads[name].square().mean(1), columns + grads[name].T @ grads[name]
+    for name, (module, attribute) in tables.items():
+        weight = original_of(module, attribute)
+        composition = Composition(parts, weight.shape[1]).to(weight.device)
+        weight.data.copy_(composition.fit(weight.detach(), *factors[name]))
         set_steps(model, module, attribute, [composition])
     return model

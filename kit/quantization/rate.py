@@ -20,7 +20,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from kit import coding
-from kit.parametrization import named_weights, original_of, set_steps, steps_of
+from kit.parametrization import gradients, named_weights, original_of, set_steps, steps_of
 from kit.quantization import formats, kernels
 from kit.quantization.composition import Composition
 from kit.quantization.fake import FakeQuantize, matrix_shape, seen_by
@@ -31,10 +31,10 @@ MOST_ROWS = 128  # that share a step: frequencies of tokens fall quickly
 SMALL = 1024    # tensors below this many values are not worth a rate term: they take SMALL_FORMAT
 LEAST_SENSITIVITY = 1e-8    # relative to the largest: rows that no gradient reached still get a finite step
 SMALL_FORMAT = Format(8, granularity="tensor")
-INTEGRAL, PROPORTIONAL = 75.0, 2.0    # of log lambda for log(size / wanted): over a whole run, and at once
+INTEGRAL, PROPORTIONAL = 75.0, 6.0    # of log lambda for log(size / wanted): over a whole run, and at once
 LOG_LAMBDA = (-9.0, 4.0)
 SLACK = 0.08
-AIM = 0.99    # of the bytes that there are, so that little is left to `finish`
+AIM = 0.99  # of the bytes that there are, so that little is left to `finish`
 
 
 def geometric_bits(mean: Tensor) -> Tensor:
@@ -84,17 +84,12 @@ def coded_bytes(weight: Tensor, quantizer: FakeQuantize) -> int:
 def row_sensitivity(model: nn.Module, batches: Iterable, loss: Callable) -> dict[str, Tensor]:
     """Mean squared gradient of the loss for each row of each weight, (rows,): the diagonal Fisher information, up to a
     factor, which says how much an error in that row costs. For embeddings it falls with token frequency."""
+    shapes = {name: matrix_shape(m, original_of(m, a).shape) for name, m, a in named_weights(model)}
     sums, count = {}, 0
-    for batch in batches:
-        model.zero_grad(set_to_none=True)
-        loss(model, batch).backward()
+    for grads in gradients(model, batches, loss):
         count += 1
-        for name, module, attribute in named_weights(model):
-            grad = original_of(module, attribute).grad
-            if grad is not None:
-                squared = grad.reshape(matrix_shape(module, grad.shape)).square().mean(1)
-                sums[name] = sums.get(name, 0) + squared
-    model.zero_grad(set_to_none=True)
+        for name, grad in grads.items():
+            sums[name] = sums.get(name, 0) + grad.reshape(shapes[name]).square().mean(1)
     if count == 0:
         raise ValueError("row_sensitivity got no batch: expected at least one to measure gradients on")
     return {name: total / count for name, total in sums.items()}
@@ -106,7 +101,7 @@ def rate_quantizers(model: nn.Module) -> list[tuple[nn.Module, str, FakeQuantize
     return [(m, a, s) for m, a, s in found if isinstance(s, FakeQuantize) and s.learned]
 
 
-def set_rate_formats(model: nn.Module, sensitivity: dict[str, Tensor], target_bytes: float, exponent: float = 0.25) -> None:
+def set_rate_formats(model: nn.Module, sensitivity: dict[str, Tensor], target_bytes: float, exponent: float = 0.35) -> None:
     """Gives every large weight 8-bit codes with learned steps, step ~ sensitivity^-exponent by blocks of rows, one factor
     for all found by bisection so that the range-coded codes take `target_bytes`; small tensors get 8-bit codes.
 
@@ -143,15 +138,17 @@ def set_rate_formats(model: nn.Module, sensitivity: dict[str, Tensor], target_by
 class RateLoss:
     """loss + lambda * bits / weights for kit.training.train, with the size of the file on a schedule; `step` is its hook.
 
-    The size falls geometrically to `file_bytes` during the first `ramp` of the run and is held there by lambda: log lambda
-    follows log(size / wanted) as a proportional-integral controller. Steps are learned, with the rate's own gradient.
-    Twenty times a run the estimate of `code_bits` is set right by what the coder really takes, and where lambda has not
-    had the steps to do it (more than SLACK above, shrinking to nothing at the end) one factor widens all steps. lambda
-    begins as the slope of the loss against bits along such a factor. `finish`, after training, fits the file exactly.
+    The size falls to `file_bytes` during the first `ramp` of the run, quickly at first, and is held there by lambda: log
+    lambda follows log(size / wanted) as a proportional-integral controller. Most of the learning happens at the final size,
+    so the way there is short. Steps are learned, with the rate's own gradient. Twenty times a run the estimate of
+    `code_bits` is set right by what the coder really takes, and where lambda has not had the time to do it (further off than
+    SLACK, shrinking to nothing at the end) one factor widens or narrows all steps: zeros, once there, do not come back by
+    themselves when lambda falls. lambda begins as the slope of the loss against bits along such a factor. `finish`, after
+    training, fits the file exactly.
     What is not range-coded (header, scales, small tensors) is measured and counted.
     """
 
-    def __init__(self, loss: Callable, model: nn.Module, file_bytes: int, batches: list, ramp: float = 0.6):
+    def __init__(self, loss: Callable, model: nn.Module, file_bytes: int, batches: list, ramp: float = 0.12):
         self.loss, self.model, self.file_bytes, self.batches, self.ramp = loss, model, file_bytes, batches, ramp
         self.members = rate_quantizers(model)
         if not self.members:
@@ -162,10 +159,10 @@ class RateLoss:
         if file_bytes <= 1.1 * overhead:
             raise ValueError(f"{file_bytes} bytes are too few: header, scales and small tensors alone take {overhead}; "
                              "ask for less compression or a model with fewer small tensors")
-        self.target = AIM * (file_bytes - overhead)
         self.estimate = float(self._bits().detach()) / 8
         slope = math.log(self._slope())
-        state = torch.tensor([slope, slope, self.start / self.estimate])  # log lambda, its integral part, coded / estimated
+        # log lambda, its integral part, coded / estimated bytes, bytes that codes may take
+        state = torch.tensor([slope, slope, self.start / self.estimate, AIM * (file_bytes - overhead)])
         self.state = nn.Parameter(state, requires_grad=False)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -186,29 +183,33 @@ class RateLoss:
 
     @torch.no_grad()
     def step(self, step: int, steps: int, model: nn.Module) -> None:
-        wanted = self.start * (self.target / self.start) ** min(1.0, step / (self.ramp * steps))
         due = step % max(5, steps // 20) == 0
         if due:
-            self.state[2] = self.coded() / float(self._bits() / 8)
+            coded = self.coded()
+            self.state[2] = coded / float(self._bits() / 8)
+            self.state[3] = AIM * (self.file_bytes - _file_bytes(self.model) + coded)
+        wanted = self.start * (self.state[3].item() / self.start) ** (1 - max(0.0, 1 - step / (self.ramp * steps)) ** 2)
         error = math.log(self.estimate * self.state[2].item() / wanted)
         self.state[1] = (self.state[1] + INTEGRAL / steps * error).clamp(*LOG_LAMBDA)
         self.state[0] = (self.state[1] + PROPORTIONAL * error).clamp(*LOG_LAMBDA)
         if due:
             self.history.append({"step": step, "bytes": wanted * math.exp(error), "wanted": wanted,
                                  "lambda": math.exp(self.state[0])})
-            self._shrink(wanted * (1 + SLACK * (1 - step / steps)))
+            slack = math.exp(SLACK * (1 - step / steps))
+            self._bound(wanted / slack, wanted * slack)
 
     def _widen(self, factor: float) -> None:
         for _, _, quantizer in self.members:
             quantizer.scale.mul_(factor)
 
-    def _shrink(self, most: float) -> None:
-        """Widens all steps until the codes take at most `most` bytes, by the secant method in log-log."""
+    def _bound(self, least: float, most: float) -> None:
+        """Widens or narrows all steps until the codes take `least` to `most` bytes, by the secant method in log-log."""
         exponent, size = 1.0, self.coded()
         for _ in range(8):
-            if size <= 1.005 * most:
+            excess = math.log(size / min(max(size, least), most))
+            if abs(excess) < 0.005:
                 return
-            factor = min((size / most) ** (1 / exponent), 1.5)
+            factor = math.exp(min(max(excess / exponent, -0.4), 0.4))
             self._widen(factor)
             before, size = size, self.coded()
             if size != before:
@@ -238,13 +239,13 @@ class RateLoss:
             rows = sensitivity.get(names[id(original_of(m, a))], weight.new_zeros(s.shape[0]))
             score = (rows[:, None] * weight.reshape(s.shape).square()).reshape(weight.shape)
             scores.append(score.masked_fill(s.codes(seen_by(s, m, a))[0].reshape(weight.shape) == 0, math.inf))
-        self.target = self.coded()
+        target = self.coded()
         while (over := _file_bytes(self.model) - self.file_bytes) > 0:
-            self.target -= over
-            self._trim(kept, scores)
+            target -= over
+            self._trim(kept, scores, target)
 
     @torch.no_grad()
-    def _trim(self, kept: list[Tensor], scores: list[Tensor]) -> None:
+    def _trim(self, kept: list[Tensor], scores: list[Tensor], target: int) -> None:
         """Zeroes the weights of lowest score, as few as reach the target."""
         ordered = torch.cat([score[score < math.inf] for score in scores]).sort().values
         low, high = 0, len(ordered) - 1
@@ -252,7 +253,7 @@ class RateLoss:
             middle = (low + high) // 2 if left else high
             for (m, a, _), weight, score in zip(self.members, kept, scores):
                 original_of(m, a).copy_(weight.masked_fill(score <= ordered[middle], 0.0))
-            low, high = (middle, high) if self.coded() > self.target else (low, middle)
+            low, high = (middle, high) if self.coded() > target else (low, middle)
 
 def _file_bytes(model: nn.Module) -> int:
     from kit import artifact
