@@ -48,18 +48,16 @@ def save(model: nn.Module, path: str | os.PathLike, layouts: tuple[str, ...] = L
     loaded without further help; any other model needs an instance of the same shapes to load into. The
     file is written whole or not at all.
     """
-    header, blobs = {"model": recipe(model), "modules": _activation_modules(model), "tensors": []}, []
-    for name, entry, parts in _encoded_tensors(model, layouts):
-        header["tensors"].append({"name": name, **entry, "sizes": [len(part) for part in parts]})
-        blobs += parts
-    text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    body = MAGIC + struct.pack("<I", len(text)) + text + b"".join(blobs)
-    data = body + hashlib.sha256(body).digest()
-    path = Path(path)
+    data, path = _serialized(model, layouts), Path(path)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
         file.write(data)
     os.replace(file.name, path)
     return len(data)
+
+
+def nbytes(model: nn.Module, layouts: tuple[str, ...] = LAYOUTS) -> int:
+    """Bytes that the file of `save` would have."""
+    return len(_serialized(model, layouts))
 
 
 def load(path: str | os.PathLike, model: nn.Module | None = None, trainable: bool = False,
@@ -111,8 +109,7 @@ def _composition(entry: dict, data: list[bytes], parts: np.ndarray | None, path)
 
 def float32_bytes(model: nn.Module) -> int:
     """Bytes of the model's uncompressed file: every tensor dense, as it is, without masks or formats."""
-    with tempfile.TemporaryDirectory() as folder:
-        return save(bake(model), Path(folder) / "dense.kit", layouts=("dense",))
+    return nbytes(bake(model), layouts=("dense",))
 
 
 def describe(path: str | os.PathLike) -> pd.DataFrame:
@@ -130,6 +127,16 @@ def describe(path: str | os.PathLike) -> pd.DataFrame:
 
 
 # Writing
+
+
+def _serialized(model: nn.Module, layouts: tuple[str, ...]) -> bytes:
+    header, blobs = {"model": recipe(model), "modules": _activation_modules(model), "tensors": []}, []
+    for name, entry, parts in _encoded_tensors(model, layouts):
+        header["tensors"].append({"name": name, **entry, "sizes": [len(part) for part in parts]})
+        blobs += parts
+    text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    body = MAGIC + struct.pack("<I", len(text)) + text + b"".join(blobs)
+    return body + hashlib.sha256(body).digest()
 
 
 def recipe(model: nn.Module) -> dict | None:

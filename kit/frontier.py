@@ -7,6 +7,7 @@ returns a row: name, bytes, ratio, perplexity on the test split with its 95 % in
 import itertools
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,16 @@ from torch import Tensor, nn
 
 from kit import artifact
 from kit.baseline import Baseline, training_loss
+from kit.data import load_corpus, token_loaders
+from kit.distillation.students import config_for_parameters
 from kit.evaluation import evaluate
+from kit.models import ResNetBK
 from kit.parametrization import copy_model
 from kit.pipeline import CompressionPipeline
-from kit.quantization import Format, quantize_weights, uniform
+from kit.quantization import INT8, Format, quantize_weights, uniform
+from kit.quantization.composition import compose_tables
 from kit.quantization.rate import RateLoss, row_sensitivity, set_rate_formats
+from kit.training import TrainConfig, train
 
 BODY = Format(4, granularity="group", group_size=64, range="mse")  # of what the rivals do not compress themselves
 
@@ -49,9 +55,11 @@ def dense_row(dense: Baseline) -> dict:
 
 
 def rounded(dense: Baseline, ratio: float, folder: Path) -> dict:
-    """No training: steps by the sensitivity of rows, as wide as the bytes ask for."""
+    """No training: composed tables, steps by the sensitivity of rows, as wide as the bytes ask for."""
     model, batches = copy_model(dense.model), list(itertools.islice(dense.loaders.train, 8))
     loss = training_loss(model)
+    if (parts := token_parts(dense)) is not None:
+        compose_tables(model, parts, batches, loss)
     set_rate_formats(model, row_sensitivity(model, batches, loss), 0.9 * dense.bytes / ratio)
     RateLoss(loss, model, int(dense.bytes / ratio), batches[:1]).finish()
     artifact.save(model, path := Path(folder) / f"rounded_{ratio:g}x.kit")
@@ -64,6 +72,21 @@ def compressed(dense: Baseline, pipeline: CompressionPipeline, loader, folder: P
     _, metrics = pipeline.run_pipeline(loader, dense.loaders.validation, save_dir=folder, **epochs)
     return [measured(name, Path(stage["path"]), dense, **{key: stage.get(key) for key in ("seconds", "tokens", "peak_memory")})
             for name, stage in metrics["stage_metrics"].items()]
+
+
+def small_model(dense: Baseline, size: int, folder: Path, steps: int, vocab_size: int | None = None) -> dict:
+    """A model of at most about `size` bytes trained directly on the labels in INT8, on as many windows a step as the dense
+    model; with another vocabulary than the dense model's only its bits per byte compare."""
+    if vocab_size:
+        text = load_corpus(dense.corpus.name, vocab_size)
+        batch = next(iter(dense.loaders.train))[0]
+        dense = replace(dense, corpus=text, loaders=token_loaders(text, *batch.shape))
+    torch.manual_seed(0)
+    model = ResNetBK(config_for_parameters(int(0.95 * size), dense.corpus.tokenizer.vocab_size))
+    quantize_weights(model, uniform(model, INT8))
+    train(model, dense.loaders.train, TrainConfig(steps, lr=1e-2), loss=training_loss(model), log=False)
+    artifact.save(model, path := Path(folder) / f"small_{dense.corpus.tokenizer.vocab_size}.kit")
+    return measured(f"small model, {dense.corpus.tokenizer.vocab_size:,} words", path, dense)
 
 
 # Rivals: the two token tables in another way, everything else in BODY; no training, like `rounded`

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -182,13 +181,11 @@ class CompressionPipeline:
         size = previous.stat().st_size if previous else self.baseline_bytes
         wanted = size**0.75 * self.budget**0.25
         low, high = 0.0, 0.95
-        with tempfile.TemporaryDirectory() as folder:
-            for _ in range(6):
-                middle = (low + high) / 2
-                trial = copy_model(model)
-                MagnitudePruner(trial, scope="global").prune(middle)
-                small = artifact.save(trial, Path(folder) / "trial.kit") <= wanted
-                low, high = (low, middle) if small else (middle, high)
+        for _ in range(6):
+            middle = (low + high) / 2
+            trial = copy_model(model)
+            MagnitudePruner(trial, scope="global").prune(middle)
+            low, high = (low, middle) if artifact.nbytes(trial) <= wanted else (middle, high)
         return low
 
     def _distillation(self, model, teacher, batches, previous):

@@ -6,6 +6,7 @@ import torch
 
 from kit import frontier
 from kit.baseline import _computes, load_or_train
+from kit.data import load_corpus
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,13 @@ def test_rounding_keeps_its_bytes(dense, tmp_path):
     row = frontier.rounded(dense, 6.0, tmp_path)
     assert row["ratio"] >= 6 and (tmp_path / "rounded_6x.kit").stat().st_size == row["bytes"]
     assert row["low"] <= row["perplexity"] <= row["high"]
+
+
+def test_small_model_of_another_vocabulary_is_within_its_bytes_and_reads_the_same_text(dense, tmp_path):
+    same, other = (frontier.small_model(dense, 30000, tmp_path, 20, words) for words in (None, 262))
+    assert max(same["bytes"], other["bytes"]) <= 30000 and "262 words" in other["name"]
+    nats = np.log(other["perplexity"]) * len(load_corpus(dense.corpus.name, 262).test) / dense.corpus.utf8_bytes["test"]
+    assert other["bits_per_byte"] == pytest.approx(nats / np.log(2), rel=0.02)
 
 
 def test_a_comment_is_not_another_model():

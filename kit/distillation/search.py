@@ -2,7 +2,6 @@
 
 import copy
 import math
-import tempfile
 from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
@@ -61,8 +60,7 @@ def expected_bytes(model: nn.Module) -> int:
     for parameter in model.parameters():
         if parameter.numel() > 1 and parameter.min() == parameter.max():
             parameter.copy_(torch.linspace(-1, 1, parameter.numel()).sin().view_as(parameter))
-    with tempfile.TemporaryDirectory() as folder:
-        return artifact.save(model, Path(folder) / "student.kit")
+    return artifact.nbytes(model)
 
 
 class StudentSearch:

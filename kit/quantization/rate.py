@@ -11,15 +11,13 @@ pull, and the step size, learned with it (LSQ), weighs bits against loss. Loss +
 """
 
 import math
-import tempfile
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from kit import coding
+from kit import artifact, coding
 from kit.parametrization import gradients, named_weights, original_of, set_steps, steps_of
 from kit.quantization import formats, kernels
 from kit.quantization.composition import Composition
@@ -155,7 +153,7 @@ class RateLoss:
             raise ValueError("the model carries no learned steps: call set_rate_formats first")
         self.weights = sum(original_of(m, a).numel() for m, a, _ in self.members)
         self.start, self.history = self.coded(), []
-        overhead = _file_bytes(model) - self.start
+        overhead = artifact.nbytes(model) - self.start
         if file_bytes <= 1.1 * overhead:
             raise ValueError(f"{file_bytes} bytes are too few: header, scales and small tensors alone take {overhead}; "
                              "ask for less compression or a model with fewer small tensors")
@@ -187,7 +185,7 @@ class RateLoss:
         if due:
             coded = self.coded()
             self.state[2] = coded / float(self._bits() / 8)
-            self.state[3] = AIM * (self.file_bytes - _file_bytes(self.model) + coded)
+            self.state[3] = AIM * (self.file_bytes - artifact.nbytes(self.model) + coded)
         wanted = self.start * (self.state[3].item() / self.start) ** (1 - max(0.0, 1 - step / (self.ramp * steps)) ** 2)
         error = math.log(self.estimate * self.state[2].item() / wanted)
         self.state[1] = (self.state[1] + INTEGRAL / steps * error).clamp(*LOG_LAMBDA)
@@ -240,7 +238,7 @@ class RateLoss:
             score = (rows[:, None] * weight.reshape(s.shape).square()).reshape(weight.shape)
             scores.append(score.masked_fill(s.codes(seen_by(s, m, a))[0].reshape(weight.shape) == 0, math.inf))
         target = self.coded()
-        while (over := _file_bytes(self.model) - self.file_bytes) > 0:
+        while (over := artifact.nbytes(self.model) - self.file_bytes) > 0:
             target -= over
             self._trim(kept, scores, target)
 
@@ -254,9 +252,3 @@ class RateLoss:
             for (m, a, _), weight, score in zip(self.members, kept, scores):
                 original_of(m, a).copy_(weight.masked_fill(score <= ordered[middle], 0.0))
             low, high = (middle, high) if self.coded() > target else (low, middle)
-
-def _file_bytes(model: nn.Module) -> int:
-    from kit import artifact
-
-    with tempfile.TemporaryDirectory() as folder:
-        return artifact.save(model, Path(folder) / "probe.kit")

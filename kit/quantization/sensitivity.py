@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -84,13 +83,8 @@ def plan_for_budget(model: nn.Module, table: pd.DataFrame, formats: Mapping[str,
         chosen = allocate(options, room)
         plan = {name: formats[labels[name][position]] for name, position in chosen.items()}
         plan |= {name: HALF for name, _, _ in named_weights(dense) if name not in plan}
-        size = _file_bytes(convert(copy.deepcopy(dense), plan))
+        size = artifact.nbytes(convert(copy.deepcopy(dense), plan))
         if size <= budget:
             return plan
         room -= max(size - budget, 16)
     raise ValueError(f"no choice of formats fits {budget} bytes: the last one tried takes {size}")
-
-
-def _file_bytes(model: nn.Module) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        return artifact.save(model, Path(folder) / "probe.kit")
