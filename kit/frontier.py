@@ -18,7 +18,7 @@ from kit import artifact
 from kit.baseline import Baseline, training_loss
 from kit.data import load_corpus, token_loaders
 from kit.distillation.students import config_for_parameters
-from kit.evaluation import evaluate
+from kit.evaluation import Evaluation, evaluate
 from kit.models import ResNetBK
 from kit.parametrization import copy_model
 from kit.pipeline import CompressionPipeline
@@ -35,9 +35,8 @@ def token_parts(dense: Baseline) -> np.ndarray | None:
     return getattr(dense.corpus.tokenizer, "parts", None)
 
 
-def row(name: str, size: int, model: nn.Module, dense: Baseline, **more) -> dict:
-    """Measures a model that came out of `size` bytes; reads the test split once."""
-    test = evaluate(model, dense.loaders.test)
+def row(name: str, size: int, test: Evaluation, dense: Baseline, **more) -> dict:
+    """What a model that came out of `size` bytes reached on the test split."""
     low, high = test.interval()
     return {"name": name, "bytes": size, "ratio": dense.bytes / size, "perplexity": test.perplexity, "low": low, "high": high,
             "bits_per_byte": test.bits_per_byte(dense.corpus.utf8_bytes["test"]), **more}
@@ -45,13 +44,12 @@ def row(name: str, size: int, model: nn.Module, dense: Baseline, **more) -> dict
 
 def measured(name: str, path: Path, dense: Baseline, **more) -> dict:
     """The row of an artifact."""
-    return row(name, Path(path).stat().st_size, artifact.load(path, parts=token_parts(dense)), dense, **more)
+    test = evaluate(artifact.load(path, parts=token_parts(dense)), dense.loaders.test)
+    return row(name, Path(path).stat().st_size, test, dense, **more)
 
 
 def dense_row(dense: Baseline) -> dict:
-    low, high = dense.test.interval()
-    return {"name": "dense float32", "bytes": dense.bytes, "ratio": 1.0, "perplexity": dense.test.perplexity, "low": low,
-            "high": high, "bits_per_byte": dense.bits_per_byte, "seconds": dense.seconds, "tokens": dense.tokens}
+    return row("dense float32", dense.bytes, dense.test, dense, seconds=dense.seconds, tokens=dense.tokens)
 
 
 def rounded(dense: Baseline, ratio: float, folder: Path) -> dict:
@@ -107,7 +105,7 @@ def _rival(name: str, dense: Baseline, encode: Callable[[Tensor], tuple[Tensor, 
     model = artifact.load(path)
     for table, rows in decoded.items():
         model.get_parameter(table).data.copy_(rows)
-    return row(name, size, model, dense)
+    return row(name, size, evaluate(model, dense.loaders.test), dense)
 
 
 def product_quantized(dense: Baseline, pieces: int, folder: Path, centroids: int = 256) -> dict:
@@ -156,7 +154,8 @@ def uniform_zlib(dense: Baseline, bits: int, folder: Path) -> dict:
     format = Format(bits, granularity="group", group_size=64, range="mse")
     model = quantize_weights(copy_model(dense.model), uniform(dense.model, format))
     artifact.save(model, path := Path(folder) / "uniform.kit", layouts=("dense",))
-    return row(f"uniform {bits} bits + zlib", len(zlib.compress(path.read_bytes(), 9)), artifact.load(path), dense)
+    return row(f"uniform {bits} bits + zlib", len(zlib.compress(path.read_bytes(), 9)),
+               evaluate(artifact.load(path), dense.loaders.test), dense)
 
 
 def hashed(dense: Baseline, buckets: int, folder: Path) -> dict:
