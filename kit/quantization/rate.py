@@ -139,9 +139,9 @@ class RateLoss:
     The size falls to `file_bytes` during the first `ramp` of the run, quickly at first, and is held there by lambda: log
     lambda follows log(size / wanted) as a proportional-integral controller. Most of the learning happens at the final size,
     so the way there is short. Steps are learned, with the rate's own gradient. Twenty times a run the estimate of
-    `code_bits` is set right by what the coder really takes, and where lambda has not had the time to do it (further off than
-    SLACK, shrinking to nothing at the end) one factor widens or narrows all steps: zeros, once there, do not come back by
-    themselves when lambda falls. lambda begins as the slope of the loss against bits along such a factor. `finish`, after
+    `code_bits` is set right by what the coder really takes, and in the first half, where lambda has not had the time to do it
+    (further off than SLACK), one factor widens or narrows all steps: zeros, once there, do not come back by themselves when
+    lambda falls. Later that would do harm, for many weights end up close to half a step. lambda begins as the slope of the loss against bits along such a factor. `finish`, after
     training, fits the file exactly.
     What is not range-coded (header, scales, small tensors) is measured and counted.
     """
@@ -193,8 +193,8 @@ class RateLoss:
         if due:
             self.history.append({"step": step, "bytes": wanted * math.exp(error), "wanted": wanted,
                                  "lambda": math.exp(self.state[0])})
-            slack = math.exp(SLACK * (1 - step / steps))
-            self._bound(wanted / slack, wanted * slack)
+            if 2 * step <= steps:
+                self._bound(wanted * (1 - SLACK), wanted * (1 + SLACK))
 
     def _widen(self, factor: float) -> None:
         for _, _, quantizer in self.members:
