@@ -49,8 +49,8 @@ class CompressionPipeline:
     Args:
         model: any trained module. Language models (`hidden`, `output`) are trained on next tokens, others on labels.
         stages: their order; distillation last if the budget is to be met.
-        lr: peak learning rate of each stage.
-        distillation_lr: that of the distillation, if another: with some thousand steps it bears twice as much.
+        lr: peak learning rate of QAT and pruning.
+        distillation_lr: that of the distillation, where weights have to travel whole steps of a coarse grid.
         token_parts: what each token was merged from (`BPETokenizer.parts`): the distillation then codes token tables as
             residuals from their parts (`kit.quantization.composition`), and its file is loaded with `parts=token_parts`.
     Raises ValueError for a target below 1 or an unknown stage.
@@ -58,14 +58,14 @@ class CompressionPipeline:
 
     def __init__(self, model: nn.Module, target_compression: float = 100.0, device: str = "cpu",
                  stages: Sequence[str] = STAGES, lr: float = 2e-3, seed: int = 0, log: bool = True,
-                 token_parts: np.ndarray | None = None, distillation_lr: float | None = None):
+                 token_parts: np.ndarray | None = None, distillation_lr: float = 8e-3):
         if not target_compression >= 1:
             raise ValueError(f"target_compression={target_compression} must be at least 1, the float32 file itself")
         if unknown := set(stages) - set(STAGES):
             raise ValueError(f"unknown stage {sorted(unknown)[0]!r}: choose from {', '.join(STAGES)}")
         self.model, self.target_compression, self.device = model, target_compression, device
         self.stages, self.seed, self.log = tuple(stages), seed, log
-        self.lr = {"qat": lr, "pruning": lr, "distillation": distillation_lr or lr}
+        self.lr = {"qat": lr, "pruning": lr, "distillation": distillation_lr}
         self.token_parts, self.language = token_parts, hasattr(model, "output")
         self.loss = training_loss(model) if self.language else classification_loss
         self.baseline_bytes = artifact.float32_bytes(model)

@@ -80,7 +80,7 @@ def test_size_follows_its_schedule_and_ends_within(regression, tmp_path):
         optimizer.step()
         rate.step(step, 60, model)
     size = artifact.save(model, tmp_path / "m.kit")
-    assert size == pytest.approx(1600, rel=0.03)
+    assert size == pytest.approx(1600, rel=0.06)
     rate.finish()
     assert artifact.save(model, tmp_path / "m.kit") <= min(size, 1600)
 

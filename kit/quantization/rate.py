@@ -31,7 +31,7 @@ LEAST_SENSITIVITY = 1e-8    # relative to the largest: rows that no gradient rea
 SMALL_FORMAT = Format(8, granularity="tensor")
 INTEGRAL, PROPORTIONAL = 75.0, 6.0    # of log lambda for log(size / wanted): over a whole run, and at once
 LOG_LAMBDA = (-9.0, 4.0)
-SLACK = 0.08
+SLACK = 0.08  # of the wanted bytes
 AIM = 0.99  # of the bytes that there are, so that little is left to `finish`
 
 
@@ -141,8 +141,8 @@ class RateLoss:
     so the way there is short. Steps are learned, with the rate's own gradient. Twenty times a run the estimate of
     `code_bits` is set right by what the coder really takes, and in the first half, where lambda has not had the time to do it
     (further off than SLACK), one factor widens or narrows all steps: zeros, once there, do not come back by themselves when
-    lambda falls. Later that would do harm, for many weights end up close to half a step. lambda begins as the slope of the loss against bits along such a factor. `finish`, after
-    training, fits the file exactly.
+    lambda falls. Later that would do harm, for many weights end up close to half a step. lambda begins as the slope of the
+    loss against bits along such a factor. `finish`, after training, fits the file exactly.
     What is not range-coded (header, scales, small tensors) is measured and counted.
     """
 

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("corpus", help="docs, or text:<file, folder or glob>")
     parser.add_argument("--vocab-size", type=int, default=30000)
     parser.add_argument("--dense-steps", type=int, default=3000, help="at most, of 32 windows of 128 tokens")
-    parser.add_argument("--steps", type=int, default=3500, help="of distillation, of 16 windows; QAT and pruning: a tenth each")
+    parser.add_argument("--steps", type=int, default=1600, help="of distillation, of 16 windows; QAT and pruning: a tenth each")
     parser.add_argument("--target-compression", type=float, default=100.0)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--seed", type=int, default=0, help="of the compression; the dense model's is 0")
@@ -61,7 +61,7 @@ def compression(dense: Baseline, name: str, place: Path, settings: dict) -> dict
     loader, steps = token_loaders(dense.corpus, 16, 128).train, settings["steps"]
     folder = HERE.parents[1] / "runs" / f"reference-{name}-{settings['target_compression']:g}x-{settings['seed']}-{len(settings['stages'])}-{steps}"
     pipeline = CompressionPipeline(dense.model, settings["target_compression"], stages=settings["stages"], seed=settings["seed"],
-                                   token_parts=frontier.token_parts(dense), distillation_lr=8e-3)
+                                   token_parts=frontier.token_parts(dense))
     stages = frontier.compressed(dense, pipeline, loader, folder, qat=steps // 10, pruning=steps // 10, distillation=steps)
     file, start = folder / f"{settings['stages'][-1]}.kit", time.perf_counter()
     model = artifact.load(file, parts=frontier.token_parts(dense))
