@@ -30,8 +30,8 @@ from kit.quantization.fake import seen_by
 from kit.results import write_result
 
 SHAPE = {"d_model": 64, "layers": 4, "experts": 4, "tied": False}
-ROUNDING = (8, 16, 24, 40)
-SMALL_VOCABULARIES = (1024, 4096)
+ROUNDING = (8, 16, 24)
+SMALL_VOCABULARY = 2048
 
 
 def main() -> None:
@@ -92,7 +92,7 @@ def controls(dense: Baseline, name: str) -> dict:
     rivals = [*(frontier.product_quantized(dense, pieces, folder) for pieces in (8, 16)), frontier.low_rank(dense, 32, 4, folder),
               frontier.hashed(dense, 2000, folder), *(frontier.uniform_zlib(dense, bits, folder) for bits in (2, 4))]
     orders = (1, 2, 4)
-    small = [frontier.small_model(dense, dense.bytes // 100, folder, 3000, words) for words in SMALL_VOCABULARIES]
+    small = [frontier.small_model(dense, dense.bytes // 100, folder, 2000, SMALL_VOCABULARY)]
     return {"rounding": [frontier.rounded(dense, ratio, folder) for ratio in ROUNDING], "rivals": rivals, "small": small,
             "kneser_ney": {n: KneserNey.fit(text.train, n, text.tokenizer.vocab_size).perplexity(text.test) for n in orders}}
 
