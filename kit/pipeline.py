@@ -41,8 +41,9 @@ class CompressionPipeline:
     qat           INT4 groups for experts and INT8 for the rest, straight-through; the BK-core's v and G in INT8
     pruning       experts under 5 % usage go, the router shrinks; then magnitude pruning on a cubic schedule, as far
                   as brings the file a quarter of the way (in ratio) from the last stage to the budget
-    distillation  from the uncompressed model; learned steps and a rate term steer the range-coded size to the budget,
-                  and weights that were pruned may come back where they are worth their bits
+    distillation  from the uncompressed model; learned steps and a rate term steer the range-coded size to the budget. What
+                  went (experts, precision of activations) stays away; weights start over from their uncompressed values
+                  (Renda et al. 2020, arXiv:2003.02389), since those that the rate keeps are not those that magnitude kept
 
     Every stage starts from the file of the stage before it, and is measured after reloading its own.
 
@@ -192,6 +193,8 @@ class CompressionPipeline:
         fits = previous is not None and previous.stat().st_size <= self.budget
         if fits:
             model = self._load(previous, trainable=True)
+        else:
+            _rewind(model, teacher)
         sample = replace(self.loss.keywords["sample"], frequent=FREQUENT) if isinstance(self.loss, partial) else None
         distill = DistillationTrainer(teacher, model, temperature=1.0, alpha=1.0, feature_weight=0.0, sample=sample)
         if fits:
@@ -203,3 +206,13 @@ class CompressionPipeline:
         set_rate_formats(model, row_sensitivity(model, batches, self.loss), start)
         rate = RateLoss(distill, model, self.budget, batches[:2])
         return model, rate, (distill.step, rate.step), [*distill.parameters(), *rate.parameters()], rate.finish
+
+
+@torch.no_grad()
+def _rewind(model: nn.Module, origin: nn.Module) -> None:
+    """Gives weights that still have the shape they had in `origin` the values they had there."""
+    values = {name: original_of(m, a) for name, m, a in named_weights(origin)}
+    for name, module, attribute in named_weights(model):
+        weight = original_of(module, attribute)
+        if name in values and values[name].shape == weight.shape:
+            weight.copy_(values[name])
