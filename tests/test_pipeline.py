@@ -9,7 +9,9 @@ from kit import artifact
 from kit.data.loaders import Windows
 from kit.evaluation import evaluate
 from kit.models import build_model
-from kit.pipeline import CompressionPipeline
+from kit.parametrization import copy_model
+from kit.pipeline import CompressionPipeline, _rewind
+from kit.pruning.experts import keep_experts
 from kit.training import TrainConfig, train
 
 
@@ -117,6 +119,24 @@ def test_classifiers(tmp_path):
     _, metrics = CompressionPipeline(model, 8.0, log=False).run_pipeline(data, data, 1, 1, 2, tmp_path)
     assert 0 <= metrics["stage_metrics"]["distillation"]["final_accuracy"] <= 1
     assert metrics["target_met"]
+
+
+def test_distillation_starts_over_from_the_uncompressed_values_where_shapes_allow(trained):
+    model = trained[0]
+    smaller = copy_model(model)
+    keep_experts(smaller.layers[0].moe, torch.tensor([0, 2]))
+    with torch.no_grad():
+        for parameter in smaller.parameters():
+            parameter.zero_()
+    _rewind(smaller, model)
+    original, changed = dict(model.named_parameters()), set()
+    for name, parameter in smaller.named_parameters():
+        if parameter.shape == original[name].shape:
+            assert torch.equal(parameter, original[name])
+        else:
+            changed.add(name.rsplit(".", 1)[-1])
+            assert not parameter.any()
+    assert changed >= {"w_in", "w_out"}
 
 
 @pytest.mark.parametrize("settings, message", [({"target_compression": 0.5}, "at least 1"),
