@@ -20,14 +20,13 @@ from torch import Tensor
 from kit import artifact, coding
 from kit.parametrization import gradients, named_weights, original_of, set_steps, steps_of
 from kit.quantization import formats, kernels
-from kit.quantization.composition import Composition
+from kit.quantization.composition import LEAST_SENSITIVITY, Composition
 from kit.quantization.fake import FakeQuantize, matrix_shape, seen_by
 from kit.quantization.formats import Format
 
 ROW_CELLS = 16
 MOST_ROWS = 128  # that share a step: frequencies of tokens fall quickly
 SMALL = 1024    # tensors below this many values are not worth a rate term: they take SMALL_FORMAT
-LEAST_SENSITIVITY = 1e-8    # relative to the largest: rows that no gradient reached still get a finite step
 SMALL_FORMAT = Format(8, granularity="tensor")
 INTEGRAL, PROPORTIONAL = 75.0, 6.0    # of log lambda for log(size / wanted): over a whole run, and at once
 LOG_LAMBDA = (-9.0, 4.0)
