@@ -247,6 +247,17 @@ def test_gradients_of_the_reflection_agree_with_finite_differences(steps):
     assert torch.autograd.gradcheck(staggered_reflection, [part.clone().requires_grad_() for part in draw(steps=steps)])
 
 
+@pytest.mark.parametrize("shape", [(3, 33, 5), (1, 300, 130)])
+def test_the_reflection_kernels_agree_with_the_reference_in_tiles(shape, monkeypatch):
+    monkeypatch.setattr(bk_kernels, "GRAIN", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    inputs = [part.requires_grad_() for part in draw(*shape)]
+    weight = torch.randn(shape, dtype=torch.complex128, generator=torch.Generator().manual_seed(1))
+    r, truth = staggered_reflection(*inputs), torch.complex(*bk_core.staggered_reflection_pair(*inputs))
+    torch.testing.assert_close(r, truth)
+    torch.testing.assert_close(torch.autograd.grad(r, inputs, weight), torch.autograd.grad(truth, inputs, weight))
+
+
 def test_reflection_moves_with_its_input_by_an_odd_number_of_steps():
     x, p, eta = draw(steps=40)
     x[:, 0], p[:, 1] = 0, 0  # the step before does not reach the others

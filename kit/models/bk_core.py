@@ -74,7 +74,9 @@ def _apply(function: type[torch.autograd.Function], *arguments):
     return (torch.compiler.disable(function.apply) if torch.compiler.is_compiling() else function.apply)(*arguments)
 
 
-def _check(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> None:
+def _checked(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if torch.is_autocast_enabled(x.device.type):
+        x, p, eta = (part if part.dtype == torch.float64 else part.float() for part in (x, p, eta))
     if x.ndim != 3 or p.shape != x.shape or eta.shape != x.shape[2:] or not x.numel():
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, p, eta))
         raise ValueError(f"x, p, eta have shapes {shapes}: give (B, N, C), (B, N, C) and (C,), none of them empty")
@@ -82,6 +84,7 @@ def _check(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> None:
         raise ValueError(f"x, p, eta are {x.dtype}, {p.dtype}, {eta.dtype}: give all float32 or all float64")
     if not (eta > 0).all():
         raise ValueError(f"eta must be positive in every channel, but its smallest value is {eta.min().item():g}")
+    return x, p, eta
 
 
 def left_resolvent(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
@@ -96,9 +99,7 @@ def left_resolvent(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> torch
     """
     if torch.compiler.is_exporting():
         return torch.complex(*left_resolvent_pair(x, p, eta))
-    if torch.is_autocast_enabled(x.device.type):
-        x, p, eta = (part if part.dtype == torch.float64 else part.float() for part in (x, p, eta))
-    _check(x, p, eta)
+    x, p, eta = _checked(x, p, eta)
     if x.device.type == "cpu":
         from kit.models import bk_kernels as backend  # numba takes half a second to import
     else:
@@ -116,19 +117,26 @@ def resolvent_diagonal(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> t
 
 
 class _Reflection(torch.autograd.Function):
+    """r and its exact adjoint, on CPU. With h_i = g_i at even i and -conj(g_i) at odd i the alternating signs are gone:
+    ``h_i = 1 / (x_i - 1j*eta + p_i conj(h_{i-1}))`` and ``r_i = (h_i - 1j) / (h_i + 1j)`` at every i. So
+    ``lambda_i = conj(w_i) 2j / (h_i + 1j)^2 - p_{i+1} conj(h_{i+1}^2 lambda_{i+1})``, ``dx_i = -h_i^2 lambda_i``,
+    ``dp_i = -h_i^2 conj(h_{i-1}) lambda_i``, ``deta = 1j sum_i h_i^2 lambda_i``, real parts."""
+
     @staticmethod
-    def forward(ctx, g):
+    def forward(ctx, x, p, eta):
         from kit.models import bk_kernels
 
-        ctx.save_for_backward(g)
-        return bk_kernels.reflect(g)
+        p = p.contiguous()
+        h, r = bk_kernels.reflection(x.contiguous(), p, eta.contiguous())
+        ctx.save_for_backward(h, p)
+        return r
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         from kit.models import bk_kernels
 
-        return bk_kernels.reflect_backward(*ctx.saved_tensors, grad.resolve_conj().contiguous())
+        return bk_kernels.reflection_backward(*ctx.saved_tensors, grad.resolve_conj().contiguous())
 
 
 class _Gate(torch.autograd.Function):
@@ -173,10 +181,10 @@ def staggered_reflection(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) ->
     """
     if torch.compiler.is_exporting():
         return torch.complex(*staggered_reflection_pair(x, p, eta))
+    if x.device.type == "cpu":
+        return _apply(_Reflection, *_checked(x, p, eta))
     sign = _alternating(x)
     g = left_resolvent(x * sign, p, eta)
-    if g.device.type == "cpu":
-        return _apply(_Reflection, g)
     r = (g - 1j) / (g + 1j)
     return torch.complex(r.real, r.imag * sign)
 

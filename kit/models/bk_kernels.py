@@ -1,6 +1,5 @@
-"""The BK mixer on CPU: numba kernels for the left resolvent, its reflection coefficient, the causal convolution before
-it, and their adjoints,
-sequential over N and vectorized over the channels.
+"""The BK mixer on CPU: numba kernels for the left resolvent, its reflection coefficient, the gate behind it, the causal
+convolution before it, and their adjoints, sequential over N and vectorized over the channels.
 
 Arrays are C-contiguous and channel-last; complex numbers lie as (real, imag) pairs in the last dimension. The work is
 cut into tiles (batch rows x channels) that torch.get_num_threads() threads draw from one iterator: no
@@ -54,18 +53,17 @@ def _forward(x, p, eta, g, first, last, low, high):
 
 @_compile
 def _backward(g, p, grad, dx, dp, deta, first, last, low, high):
-    u_real, u_imag = np.empty_like(deta[0, low:high]), np.empty_like(deta[0, low:high])  # u_i = g_i^2 lambda_i
-    c_real, c_imag = np.empty_like(u_real), np.empty_like(u_real)  # carry p_{i+1} u_{i+1}
+    u_real, u_imag = np.empty_like(deta[0, low:high]), np.empty_like(deta[0, low:high])  # carry, then g_i^2 lambda_i
     for b in range(first, last):
-        c_real[:] = 0
-        c_imag[:] = 0
+        u_real[:] = 0
+        u_imag[:] = 0
         deta_b = deta[b, low:high]
         for i in range(dx.shape[1] - 1, -1, -1):
             g_i, w_i, dx_i = g[b, i, 2 * low : 2 * high], grad[b, i, 2 * low : 2 * high], dx[b, i, low:high]
             for c in range(u_real.size):
                 real, imag = g_i[2 * c], g_i[2 * c + 1]
                 square, twice = real * real - imag * imag, (real + real) * imag
-                lam_real, lam_imag = c_real[c] + w_i[2 * c], c_imag[c] - w_i[2 * c + 1]
+                lam_real, lam_imag = u_real[c] + w_i[2 * c], u_imag[c] - w_i[2 * c + 1]
                 u_real[c] = square * lam_real - twice * lam_imag
                 u_imag[c] = square * lam_imag + twice * lam_real
             for c in range(u_real.size):
@@ -78,41 +76,74 @@ def _backward(g, p, grad, dx, dp, deta, first, last, low, high):
             p_i, before = p[b, i, low:high], g[b, i - 1, 2 * low : 2 * high]
             for c in range(u_real.size):
                 dp_i[c] = u_real[c] * before[2 * c] - u_imag[c] * before[2 * c + 1]
-                c_real[c] = p_i[c] * u_real[c]
-                c_imag[c] = p_i[c] * u_imag[c]
+            for c in range(u_real.size):
+                u_real[c] *= p_i[c]
+                u_imag[c] *= p_i[c]
 
 
 @_compile
-def _reflect(g, r, first, last, low, high):  # r = (g - 1j) / (g + 1j), its conjugate at odd steps
-    one = r.dtype.type(1)
+def _reflection(x, p, eta, h, r, first, last, low, high):
+    eta = eta[low:high]
+    real, imag = np.empty_like(eta), np.empty_like(eta)
+    one = eta.dtype.type(1)
     for b in range(first, last):
-        sign = one
-        for i in range(g.shape[1]):
-            g_i, r_i = g[b, i, 2 * low : 2 * high], r[b, i, 2 * low : 2 * high]
-            for c in range(high - low):
-                real, imag = g_i[2 * c], g_i[2 * c + 1]
-                scale = one / (real * real + (imag + one) * (imag + one))
-                r_i[2 * c] = (real * real + imag * imag - one) * scale
-                r_i[2 * c + 1] = -(real + real) * scale * sign
-            sign = -sign
+        real[:] = 0
+        imag[:] = 0
+        for i in range(x.shape[1]):
+            x_i, p_i = x[b, i, low:high], p[b, i, low:high]
+            h_i, r_i = h[b, i, 2 * low : 2 * high], r[b, i, 2 * low : 2 * high]
+            for c in range(eta.size):
+                d = x_i[c] + p_i[c] * real[c]
+                e = eta[c] + p_i[c] * imag[c]
+                scale = one / (d * d + e * e)
+                real[c] = d * scale
+                imag[c] = e * scale
+            for c in range(eta.size):
+                h_i[2 * c] = real[c]
+                h_i[2 * c + 1] = imag[c]
+            for c in range(eta.size):
+                scale = one / (real[c] * real[c] + (imag[c] + one) * (imag[c] + one))
+                r_i[2 * c] = (real[c] * real[c] + imag[c] * imag[c] - one) * scale
+                r_i[2 * c + 1] = -(real[c] + real[c]) * scale
 
 
 @_compile
-def _reflect_backward(g, grad, dg, first, last, low, high):  # dr/dg = 2j / (g + 1j)^2
-    one = dg.dtype.type(1)
+def _reflection_backward(h, p, grad, dx, dp, deta, first, last, low, high):
+    u_real, u_imag = np.empty_like(deta[0, low:high]), np.empty_like(deta[0, low:high])  # carry, then h_i^2 lambda_i
+    one = deta.dtype.type(1)
     for b in range(first, last):
-        sign = one
-        for i in range(g.shape[1]):
-            g_i, w_i, dg_i = g[b, i, 2 * low : 2 * high], grad[b, i, 2 * low : 2 * high], dg[b, i, 2 * low : 2 * high]
-            for c in range(high - low):
-                real, imag = g_i[2 * c], g_i[2 * c + 1] + one
+        u_real[:] = 0
+        u_imag[:] = 0
+        deta_b = deta[b, low:high]
+        for i in range(dx.shape[1] - 1, -1, -1):
+            h_i, w_i, dx_i = h[b, i, 2 * low : 2 * high], grad[b, i, 2 * low : 2 * high], dx[b, i, low:high]
+            for c in range(u_real.size):  # dr/dh = 2j / (h + 1j)^2
+                real, imag = h_i[2 * c], h_i[2 * c + 1] + one
                 scale = one / (real * real + imag * imag)
-                real, imag = real * scale, imag * scale  # conj(1 / (g + 1j))
+                real, imag = real * scale, imag * scale
                 square, twice = real * real - imag * imag, (real + real) * imag
-                w_real, w_imag = w_i[2 * c] + w_i[2 * c], (w_i[2 * c + 1] + w_i[2 * c + 1]) * sign
-                dg_i[2 * c] = w_real * twice + w_imag * square
-                dg_i[2 * c + 1] = w_imag * twice - w_real * square
-            sign = -sign
+                w_real, w_imag = w_i[2 * c] + w_i[2 * c], w_i[2 * c + 1] + w_i[2 * c + 1]
+                u_real[c] += w_real * twice + w_imag * square
+                u_imag[c] += w_real * square - w_imag * twice
+            for c in range(u_real.size):
+                real, imag = h_i[2 * c], h_i[2 * c + 1]
+                square, twice = real * real - imag * imag, (real + real) * imag
+                lam_real, lam_imag = u_real[c], u_imag[c]
+                u_real[c] = square * lam_real - twice * lam_imag
+                u_imag[c] = square * lam_imag + twice * lam_real
+            for c in range(u_real.size):
+                dx_i[c] = -u_real[c]
+                deta_b[c] -= u_imag[c]
+            dp_i = dp[b, i, low:high]
+            if i == 0:
+                dp_i[:] = 0
+                break
+            p_i, before = p[b, i, low:high], h[b, i - 1, 2 * low : 2 * high]
+            for c in range(u_real.size):
+                dp_i[c] = -u_real[c] * before[2 * c] - u_imag[c] * before[2 * c + 1]
+            for c in range(u_real.size):
+                u_real[c] *= -p_i[c]
+                u_imag[c] *= p_i[c]
 
 
 @_compile
@@ -135,12 +166,15 @@ def _gate_backward(r, gate, grad, dr, dgate, first, last, low, high):
     for b in range(first, last):
         for i in range(r.shape[1]):
             r_i, dr_i = r[b, i, 2 * low : 2 * high], dr[b, i, 2 * low : 2 * high]
-            for part in range(2):
-                start, stop = part * channels + low, part * channels + high
-                a_i, w_i, da_i = gate[b, i, start:stop], grad[b, i, start:stop], dgate[b, i, start:stop]
-                for c in range(a_i.size):
-                    da_i[c] = w_i[c] * r_i[2 * c + part]
-                    dr_i[2 * c + part] = w_i[c] * a_i[c]
+            a_real, a_imag = gate[b, i, low:high], gate[b, i, channels + low : channels + high]
+            w_real, w_imag = grad[b, i, low:high], grad[b, i, channels + low : channels + high]
+            for c in range(a_real.size):
+                dr_i[2 * c] = w_real[c] * a_real[c]
+                dr_i[2 * c + 1] = w_imag[c] * a_imag[c]
+            da_real, da_imag = dgate[b, i, low:high], dgate[b, i, channels + low : channels + high]
+            for c in range(a_real.size):
+                da_real[c] = w_real[c] * r_i[2 * c]
+                da_imag[c] = w_imag[c] * r_i[2 * c + 1]
 
 
 @_compile
@@ -212,23 +246,26 @@ def forward(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> torch.Tensor
 
 def backward(g: torch.Tensor, p: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for x, p and eta; ``grad`` (B, N, C) complex and contiguous is torch's gradient of g."""
+    return _adjoint(_backward, g, p, grad)
+
+
+def _adjoint(kernel, g: torch.Tensor, p: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dx, dp, deta = torch.empty_like(p), torch.empty_like(p), p.new_zeros(p.shape[0], p.shape[2])
-    _run(_backward, p.shape, torch.view_as_real(g).flatten(2), p, torch.view_as_real(grad).flatten(2), dx, dp, deta)
+    _run(kernel, p.shape, torch.view_as_real(g).flatten(2), p, torch.view_as_real(grad).flatten(2), dx, dp, deta)
     return dx, dp, deta.sum(0)
 
 
-def reflect(g: torch.Tensor) -> torch.Tensor:
-    """(g - 1j) / (g + 1j) of contiguous g (B, N, C) complex, conjugated at odd steps."""
-    r = torch.empty_like(g)
-    _run(_reflect, g.shape, torch.view_as_real(g).flatten(2), torch.view_as_real(r).flatten(2))
-    return r
+def reflection(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """h and r = (h - 1j) / (h + 1j), (B, N, C) complex, of contiguous x, p (B, N, C) and eta (C,):
+    h_i = 1 / (x_i - 1j*eta + p_i conj(h_{i-1}))."""
+    h, r = x.new_empty(*x.shape, 2), x.new_empty(*x.shape, 2)
+    _run(_reflection, x.shape, x, p, eta, h.flatten(2), r.flatten(2))
+    return torch.view_as_complex(h), torch.view_as_complex(r)
 
 
-def reflect_backward(g: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """Gradient for g; ``grad`` (B, N, C) complex and contiguous is torch's gradient of ``reflect(g)``."""
-    dg = torch.empty_like(g)
-    _run(_reflect_backward, g.shape, *(torch.view_as_real(t).flatten(2) for t in (g, grad, dg)))
-    return dg
+def reflection_backward(h: torch.Tensor, p: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients for x, p and eta; ``grad`` (B, N, C) complex and contiguous is torch's gradient of r."""
+    return _adjoint(_reflection_backward, h, p, grad)
 
 
 def gate(r: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

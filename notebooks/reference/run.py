@@ -41,14 +41,16 @@ def main() -> None:
     parser.add_argument("--dense-steps", type=int, default=3000, help="at most, of 32 windows of 128 tokens")
     parser.add_argument("--steps", type=int, default=1600, help="of distillation, of 16 windows; QAT and pruning: a tenth each")
     parser.add_argument("--target-compression", type=float, default=100.0)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--seed", type=int, default=0, help="of the compression; the dense model's is 0")
     parser.add_argument("--controls", action="store_true")
     settings = vars(parser.parse_args())
     dense = load_or_train(corpus=settings["corpus"], vocab_size=settings["vocab_size"], batch_size=32, seq_len=128,
                           steps=settings["dense_steps"], **SHAPE)
     name = settings["corpus"].rsplit("/", 1)[-1].removesuffix(".txt")
-    place = HERE / (f"{name}-controls" if settings["controls"] else f"{name}-{settings['target_compression']:g}x-{settings['seed']}")
+    stages = [] if settings["stages"] == list(STAGES) else settings["stages"]
+    run = "controls" if settings["controls"] else f"{settings['target_compression']:g}x-{settings['seed']}"
+    place = HERE / "-".join([name, *stages, run])
     place.mkdir(exist_ok=True)
     record = controls(dense, name) if settings["controls"] else compression(dense, name, place, settings)
     write_result(place, {
