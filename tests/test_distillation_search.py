@@ -219,6 +219,27 @@ def test_hopeless_trials_stop_early(digits, tmp_path):
     assert search.table()["steps"].tolist()[-1] < 8
 
 
+def test_the_descent_keeps_what_helps_and_stays_in_the_budget(digits, tmp_path):
+    def space(trial):
+        shape = trial.suggest_int("width", 4, 32), trial.suggest_int("second", 4, 32)
+        return DigitsMLP(DigitsMLPConfig(shape))
+
+    def distance(model):  # from the best shape, (20, 8)
+        shape = [layer.out_features for layer in model if isinstance(layer, nn.Linear)]
+        return (abs(shape[0] - 20) + abs(shape[1] - 8)) / 100
+
+    search = make_search(digits, tmp_path, budget=40_000)
+    search.space, search.validate = space, distance
+    changes = [{"second": 12}, {"width": 20}, {"second": 8}, {"width": 32, "second": 32}]
+    table = search.descend({"width": 8, "second": 4}, changes, 20)
+    rest = [(8, 12), (20, 4), (20, 12), (20, 8), (32, 32)]  # (8, 12) is no better than (8, 4)
+    assert list(zip(table["width"], table["second"])) == [(8, 4), *rest]
+    small = make_search(digits, tmp_path / "small", budget=12_000)
+    small.space, small.validate = space, distance
+    assert (32, 32) not in set(zip(*small.descend({"width": 8, "second": 4}, changes, 20)[["width", "second"]].T.values))
+    assert len(small.descend({"width": 8, "second": 4}, changes, 20)) == 5
+
+
 def test_no_student_is_trained_twice(digits, tmp_path):
     search = make_search(digits, tmp_path)
     for _ in range(3):

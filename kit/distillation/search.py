@@ -3,7 +3,7 @@
 import copy
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import optuna
@@ -70,8 +70,8 @@ class StudentSearch:
     students in `folder/trial_<n>.kit`. Optuna prunes only single objectives; here a trial stops at a rung when at
     least half of the trials that are no larger, and had as many steps, are better there: such a trial cannot be on
     the Pareto front unless learning curves cross. With a `budget`, students whose `expected_bytes` exceed it are
-    rejected before training, at no cost, and so are proposals made before. A `TeacherCache` as the teacher serves all trials from one pass.
-    `study` is Optuna's: `study.enqueue_trial` says where to begin.
+    rejected before training, at no cost, and so are proposals made before. A `TeacherCache` as the teacher serves all
+    trials from one pass. With few trials, `descend` first: the sampler has no model of the space before some dozens.
 
     space(trial) builds an untrained student, with any masks and quantizers; validate(model) is a loss in nats;
     config is the training of one trial; settings are those of `DistillationTrainer`.
@@ -103,6 +103,18 @@ class StudentSearch:
             self.study.optimize(self._objective, n_trials=1)
         return self.table()
 
+    def descend(self, start: dict, changes: Sequence[dict], trials: int) -> pd.DataFrame:
+        """Coordinate descent for the `budget`: the best student so far with one of `changes` of its settings, the first that
+        was not tried, from `start` on until no change is left or `trials` students are done; returns `table()`."""
+        settings, tried = start, []
+        while settings is not None and len(self._trained()) < trials:
+            tried.append(settings)
+            self.study.enqueue_trial(settings)
+            self.study.optimize(self._objective, n_trials=1)
+            best = self.study.get_trials(deepcopy=False)[self._fitting(self.budget)["trial"]].params
+            settings = next((best | change for change in changes if best | change not in tried), None)
+        return self.table()
+
     def table(self) -> pd.DataFrame:
         """One row a trained trial: trial, state, bytes, perplexity, parameters, steps, on_front, and its settings."""
         front = {trial.number for trial in self.study.best_trials}
@@ -125,15 +137,19 @@ class StudentSearch:
         Students that are not kit models are loaded into what `space` builds for their settings.
         Raises ValueError when none is small enough.
         """
+        row = self._fitting(budget)
+        trial = self.study.get_trials(deepcopy=False)[row["trial"]]
+        fresh = bake(self.space(optuna.trial.FixedTrial(trial.params)))
+        return artifact.load(self._file(trial.number), fresh), row
+
+    def _fitting(self, budget: int) -> pd.Series:
+        """The row of lowest perplexity within `budget` bytes."""
         front = self.front()
         fitting = front[front["bytes"] <= budget] if len(front) else front
         if not len(fitting):
             smallest = f"the smallest has {front['bytes'].min():,}" if len(front) else "none is finished"
             raise ValueError(f"no student fits {budget:,} bytes ({smallest}): search longer, or raise the budget")
-        row = fitting.iloc[-1]
-        trial = self.study.get_trials(deepcopy=False)[row["trial"]]
-        fresh = bake(self.space(optuna.trial.FixedTrial(trial.params)))
-        return artifact.load(self._file(trial.number), fresh), row
+        return fitting.iloc[-1]
 
     def _trained(self) -> list[optuna.trial.FrozenTrial]:
         done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
