@@ -73,7 +73,8 @@ def plain_log(axis, unit: str = "") -> None:
     if high < 1.1 * low:
         low, high = low / 1.5, high * 1.5
         axis.axes.set(**{f"{axis.axis_name}lim": (low, high)})
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    subs = (1, 1.5, 2, 3, 4, 5, 6, 8) if high < 5 * low else (1, 2, 5) if high < 100 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(EngFormatter(unit) if unit else FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axis.set_minor_formatter(NullFormatter())
 

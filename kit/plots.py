@@ -61,7 +61,8 @@ def lines(curves: Mapping | pd.DataFrame, xlabel: str, ylabel: str, *, logx: boo
         ax.plot(x, y, color=COLOURS[look], linestyle=DASHES[look], marker=marker)
         if band:
             ax.fill_between(x, *map(as_array, band), color=COLOURS[look], alpha=0.18, linewidth=0)
-        ends.append((x[-1], y[-1], name, COLOURS[look]))
+        if name:
+            ends.append((x[-1], y[-1], name, COLOURS[look]))
     for name, height in (references or {}).items():
         ax.axhline(height, color=MUTED, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
         ends.append((ax.get_xlim()[1], height, name, GREY))
@@ -71,7 +72,8 @@ def lines(curves: Mapping | pd.DataFrame, xlabel: str, ylabel: str, *, logx: boo
     if logx and len(measured) == 1 and len(min(measured)) <= 8:
         ax.set_xticks(*measured)
     ax.autoscale_view()
-    label_line_ends(ax, ends)
+    if ends:
+        label_line_ends(ax, ends)
     return ax
 
 

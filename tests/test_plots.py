@@ -143,3 +143,8 @@ def test_labels_keep_their_distance_and_move_as_little_as_possible(wanted, gap):
         moved = placed[order] - steps + rng.normal(0, 0.05, len(wanted))
         other = np.maximum.accumulate(moved) + steps
         assert ((placed - wanted) ** 2).sum() <= ((other - wanted[order]) ** 2).sum() + 1e-9
+
+
+def test_a_curve_without_a_name_has_no_label():
+    assert plots.lines({"": ([1, 2, 3], [3, 2, 1])}, "step", "loss").texts[:] == []
+    assert [text.get_text() for text in plots.lines({"a": ([1, 2], [2, 1])}, "step", "loss").texts] == ["a"]
