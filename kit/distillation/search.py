@@ -104,8 +104,8 @@ class StudentSearch:
         return self.table()
 
     def descend(self, start: dict, changes: Sequence[dict], trials: int) -> pd.DataFrame:
-        """Coordinate descent for the `budget`: the best student so far with one of `changes` of its settings, the first that
-        was not tried, from `start` on until no change is left or `trials` students are done; returns `table()`."""
+        """Coordinate descent for the `budget`: from the settings `start` on, the best student so far with the first of
+        `changes` that was not tried on it, until none is left or `trials` students are done; returns `table()`."""
         settings, tried = start, []
         while settings is not None and len(self._trained()) < trials:
             tried.append(settings)

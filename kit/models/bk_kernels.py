@@ -249,7 +249,9 @@ def backward(g: torch.Tensor, p: torch.Tensor, grad: torch.Tensor) -> tuple[torc
     return _adjoint(_backward, g, p, grad)
 
 
-def _adjoint(kernel, g: torch.Tensor, p: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _adjoint(
+    kernel, g: torch.Tensor, p: torch.Tensor, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dx, dp, deta = torch.empty_like(p), torch.empty_like(p), p.new_zeros(p.shape[0], p.shape[2])
     _run(kernel, p.shape, torch.view_as_real(g).flatten(2), p, torch.view_as_real(grad).flatten(2), dx, dp, deta)
     return dx, dp, deta.sum(0)
@@ -263,7 +265,9 @@ def reflection(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> tuple[tor
     return torch.view_as_complex(h), torch.view_as_complex(r)
 
 
-def reflection_backward(h: torch.Tensor, p: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def reflection_backward(
+    h: torch.Tensor, p: torch.Tensor, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for x, p and eta; ``grad`` (B, N, C) complex and contiguous is torch's gradient of r."""
     return _adjoint(_reflection_backward, h, p, grad)
 
