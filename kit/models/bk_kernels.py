@@ -29,7 +29,38 @@ def _compile(function):
 
 
 # Slices of rows and short loops over few arrays: LLVM vectorizes a loop only if it can prove in at most eight pointer
-# comparisons that its arrays do not overlap.
+# comparisons that its arrays do not overlap. What both recursions share is inlined, or the proof fails. With `sign` 1 it is
+# g_i = 1 / (x_i - 1j*eta - p_i g_{i-1}), with -1 h_i = 1 / (x_i - 1j*eta + p_i conj(h_{i-1})).
+@numba.njit(inline="always")
+def _resolve(x_i, p_i, eta, sign, real, imag):
+    """(real, imag) from step i-1 to step i."""
+    one = eta.dtype.type(1)
+    for c in range(eta.size):
+        d = x_i[c] - sign * p_i[c] * real[c]
+        e = eta[c] + p_i[c] * imag[c]
+        scale = one / (d * d + e * e)
+        real[c] = d * scale
+        imag[c] = e * scale
+
+
+@numba.njit(inline="always")
+def _resolve_backward(g, p, sign, u_real, u_imag, dx, dp, deta, b, i, low, high):
+    """Gradients of step i from u = g_i^2 lambda_i, and u made what step i adds to lambda_{i-1}."""
+    dx_i, dp_i, deta_b = dx[b, i, low:high], dp[b, i, low:high], deta[b, low:high]
+    for c in range(u_real.size):
+        dx_i[c] = -u_real[c]
+        deta_b[c] -= u_imag[c]
+    if i == 0:
+        dp_i[:] = 0
+    else:
+        p_i, before = p[b, i, low:high], g[b, i - 1, 2 * low : 2 * high]
+        for c in range(u_real.size):
+            dp_i[c] = sign * u_real[c] * before[2 * c] - u_imag[c] * before[2 * c + 1]
+        for c in range(u_real.size):
+            u_real[c] *= sign * p_i[c]
+            u_imag[c] *= p_i[c]
+
+
 @_compile
 def _forward(x, p, eta, g, first, last, low, high):
     eta = eta[low:high]
@@ -39,13 +70,8 @@ def _forward(x, p, eta, g, first, last, low, high):
         real[:] = 0
         imag[:] = 0
         for i in range(x.shape[1]):
-            x_i, p_i, g_i = x[b, i, low:high], p[b, i, low:high], g[b, i, 2 * low : 2 * high]
-            for c in range(eta.size):
-                d = x_i[c] - p_i[c] * real[c]
-                e = eta[c] + p_i[c] * imag[c]
-                scale = one / (d * d + e * e)
-                real[c] = d * scale
-                imag[c] = e * scale
+            _resolve(x[b, i, low:high], p[b, i, low:high], eta, one, real, imag)
+            g_i = g[b, i, 2 * low : 2 * high]
             for c in range(eta.size):
                 g_i[2 * c] = real[c]
                 g_i[2 * c + 1] = imag[c]
@@ -53,32 +79,20 @@ def _forward(x, p, eta, g, first, last, low, high):
 
 @_compile
 def _backward(g, p, grad, dx, dp, deta, first, last, low, high):
-    u_real, u_imag = np.empty_like(deta[0, low:high]), np.empty_like(deta[0, low:high])  # carry, then g_i^2 lambda_i
+    u_real, u_imag = np.empty_like(deta[0, low:high]), np.empty_like(deta[0, low:high])
+    one = deta.dtype.type(1)
     for b in range(first, last):
         u_real[:] = 0
         u_imag[:] = 0
-        deta_b = deta[b, low:high]
         for i in range(dx.shape[1] - 1, -1, -1):
-            g_i, w_i, dx_i = g[b, i, 2 * low : 2 * high], grad[b, i, 2 * low : 2 * high], dx[b, i, low:high]
+            g_i, w_i = g[b, i, 2 * low : 2 * high], grad[b, i, 2 * low : 2 * high]
             for c in range(u_real.size):
                 real, imag = g_i[2 * c], g_i[2 * c + 1]
                 square, twice = real * real - imag * imag, (real + real) * imag
                 lam_real, lam_imag = u_real[c] + w_i[2 * c], u_imag[c] - w_i[2 * c + 1]
                 u_real[c] = square * lam_real - twice * lam_imag
                 u_imag[c] = square * lam_imag + twice * lam_real
-            for c in range(u_real.size):
-                dx_i[c] = -u_real[c]
-                deta_b[c] -= u_imag[c]
-            dp_i = dp[b, i, low:high]
-            if i == 0:
-                dp_i[:] = 0
-                break
-            p_i, before = p[b, i, low:high], g[b, i - 1, 2 * low : 2 * high]
-            for c in range(u_real.size):
-                dp_i[c] = u_real[c] * before[2 * c] - u_imag[c] * before[2 * c + 1]
-            for c in range(u_real.size):
-                u_real[c] *= p_i[c]
-                u_imag[c] *= p_i[c]
+            _resolve_backward(g, p, one, u_real, u_imag, dx, dp, deta, b, i, low, high)
 
 
 @_compile
@@ -90,14 +104,8 @@ def _reflection(x, p, eta, h, r, first, last, low, high):
         real[:] = 0
         imag[:] = 0
         for i in range(x.shape[1]):
-            x_i, p_i = x[b, i, low:high], p[b, i, low:high]
+            _resolve(x[b, i, low:high], p[b, i, low:high], eta, -one, real, imag)
             h_i, r_i = h[b, i, 2 * low : 2 * high], r[b, i, 2 * low : 2 * high]
-            for c in range(eta.size):
-                d = x_i[c] + p_i[c] * real[c]
-                e = eta[c] + p_i[c] * imag[c]
-                scale = one / (d * d + e * e)
-                real[c] = d * scale
-                imag[c] = e * scale
             for c in range(eta.size):
                 h_i[2 * c] = real[c]
                 h_i[2 * c + 1] = imag[c]
@@ -109,14 +117,13 @@ def _reflection(x, p, eta, h, r, first, last, low, high):
 
 @_compile
 def _reflection_backward(h, p, grad, dx, dp, deta, first, last, low, high):
-    u_real, u_imag = np.empty_like(deta[0, low:high]), np.empty_like(deta[0, low:high])  # carry, then h_i^2 lambda_i
+    u_real, u_imag = np.empty_like(deta[0, low:high]), np.empty_like(deta[0, low:high])
     one = deta.dtype.type(1)
     for b in range(first, last):
         u_real[:] = 0
         u_imag[:] = 0
-        deta_b = deta[b, low:high]
         for i in range(dx.shape[1] - 1, -1, -1):
-            h_i, w_i, dx_i = h[b, i, 2 * low : 2 * high], grad[b, i, 2 * low : 2 * high], dx[b, i, low:high]
+            h_i, w_i = h[b, i, 2 * low : 2 * high], grad[b, i, 2 * low : 2 * high]
             for c in range(u_real.size):  # dr/dh = 2j / (h + 1j)^2
                 real, imag = h_i[2 * c], h_i[2 * c + 1] + one
                 scale = one / (real * real + imag * imag)
@@ -131,19 +138,7 @@ def _reflection_backward(h, p, grad, dx, dp, deta, first, last, low, high):
                 lam_real, lam_imag = u_real[c], u_imag[c]
                 u_real[c] = square * lam_real - twice * lam_imag
                 u_imag[c] = square * lam_imag + twice * lam_real
-            for c in range(u_real.size):
-                dx_i[c] = -u_real[c]
-                deta_b[c] -= u_imag[c]
-            dp_i = dp[b, i, low:high]
-            if i == 0:
-                dp_i[:] = 0
-                break
-            p_i, before = p[b, i, low:high], h[b, i - 1, 2 * low : 2 * high]
-            for c in range(u_real.size):
-                dp_i[c] = -u_real[c] * before[2 * c] - u_imag[c] * before[2 * c + 1]
-            for c in range(u_real.size):
-                u_real[c] *= -p_i[c]
-                u_imag[c] *= p_i[c]
+            _resolve_backward(h, p, -one, u_real, u_imag, dx, dp, deta, b, i, low, high)
 
 
 @_compile
