@@ -234,6 +234,9 @@ def test_the_descent_keeps_what_helps_and_stays_in_the_budget(digits, tmp_path):
     table = search.descend({"width": 8, "second": 4}, changes, 20)
     rest = [(8, 12), (20, 4), (20, 12), (20, 8), (32, 32)]  # (8, 12) is no better than (8, 4)
     assert list(zip(table["width"], table["second"])) == [(8, 4), *rest]
+    unlimited = make_search(digits, tmp_path / "unlimited")
+    unlimited.space, unlimited.validate = space, distance
+    assert unlimited.descend({"width": 8, "second": 4}, changes, 20).equals(table)
     small = make_search(digits, tmp_path / "small", budget=12_000)
     small.space, small.validate = space, distance
     assert (32, 32) not in set(zip(*small.descend({"width": 8, "second": 4}, changes, 20)[["width", "second"]].T.values))

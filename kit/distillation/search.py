@@ -104,14 +104,14 @@ class StudentSearch:
         return self.table()
 
     def descend(self, start: dict, changes: Sequence[dict], trials: int) -> pd.DataFrame:
-        """Coordinate descent for the `budget`: from the settings `start` on, the best student so far with the first of
+        """Coordinate descent within the `budget`: from the settings `start` on, the best student so far with the first of
         `changes` that was not tried on it, until none is left or `trials` students are done; returns `table()`."""
         settings, tried = start, []
         while settings is not None and len(self._trained()) < trials:
             tried.append(settings)
             self.study.enqueue_trial(settings)
             self.study.optimize(self._objective, n_trials=1)
-            best = self.study.get_trials(deepcopy=False)[self._fitting(self.budget)["trial"]].params
+            best = self._fitting(self.budget or math.inf)[0].params
             settings = next((best | change for change in changes if best | change not in tried), None)
         return self.table()
 
@@ -137,19 +137,19 @@ class StudentSearch:
         Students that are not kit models are loaded into what `space` builds for their settings.
         Raises ValueError when none is small enough.
         """
-        row = self._fitting(budget)
-        trial = self.study.get_trials(deepcopy=False)[row["trial"]]
+        trial, row = self._fitting(budget)
         fresh = bake(self.space(optuna.trial.FixedTrial(trial.params)))
         return artifact.load(self._file(trial.number), fresh), row
 
-    def _fitting(self, budget: int) -> pd.Series:
-        """The row of lowest perplexity within `budget` bytes."""
+    def _fitting(self, budget: float) -> tuple[optuna.trial.FrozenTrial, pd.Series]:
+        """The trial of lowest perplexity within `budget` bytes, and its row."""
         front = self.front()
         fitting = front[front["bytes"] <= budget] if len(front) else front
         if not len(fitting):
             smallest = f"the smallest has {front['bytes'].min():,}" if len(front) else "none is finished"
             raise ValueError(f"no student fits {budget:,} bytes ({smallest}): search longer, or raise the budget")
-        return fitting.iloc[-1]
+        row = fitting.iloc[-1]
+        return self.study.get_trials(deepcopy=False)[row["trial"]], row
 
     def _trained(self) -> list[optuna.trial.FrozenTrial]:
         done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
