@@ -52,16 +52,16 @@ def main() -> None:
     run = "controls" if settings["controls"] else f"{settings['target_compression']:g}x-{settings['seed']}"
     place = HERE / "-".join([name, *stages, run])
     place.mkdir(exist_ok=True)
-    record = controls(dense, name) if settings["controls"] else compression(dense, name, place, settings)
+    record = controls(dense, place) if settings["controls"] else compression(dense, place, settings)
     write_result(place, {
         "notebook": "reference/run.py", "parameters": {**settings, "train_bytes": None, "batch_size": 32, "seq_len": 128},
         "seed": settings["seed"], "dense": frontier.dense_row(dense), "threads": torch.get_num_threads(),
         "corpus": {"name": dense.corpus.name, "sha256": dense.corpus.sha256}, **record})
 
 
-def compression(dense: Baseline, name: str, place: Path, settings: dict) -> dict:
+def compression(dense: Baseline, place: Path, settings: dict) -> dict:
     loader, steps = token_loaders(dense.corpus, 16, 128).train, settings["steps"]
-    folder = HERE.parents[1] / "runs" / f"reference-{name}-{settings['target_compression']:g}x-{settings['seed']}-{len(settings['stages'])}-{steps}"
+    folder = HERE.parents[1] / "runs" / f"reference-{place.name}-{steps}"
     pipeline = CompressionPipeline(dense.model, settings["target_compression"], stages=settings["stages"], seed=settings["seed"],
                                    token_parts=frontier.token_parts(dense))
     stages = frontier.compressed(dense, pipeline, loader, folder, qat=steps // 10, pruning=steps // 10, distillation=steps)
@@ -88,8 +88,8 @@ def row_bits(dense: Baseline, file: Path) -> list[tuple[int, float]]:
     return [(int(b), 8 * len(coding.encode(codes[order[a:b]])) / (b - a)) for a, b in zip([0, *edges], edges)]
 
 
-def controls(dense: Baseline, name: str) -> dict:
-    folder, text = HERE.parents[1] / "runs" / f"reference-{name}-controls", dense.corpus
+def controls(dense: Baseline, place: Path) -> dict:
+    folder, text = HERE.parents[1] / "runs" / f"reference-{place.name}", dense.corpus
     folder.mkdir(parents=True, exist_ok=True)
     rivals = [*(frontier.product_quantized(dense, pieces, folder) for pieces in (8, 16)), frontier.low_rank(dense, 32, 4, folder),
               frontier.hashed(dense, 2000, folder), *(frontier.uniform_zlib(dense, bits, folder) for bits in (2, 4))]
