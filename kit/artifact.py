@@ -6,7 +6,6 @@ before it (32). Nothing in it is executable. Each tensor is written in whichever
 smallest.
 """
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -22,10 +21,9 @@ import pandas as pd
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.utils import parametrize
 
 from kit.layouts import LAYOUTS, decode, decode_grid, encode_codes, encode_float, format_of
-from kit.models import MODELS, build_model
+from kit.models import build_model, recipe
 from kit.parametrization import bake, find_step, named_weights, original_of, set_steps, steps_of
 from kit.pruning.mask import Mask
 from kit.quantization.activations import ACTIVATION_MODULES
@@ -137,15 +135,6 @@ def _serialized(model: nn.Module, layouts: tuple[str, ...]) -> bytes:
     text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     body = MAGIC + struct.pack("<I", len(text)) + text + b"".join(blobs)
     return body + hashlib.sha256(body).digest()
-
-
-def recipe(model: nn.Module) -> dict | None:
-    """Name and config that rebuild one of the kit's own models; None for any other."""
-    kind = type(model).__bases__[0] if parametrize.is_parametrized(model) else type(model)
-    name = kind.__name__
-    if name not in MODELS or kind is not MODELS[name][0]:
-        return None
-    return {"class": name, "config": dataclasses.asdict(model.config)}
 
 
 def _activation_modules(model: nn.Module) -> dict:

@@ -24,7 +24,7 @@ class Evaluation:
     window_tokens: np.ndarray  # (windows,) int64
     correct: int  # tokens whose most likely prediction is right
     window_correct: np.ndarray  # (windows,) int64
-    classifier: bool = False  # the interval is of accuracy then, else of perplexity
+    classifier: bool = False  # one label a window: the interval is of accuracy then, else of perplexity
 
     @property
     def loss(self) -> float:
@@ -91,11 +91,13 @@ def evaluate(model: nn.Module, loader) -> Evaluation:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        rows = [_batch_sums(model, x.to(device), y.to(device)) for x, y in loader]
+        rows = []
+        for inputs, targets in loader:
+            rows.append(_batch_sums(model, inputs.to(device), targets.to(device)))
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return _summary(rows, classifier=not hasattr(model, "output"))
+    return _summary(rows, classifier=bool(rows) and targets.dim() == 1)
 
 
 def _batch_sums(model: nn.Module, inputs: Tensor, targets: Tensor) -> np.ndarray:

@@ -20,7 +20,7 @@ from kit.distillation import DistillationTrainer
 from kit.evaluation import evaluate
 from kit.losses import classification_loss
 from kit.measurement import peak_memory
-from kit.models import MoE
+from kit.models import MoE, recipe
 from kit.parametrization import bake, copy_model, named_weights, original_of
 from kit.pruning.experts import prune_unused_experts
 from kit.pruning.magnitude import MagnitudePruner
@@ -125,7 +125,7 @@ class CompressionPipeline:
         return artifact.load(path, self._skeleton(), trainable, self.token_parts).to(self.device)
 
     def _skeleton(self) -> nn.Module | None:
-        return None if artifact.recipe(self.model) else bake(self.model)
+        return None if recipe(self.model) else bake(self.model)
 
     def _quality(self, model: nn.Module, loader) -> dict:
         result = evaluate(model, loader)
@@ -195,6 +195,9 @@ class CompressionPipeline:
             model = self._load(previous, trainable=True)
         else:
             _rewind(model, teacher)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # few bits and soft targets regularize enough
         sample = replace(self.loss.keywords["sample"], frequent=FREQUENT) if isinstance(self.loss, partial) else None
         distill = DistillationTrainer(teacher, model, temperature=1.0, alpha=1.0, feature_weight=0.0, sample=sample)
         if fits:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from kit.models.base import LanguageModel
 from kit.models.moe import MoE
@@ -16,17 +17,19 @@ from kit.models.peers import (
     TransformerLM,
     TransformerLMConfig,
 )
+from kit.models.pointer import PointerLM, PointerLMConfig, fit_pointer
 from kit.models.resnet_bk import BKMixer, ResNetBK, ResNetBKConfig
 
 MODELS = {
     "ResNetBK": (ResNetBK, ResNetBKConfig),
     "LSTMLM": (LSTMLM, LSTMLMConfig),
     "TransformerLM": (TransformerLM, TransformerLMConfig),
+    "PointerLM": (PointerLM, PointerLMConfig),
     "DigitsCNN": (DigitsCNN, DigitsCNNConfig),
     "DigitsMLP": (DigitsMLP, DigitsMLPConfig),
 }
 
-__all__ = ["BKMixer", "LanguageModel", "MODELS", "MoE", "build_model", "parameter_count"]
+__all__ = ["BKMixer", "LanguageModel", "MODELS", "MoE", "build_model", "fit_pointer", "parameter_count", "recipe"]
 __all__ += [cls.__name__ for pair in MODELS.values() for cls in pair]
 
 
@@ -42,6 +45,15 @@ def build_model(class_name: str, config: dict) -> nn.Module:
     if unknown:
         raise ValueError(f"{config_class.__name__} has no field {', '.join(sorted(unknown))}")
     return model(config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}))
+
+
+def recipe(model: nn.Module) -> dict | None:
+    """Name and config that rebuild one of the kit's own models; None for any other."""
+    kind = type(model).__bases__[0] if parametrize.is_parametrized(model) else type(model)
+    name = kind.__name__
+    if name not in MODELS or kind is not MODELS[name][0]:
+        return None
+    return {"class": name, "config": dataclasses.asdict(model.config)}
 
 
 def parameter_count(model: nn.Module) -> int:
