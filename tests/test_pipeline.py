@@ -15,6 +15,9 @@ from kit.pruning.experts import keep_experts
 from kit.training import TrainConfig, train
 
 
+SHAPE = dict(vocab_size=64, d_model=32, layers=1, d_ff=64, channels=16)
+
+
 def loader(seed, windows, shuffle):
     """Text of a noisy cycle: every token tells the next nine times in ten."""
     generator = torch.Generator().manual_seed(seed)
@@ -28,7 +31,7 @@ def loader(seed, windows, shuffle):
 @pytest.fixture(scope="module")
 def trained():
     torch.manual_seed(0)
-    model = build_model("ResNetBK", dict(vocab_size=64, d_model=32, layers=1, d_ff=64, channels=16))
+    model = build_model("ResNetBK", SHAPE)
     loaders = loader(0, 160, True), loader(1, 40, False)
     train(model, loaders[0], TrainConfig(steps=120, lr=1e-2), log=False)
     return model, *loaders
@@ -68,6 +71,14 @@ def test_returned_model_is_the_file(finished, trained):
 
 def test_given_model_is_unchanged(trained, finished):
     assert not any("parametrizations" in name for name, _ in trained[0].named_modules())
+
+
+def test_student_of_few_bits_sees_no_dropout(trained):
+    model, batches = build_model("ResNetBK", {**SHAPE, "dropout": 0.9}), list(trained[1])[:2]
+    pipeline = CompressionPipeline(model, 6.0, stages=["distillation"], log=False)
+    student = pipeline._distillation(copy_model(model), model.eval(), batches, None)[0].train()
+    tokens = batches[0][0]
+    assert torch.equal(student(tokens), student(tokens)) and not torch.equal(model.train()(tokens), model(tokens))
 
 
 def test_killed_in_a_stage_it_resumes_to_the_same_bytes(trained, finished, tmp_path, monkeypatch):

@@ -49,8 +49,7 @@ def main() -> None:
     parser.add_argument("--pointer", action="store_true", help="to the run of these settings, which is there already")
     parser.add_argument("--controls", action="store_true")
     settings = vars(parser.parse_args())
-    dense = load_or_train(corpus=settings["corpus"], vocab_size=settings["vocab_size"], batch_size=32, seq_len=128,
-                          steps=settings["dense_steps"], weight_decay=WEIGHT_DECAY, **SHAPE)
+    dense = dense_model(settings)
     name = settings["corpus"].rsplit("/", 1)[-1].removesuffix(".txt")
     stages = [] if settings["stages"] == list(STAGES) else settings["stages"]
     run = "controls" if settings["controls"] else f"{settings['target_compression']:g}x-{settings['seed']}"
@@ -58,7 +57,7 @@ def main() -> None:
     place = HERE / (f"{name}-pointer" if settings["pointer"] else name)
     place.mkdir(exist_ok=True)
     if settings["controls"]:
-        record = controls(dense, place)
+        record = controls(dense, place) | {"tied": frontier.dense_row(dense_model(settings, tied=True))}
     elif settings["pointer"]:
         record = pointing(dense, HERE / name / "model.kit", place)
     else:
@@ -67,6 +66,11 @@ def main() -> None:
         "notebook": "reference/run.py", "parameters": {**settings, "train_bytes": None, "batch_size": 32, "seq_len": 128},
         "seed": settings["seed"], "dense": frontier.dense_row(dense), "threads": torch.get_num_threads(),
         "corpus": {"name": dense.corpus.name, "sha256": dense.corpus.sha256}, **record})
+
+
+def dense_model(settings: dict, **shape) -> Baseline:
+    return load_or_train(corpus=settings["corpus"], vocab_size=settings["vocab_size"], batch_size=32, seq_len=128,
+                         steps=settings["dense_steps"], weight_decay=WEIGHT_DECAY, **{**SHAPE, **shape})
 
 
 def compression(dense: Baseline, place: Path, settings: dict) -> dict:
