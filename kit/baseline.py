@@ -74,12 +74,12 @@ def load_or_train(*, corpus: str = "docs", vocab_size: int = 4096, tokenizer: st
     precision = precision or ("bfloat16" if has_fast_bfloat16(device) else "float32")
     training = TrainConfig(steps=steps, lr=lr, weight_decay=weight_decay, patience=patience, eval_every=max(steps // 12, 10),
                            precision=precision, seed=seed)
-    settings = {"model": model, "shape": shape, "training": dataclasses.asdict(training), "seq_len": seq_len,
+    torch.manual_seed(seed)
+    dense = build_model(model, {**shape, "vocab_size": text.tokenizer.vocab_size}).to(device)
+    settings = {"model": model, "shape": dataclasses.asdict(dense.config), "training": dataclasses.asdict(training), "seq_len": seq_len,
                 "batch_size": batch_size, "text": text.sha256, "vocab_size": vocab_size, "tokenizer": tokenizer,
                 "device": device, "sources": _sources()}
     folder = cache_dir() / "baselines" / f"{model}-{key_of(**settings)}"
-    torch.manual_seed(seed)
-    dense = build_model(model, {**shape, "vocab_size": text.tokenizer.vocab_size}).to(device)
     if not (folder / "record.json").exists():
         _train(dense, loaders, training, folder, settings, log)
     record = json.loads((folder / "record.json").read_text())
