@@ -67,9 +67,9 @@ def test_classifier_and_plain_language_model():
     assert 0 <= low < result.accuracy < high <= 1
     kit_lm = ToyLM()
     foreign = nn.Sequential(kit_lm.embedding, kit_lm.head)
-    np.testing.assert_allclose(
-        evaluate(foreign, batches()).window_nll, evaluate(kit_lm, batches()).window_nll, rtol=1e-6
-    )
+    theirs, ours = evaluate(foreign, batches()), evaluate(kit_lm, batches())
+    np.testing.assert_allclose(theirs.window_nll, ours.window_nll, rtol=1e-6)
+    assert theirs.interval() == pytest.approx(ours.interval())  # of the perplexity for both
 
 
 def evaluation(window_nll, tokens=10):

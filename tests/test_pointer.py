@@ -101,3 +101,8 @@ def test_refuses_other_models():
     for other in (torch.nn.Linear(2, 2), build_model("DigitsMLP", {})):
         with pytest.raises(ValueError, match="language models"):
             fit_pointer(other, [])
+
+
+def test_refuses_a_loader_without_tokens(model):
+    with pytest.raises(ValueError, match="no tokens"):
+        fit_pointer(model, [])

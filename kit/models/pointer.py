@@ -45,15 +45,14 @@ class PointerLM(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.model.hidden(tokens)
-        shares = self.shares(places(hidden, tokens))
+        shares = self.shares(*places(hidden, tokens))
         own = F.linear(hidden, *self.model.output()).softmax(-1) * shares[..., -1:]
         following = F.pad(tokens[:, 1:], (0, 1))[:, None].expand(-1, tokens.shape[1], -1)  # the last points nowhere
         mixed = own.scatter_add(2, following, shares[..., :-1])
         return mixed.clamp(min=torch.finfo(mixed.dtype).tiny).log()
 
-    def shares(self, places: tuple[Tensor, Tensor]) -> Tensor:
-        """(B, T, T + 1): of each earlier place (0 for this one and later ones), and of the sentinel."""
-        likeness, length = places
+    def shares(self, likeness: Tensor, length: Tensor) -> Tensor:
+        """`places` -> (B, T, T + 1): of each earlier place (0 for this one and later ones), and of the sentinel."""
         by_match = torch.cat([self.match.new_zeros(1), self.match])[length]
         scores = self.similarity * likeness + by_match
         earlier = torch.ones_like(scores[0], dtype=torch.bool).tril(-1)
@@ -77,15 +76,17 @@ def fit_pointer(model: nn.Module, loader: Iterable) -> PointerLM:
     validation text, since training text is what the model itself remembers, and five numbers learn nothing by heart.
 
     loader: batches (inputs, targets) int64 (B, T), targets -100 ignored. The model itself is not changed.
-    Raises ValueError for a model that is not in kit.models.MODELS.
+    Raises ValueError for a model that is not in kit.models.MODELS, and for a loader without tokens.
     """
     made = kit.models.recipe(model)
     if made is None or not hasattr(model, "output"):
         raise ValueError(f"a pointer needs one of the kit's language models; this is a {type(model).__name__}")
-    pointer = PointerLM(PointerLMConfig(made["class"], made["config"]), model).eval()
+    pointer = PointerLM(PointerLMConfig(made["class"], made["config"]), model).to(next(model.parameters()).device).eval()
     with torch.no_grad():
-        batches = [_seen(model, *batch) for batch in loader]
+        batches = [_seen(model, *(t.to(pointer.sentinel.device) for t in batch)) for batch in loader]
     tokens = sum(int(known.sum()) for *_, known in batches)
+    if not tokens:
+        raise ValueError("the loader holds no tokens to fit a pointer to: pass that of the validation split")
     search = torch.optim.LBFGS([pointer.similarity, pointer.match, pointer.sentinel], max_iter=30, line_search_fn="strong_wolfe")
 
     def closure() -> float:
@@ -97,17 +98,17 @@ def fit_pointer(model: nn.Module, loader: Iterable) -> PointerLM:
     return pointer
 
 
-def _seen(model: nn.Module, tokens: Tensor, targets: Tensor) -> tuple:
-    """What the loss needs of a batch: the model's own losses (B, T), places, which of them the target followed, and
-    which targets are known."""
+def _seen(model: nn.Module, tokens: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """What the loss needs of a batch: the model's own losses (B, T), likeness and length (B, T, T), which places the target
+    followed, and which targets are known."""
     hidden = model.hidden(tokens)
     own, _ = linear_token_losses(hidden, *model.output(), targets)
     following = F.pad(tokens[:, 1:], (0, 1), value=-1)
-    return own, places(hidden, tokens), following[:, None] == targets[:, :, None], targets != -100
+    return own, *places(hidden, tokens), following[:, None] == targets[:, :, None], targets != -100
 
 
-def _loss(pointer: PointerLM, own: Tensor, places: tuple[Tensor, Tensor], right: Tensor, known: Tensor) -> Tensor:
+def _loss(pointer: PointerLM, own: Tensor, likeness: Tensor, length: Tensor, right: Tensor, known: Tensor) -> Tensor:
     """Nats of all known targets."""
-    shares = pointer.shares(places)
+    shares = pointer.shares(likeness, length)
     likelihood = shares[..., -1] * (-own).exp() + (shares[..., :-1] * right).sum(-1)
     return -likelihood[known].log().sum()
