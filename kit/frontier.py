@@ -49,7 +49,7 @@ def measured(name: str, path: Path, dense: Baseline, **more) -> dict:
 
 
 def dense_row(dense: Baseline) -> dict:
-    return row("dense float32", dense.bytes, dense.test, dense, seconds=dense.seconds, tokens=dense.tokens)
+    return row("dense float32", dense.path.stat().st_size, dense.test, dense, seconds=dense.seconds, tokens=dense.tokens)
 
 
 def rounded(dense: Baseline, ratio: float, folder: Path) -> dict:
