@@ -37,7 +37,7 @@ from kit.results import write_result
 
 SHAPE = {"d_model": 64, "layers": 4, "experts": 4, "dropout": 0.1}
 WEIGHT_DECAY = 0.3  # chosen on validation, like dropout: these texts are small for 4.2 M parameters
-ROUNDING = (8, 16, 24)
+ROUNDING = (8, 16, 24, 40, 60, 100)
 SMALL_VOCABULARY = 2048
 
 
