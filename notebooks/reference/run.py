@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+RUNS = HERE.parents[1] / "runs"
 sys.path.insert(0, str(HERE.parents[1]))
 
 import numpy as np
@@ -80,8 +81,8 @@ def dense_model(settings: dict, tied: bool) -> Baseline:
 
 def compression(dense: Baseline, place: Path, settings: dict) -> dict:
     loader, steps = token_loaders(dense.corpus, 16, 128).train, settings["steps"]
-    folder = HERE.parents[1] / "runs" / f"reference-{place.name}-{steps}"
-    own = settings["target_compression"] * artifact.float32_bytes(dense.model) / dense.bytes
+    folder = RUNS / f"reference-{place.name}-{steps}"
+    own = settings["target_compression"] * dense.path.stat().st_size / dense.bytes
     pipeline = CompressionPipeline(dense.model, own, stages=settings["stages"], seed=settings["seed"],
                                    token_parts=frontier.token_parts(dense))
     stages = frontier.compressed(dense, pipeline, loader, folder, qat=steps // 10, pruning=steps // 10, distillation=steps)
@@ -100,11 +101,11 @@ def compression(dense: Baseline, place: Path, settings: dict) -> dict:
 
 def pointing(dense: Baseline, file: Path, place: Path) -> dict:
     """The compressed and the dense model, each mixed with a pointer fitted on validation."""
-    rows = {}
+    folder, rows = RUNS / f"reference-{place.name}", {}
+    folder.mkdir(parents=True, exist_ok=True)
     for name, model in {"dense": dense.model, "compressed": artifact.load(file, trainable=True, parts=frontier.token_parts(dense))}.items():
         pointer = fit_pointer(model, dense.loaders.validation)
-        path = HERE.parents[1] / "runs" / f"{place.name}-{name}.kit"
-        artifact.save(pointer, path)
+        artifact.save(pointer, path := folder / f"{name}.kit")
         numbers = {key: value.tolist() for key, value in pointer.named_parameters() if not key.startswith("model.")}
         rows[name] = frontier.measured(f"{name}, pointing", path, dense, pointer=numbers)
         print(rows[name])
@@ -123,7 +124,7 @@ def row_bits(dense: Baseline, file: Path) -> list[tuple[int, float]]:
 
 
 def controls(dense: Baseline, place: Path) -> dict:
-    folder, text = HERE.parents[1] / "runs" / f"reference-{place.name}", dense.corpus
+    folder, text = RUNS / f"reference-{place.name}", dense.corpus
     folder.mkdir(parents=True, exist_ok=True)
     rivals = [*(frontier.product_quantized(dense, pieces, folder) for pieces in (8, 16)), frontier.low_rank(dense, 32, 4, folder),
               frontier.hashed(dense, 2000, folder), *(frontier.uniform_zlib(dense, bits, folder) for bits in (2, 4))]
