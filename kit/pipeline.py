@@ -33,6 +33,7 @@ from kit.training import TrainConfig, train
 STAGES = ("qat", "pruning", "distillation")
 CALIBRATION_BATCHES = 8
 FREQUENT = 2048  # words of a large vocabulary that every step of the distillation sees; all others by turns
+START = 2.0  # times the budget: where the distillation begins to descend. Weights that go further down come out worse
 
 
 class CompressionPipeline:
@@ -50,8 +51,7 @@ class CompressionPipeline:
     Args:
         model: any trained module. Language models (`hidden`, `output`) are trained on next tokens, others on labels.
         stages: their order; distillation last if the budget is to be met.
-        lr: peak learning rate of QAT and pruning.
-        distillation_lr: that of the distillation, where weights have to travel whole steps of a coarse grid.
+        lr: peak learning rate of every stage.
         token_parts: what each token was merged from (`BPETokenizer.parts`): the distillation then codes token tables as
             residuals from their parts (`kit.quantization.composition`), and its file is loaded with `parts=token_parts`.
     Raises ValueError for a target below 1 or an unknown stage.
@@ -59,14 +59,13 @@ class CompressionPipeline:
 
     def __init__(self, model: nn.Module, target_compression: float = 100.0, device: str = "cpu",
                  stages: Sequence[str] = STAGES, lr: float = 2e-3, seed: int = 0, log: bool = True,
-                 token_parts: np.ndarray | None = None, distillation_lr: float = 8e-3):
+                 token_parts: np.ndarray | None = None):
         if not target_compression >= 1:
             raise ValueError(f"target_compression={target_compression} must be at least 1, the float32 file itself")
         if unknown := set(stages) - set(STAGES):
             raise ValueError(f"unknown stage {sorted(unknown)[0]!r}: choose from {', '.join(STAGES)}")
         self.model, self.target_compression, self.device = model, target_compression, device
-        self.stages, self.seed, self.log = tuple(stages), seed, log
-        self.lr = {"qat": lr, "pruning": lr, "distillation": distillation_lr}
+        self.stages, self.lr, self.seed, self.log = tuple(stages), lr, seed, log
         self.token_parts, self.language = token_parts, hasattr(model, "output")
         self.loss = training_loss(model) if self.language else classification_loss
         self.baseline_bytes = artifact.float32_bytes(model)
@@ -150,7 +149,7 @@ class CompressionPipeline:
         batches = [tuple(t.to(self.device) for t in batch) for batch in itertools.islice(loader, CALIBRATION_BATCHES)]
         model = copy_model(teacher) if previous is None else self._load(previous)
         model, loss, hooks, extra, finish = getattr(self, f"_{name}")(model, teacher, batches, previous)
-        config = TrainConfig(steps=steps, lr=self.lr[name], seed=self.seed)
+        config = TrainConfig(steps=steps, lr=self.lr, seed=self.seed)
         checkpoint = path.with_suffix(".checkpoint")
         result = train(model, loader, config, loss=loss, hooks=hooks, checkpoint=checkpoint, log=self.log,
                        extra_parameters=extra)
@@ -199,13 +198,13 @@ class CompressionPipeline:
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # few bits and soft targets regularize enough
         sample = replace(self.loss.keywords["sample"], frequent=FREQUENT) if isinstance(self.loss, partial) else None
-        distill = DistillationTrainer(teacher, model, temperature=1.0, alpha=1.0, feature_weight=0.0, sample=sample)
+        distill = DistillationTrainer(teacher, model, temperature=1.0, alpha=0.5, feature_weight=0.0, sample=sample)
         if fits:
             return model, distill, (distill.step,), distill.parameters(), lambda: None
         if self.language and self.token_parts is not None:
             compose_tables(model, self.token_parts, batches, self.loss)
         weights = sum(original_of(m, a).numel() for _, m, a in named_weights(model))
-        start = min(6.0 * self.budget, weights / 2, previous.stat().st_size / 2 if previous else math.inf)
+        start = min(START * self.budget, weights / 2)
         set_rate_formats(model, row_sensitivity(model, batches, self.loss), start)
         rate = RateLoss(distill, model, self.budget, batches[:2])
         return model, rate, (distill.step, rate.step), [*distill.parameters(), *rate.parameters()], rate.finish

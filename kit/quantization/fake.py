@@ -15,7 +15,7 @@ from kit.quantization import formats
 from kit.quantization.formats import Format
 
 
-FIRST_STEP = 1 / 4  # a power of two, so that units are exact
+FIRST_STEP = 1 / 4  # powers of two, so that units are exact
 
 
 def matrix_shape(module: nn.Module, shape: torch.Size) -> tuple[int, int]:
@@ -33,27 +33,29 @@ class FakeQuantize(nn.Module):
 
     A "minmax" range follows the weight at every step. "percentile" and "mse" ranges are fixed from `weight` when
     the quantizer is made, because searching at each step is slow. With `learned` the step starts there and is trained
-    (LSQ, arXiv:1902.08153), as |scale| * unit with scale at first 1/4, because optimizers like Adam move a parameter
+    (LSQ, arXiv:1902.08153), as |scale| * unit with scale at first `first_step`, because optimizers like Adam move a parameter
     by the learning rate however small it is: an INT8 step of 0.001 would be gone at once.
 
     Args:
         weight: the tensor to be quantized, which fixes shape and ranges.
         shape: (rows, columns) to view it as.
+        first_step: the larger, the slower a learned step moves.
     Raises ValueError when the weight is complex, NaN or infinite.
     """
 
-    def __init__(self, weight: Tensor, shape: tuple[int, int], format: Format, learned: bool = False):
+    def __init__(self, weight: Tensor, shape: tuple[int, int], format: Format, learned: bool = False,
+                 first_step: float = FIRST_STEP):
         super().__init__()
         formats.check_weights(weight, "weight")
-        self.format, self.shape = format, shape
+        self.format, self.shape, self.first_step = format, shape, first_step
         self.learned = learned and format.bits != 16
         scale = zero = None
         if format.bits != 16 and (self.learned or format.range != "minmax"):
             scale, zero = formats.choose_grid(self.blocks(weight, fill=math.nan), format)
         self.register_buffer("zero", zero)
         if self.learned:
-            self.register_buffer("unit", scale / FIRST_STEP)
-            self.scale = nn.Parameter(torch.full_like(scale, FIRST_STEP))
+            self.register_buffer("unit", scale / first_step)
+            self.scale = nn.Parameter(torch.full_like(scale, first_step))
         else:
             self.register_buffer("scale", scale)
 
@@ -83,8 +85,8 @@ class FakeQuantize(nn.Module):
             self.scale, self.zero = scale, zero
             return
         if self.learned:
-            self.unit.copy_(scale / FIRST_STEP)
-            scale = FIRST_STEP
+            self.unit.copy_(scale / self.first_step)
+            scale = self.first_step
         self.scale.copy_(torch.as_tensor(scale))
         if zero is not None:
             self.zero.copy_(zero)

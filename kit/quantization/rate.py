@@ -28,7 +28,9 @@ ROW_CELLS = 16
 MOST_ROWS = 128  # that share a step: frequencies of tokens fall quickly
 SMALL = 1024    # tensors below this many values are not worth a rate term: they take SMALL_FORMAT
 SMALL_FORMAT = Format(8, granularity="tensor")
-INTEGRAL, PROPORTIONAL = 75.0, 6.0    # of log lambda for log(size / wanted): over a whole run, and at once
+SLOW = 2.0    # `first_step` of FakeQuantize: steps move an eighth as fast as under QAT, and lambda keeps its hold on the size
+INTEGRAL, PROPORTIONAL = 20.0, 6.0    # of log lambda for log(size / wanted): over a whole run, and at once
+MOST_AT_ONCE = 1.0    # of the proportional part: a lambda that jumps empties codes that never fill again
 LOG_LAMBDA = (-9.0, 4.0)
 SLACK = 0.08  # of the wanted bytes
 AIM = 0.99  # of the bytes that there are, so that little is left to `finish`
@@ -98,7 +100,7 @@ def rate_quantizers(model: nn.Module) -> list[tuple[nn.Module, str, FakeQuantize
     return [(m, a, s) for m, a, s in found if isinstance(s, FakeQuantize) and s.learned]
 
 
-def set_rate_formats(model: nn.Module, sensitivity: dict[str, Tensor], target_bytes: float, exponent: float = 0.35) -> None:
+def set_rate_formats(model: nn.Module, sensitivity: dict[str, Tensor], target_bytes: float, exponent: float = 0.42) -> None:
     """Gives every large weight 8-bit codes with learned steps, step ~ sensitivity^-exponent by blocks of rows, one factor
     for all found by bisection so that the range-coded codes take `target_bytes`; small tensors get 8-bit codes.
 
@@ -116,7 +118,7 @@ def set_rate_formats(model: nn.Module, sensitivity: dict[str, Tensor], target_by
         large = weight.numel() >= SMALL
         size = min(MOST_ROWS, -(-rows // ROW_CELLS))
         blocks = Format(8, granularity="rows", group_size=size) if large else SMALL_FORMAT
-        quantizer = FakeQuantize(weight, shape, blocks, learned=large)
+        quantizer = FakeQuantize(weight, shape, blocks, learned=large, first_step=SLOW)
         set_steps(model, module, attribute, [*before, quantizer, *after])
         if large:
             fisher = sensitivity.get(name, torch.zeros(rows)).to(weight.device)
@@ -145,7 +147,7 @@ class RateLoss:
     What is not range-coded (header, scales, small tensors) is measured and counted.
     """
 
-    def __init__(self, loss: Callable, model: nn.Module, file_bytes: int, batches: list, ramp: float = 0.12):
+    def __init__(self, loss: Callable, model: nn.Module, file_bytes: int, batches: list, ramp: float = 0.1):
         self.loss, self.model, self.file_bytes, self.batches, self.ramp = loss, model, file_bytes, batches, ramp
         self.members = rate_quantizers(model)
         if not self.members:
@@ -180,7 +182,7 @@ class RateLoss:
 
     @torch.no_grad()
     def step(self, step: int, steps: int, model: nn.Module) -> None:
-        due = step % max(5, steps // 20) == 0
+        due = step % max(5, steps // 40) == 0
         if due:
             coded = self.coded()
             self.state[2] = coded / float(self._bits() / 8)
@@ -188,7 +190,8 @@ class RateLoss:
         wanted = self.start * (self.state[3].item() / self.start) ** (1 - max(0.0, 1 - step / (self.ramp * steps)) ** 2)
         error = math.log(self.estimate * self.state[2].item() / wanted)
         self.state[1] = (self.state[1] + INTEGRAL / steps * error).clamp(*LOG_LAMBDA)
-        self.state[0] = (self.state[1] + PROPORTIONAL * error).clamp(*LOG_LAMBDA)
+        at_once = min(max(PROPORTIONAL * error, -MOST_AT_ONCE), MOST_AT_ONCE)
+        self.state[0] = (self.state[1] + at_once).clamp(*LOG_LAMBDA)
         if due:
             self.history.append({"step": step, "bytes": wanted * math.exp(error), "wanted": wanted,
                                  "lambda": math.exp(self.state[0])})

@@ -27,7 +27,6 @@ import torch
 
 from kit import artifact, coding, frontier
 from kit.baseline import Baseline, load_or_train
-from kit.data import token_loaders
 from kit.models import fit_pointer
 from kit.models.ngram import KneserNey
 from kit.models.sampling import continue_text
@@ -47,7 +46,7 @@ def main() -> None:
     parser.add_argument("corpus", help="docs, or text:<file, folder or glob>")
     parser.add_argument("--vocab-size", type=int, default=30000)
     parser.add_argument("--dense-steps", type=int, default=3000, help="at most, of 32 windows of 128 tokens")
-    parser.add_argument("--steps", type=int, default=1200, help="of distillation, of 16 windows; QAT and pruning: a tenth each")
+    parser.add_argument("--steps", type=int, default=1800, help="of distillation, of 32 windows; QAT and pruning: a tenth each")
     parser.add_argument("--target-compression", type=float, default=100.0)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--seed", type=int, default=0, help="of the compression; the dense model's is 0")
@@ -80,12 +79,12 @@ def dense_model(settings: dict, tied: bool) -> Baseline:
 
 
 def compression(dense: Baseline, place: Path, settings: dict) -> dict:
-    loader, steps = token_loaders(dense.corpus, 16, 128).train, settings["steps"]
+    steps = settings["steps"]
     folder = RUNS / f"reference-{place.name}-{steps}"
     own = settings["target_compression"] * dense.path.stat().st_size / dense.bytes
     pipeline = CompressionPipeline(dense.model, own, stages=settings["stages"], seed=settings["seed"],
                                    token_parts=frontier.token_parts(dense))
-    stages = frontier.compressed(dense, pipeline, loader, folder, qat=steps // 10, pruning=steps // 10, distillation=steps)
+    stages = frontier.compressed(dense, pipeline, dense.loaders.train, folder, qat=steps // 10, pruning=steps // 10, distillation=steps)
     file, start = folder / f"{settings['stages'][-1]}.kit", time.perf_counter()
     model = artifact.load(file, parts=frontier.token_parts(dense))
     seconds, last = time.perf_counter() - start, stages[-1]
