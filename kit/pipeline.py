@@ -42,8 +42,9 @@ class CompressionPipeline:
     qat           INT4 groups for experts and INT8 for the rest, straight-through; the BK-core's v and G in INT8
     pruning       experts under 5 % usage go, the router shrinks; then magnitude pruning on a cubic schedule, as far
                   as brings the file a quarter of the way (in ratio) from the last stage to the budget
-    distillation  from the uncompressed model; learned steps and a rate term steer the range-coded size to the budget. What
-                  went (experts, precision of activations) stays away; weights start over from their uncompressed values
+    distillation  from the uncompressed model and, for half of the loss, the labels; learned steps and a rate term steer the
+                  range-coded size to the budget. What went (experts, precision of activations) stays away; weights start over from
+                  their uncompressed values, rounded to twice the budget
                   (Renda et al. 2020, arXiv:2003.02389), since those that the rate keeps are not those that magnitude kept
 
     Every stage starts from the file of the stage before it, and is measured after reloading its own.

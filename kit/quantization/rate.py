@@ -139,7 +139,7 @@ class RateLoss:
 
     The size falls to `file_bytes` during the first `ramp` of the run, quickly at first, and is held there by lambda: log
     lambda follows log(size / wanted) as a proportional-integral controller. Most of the learning happens at the final size,
-    so the way there is short. Steps are learned, with the rate's own gradient. Twenty times a run the estimate of
+    so the way there is short. Steps are learned, with the rate's own gradient. Forty times a run the estimate of
     `code_bits` is set right by what the coder really takes, and in the first half, where lambda has not had the time to do it
     (further off than SLACK), one factor widens or narrows all steps: zeros, once there, do not come back by themselves when
     lambda falls. Later that would do harm, for many weights end up close to half a step. lambda begins as the slope of the
