@@ -33,7 +33,7 @@ from kit.training import TrainConfig, train
 STAGES = ("qat", "pruning", "distillation")
 CALIBRATION_BATCHES = 8
 FREQUENT = 2048  # words of a large vocabulary that every step of the distillation sees; all others by turns
-START = 2.0  # times the budget: where the distillation begins to descend. Weights that go further down come out worse
+START = 2.5  # times the budget: where the distillation begins to descend. Weights that go further down come out worse
 
 
 class CompressionPipeline:
@@ -44,7 +44,7 @@ class CompressionPipeline:
                   as brings the file a quarter of the way (in ratio) from the last stage to the budget
     distillation  from the uncompressed model and, for half of the loss, the labels; learned steps and a rate term steer the
                   range-coded size to the budget. What went (experts, precision of activations) stays away; weights start over from
-                  their uncompressed values, rounded to twice the budget
+                  their uncompressed values, rounded to 2.5 times the budget
                   (Renda et al. 2020, arXiv:2003.02389), since those that the rate keeps are not those that magnitude kept
 
     Every stage starts from the file of the stage before it, and is measured after reloading its own.

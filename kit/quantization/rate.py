@@ -28,7 +28,7 @@ ROW_CELLS = 16
 MOST_ROWS = 128  # that share a step: frequencies of tokens fall quickly
 SMALL = 1024    # tensors below this many values are not worth a rate term: they take SMALL_FORMAT
 SMALL_FORMAT = Format(8, granularity="tensor")
-SLOW = 2.0    # `first_step` of FakeQuantize: steps move an eighth as fast as under QAT, and lambda keeps its hold on the size
+SLOW = 16.0    # `first_step` of FakeQuantize: the rate would widen steps for as long as a run lasts, and coarse ones are worse
 INTEGRAL, PROPORTIONAL = 20.0, 6.0    # of log lambda for log(size / wanted): over a whole run, and at once
 MOST_AT_ONCE = 1.0    # of the proportional part: a lambda that jumps empties codes that never fill again
 LOG_LAMBDA = (-9.0, 4.0)
@@ -100,6 +100,11 @@ def rate_quantizers(model: nn.Module) -> list[tuple[nn.Module, str, FakeQuantize
     return [(m, a, s) for m, a, s in found if isinstance(s, FakeQuantize) and s.learned]
 
 
+def _block_means(rows: Tensor, blocks: Format) -> Tensor:
+    """Mean of what is known by row (rows,) over the rows that share a step, (blocks, 1)."""
+    return formats.to_blocks(rows[:, None], blocks, math.nan).nanmean(1, keepdim=True)
+
+
 def set_rate_formats(model: nn.Module, sensitivity: dict[str, Tensor], target_bytes: float, exponent: float = 0.42) -> None:
     """Gives every large weight 8-bit codes with learned steps, step ~ sensitivity^-exponent by blocks of rows, one factor
     for all found by bisection so that the range-coded codes take `target_bytes`; small tensors get 8-bit codes.
@@ -121,8 +126,7 @@ def set_rate_formats(model: nn.Module, sensitivity: dict[str, Tensor], target_by
         quantizer = FakeQuantize(weight, shape, blocks, learned=large, first_step=SLOW)
         set_steps(model, module, attribute, [*before, quantizer, *after])
         if large:
-            fisher = sensitivity.get(name, torch.zeros(rows)).to(weight.device)
-            means = formats.to_blocks(fisher[:, None].expand(rows, 1), blocks, math.nan).nanmean(1, keepdim=True)
+            means = _block_means(sensitivity.get(name, torch.zeros(rows)).to(weight.device), blocks)
             least = quantizer.blocks(weight).abs().amax(1, keepdim=True) / blocks.qmax  # finer steps would clip
             members.append((weight, quantizer, (means / largest).clamp(min=LEAST_SENSITIVITY) ** -exponent, least))
     low, high = -20.0, 8.0
@@ -230,14 +234,14 @@ class RateLoss:
 
     def finish(self) -> None:
         """After training: sets codes to zero until the file is within its bytes, those first whose squared weight times
-        the sensitivity of their row is least."""
+        the sensitivity of the rows around it is least: of rare rows alone, few batches say nothing."""
         sensitivity = row_sensitivity(self.model, self.batches, self.loss)
         names = {id(original_of(m, a)): name for name, m, a in named_weights(self.model)}
         kept = [original_of(m, a).detach().clone() for m, a, _ in self.members]
         scores = []
         for (m, a, s), weight in zip(self.members, kept):
             rows = sensitivity.get(names[id(original_of(m, a))], weight.new_zeros(s.shape[0]))
-            score = (rows[:, None] * weight.reshape(s.shape).square()).reshape(weight.shape)
+            score = (s.spread(_block_means(rows, s.format)) * weight.reshape(s.shape).square()).reshape(weight.shape)
             scores.append(score.masked_fill(s.codes(seen_by(s, m, a))[0].reshape(weight.shape) == 0, math.inf))
         target = self.coded()
         while (over := artifact.nbytes(self.model) - self.file_bytes) > 0:
