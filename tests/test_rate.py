@@ -98,6 +98,19 @@ def test_lambda_does_not_jump_when_the_size_does(regression):
     assert rate.state[1] < first + 0.3
 
 
+def test_what_is_over_the_budget_goes_code_by_code(tmp_path):
+    """Also where most rows have no gradient in the few batches that say what an error costs."""
+    from kit import artifact
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(2000, 32), nn.Linear(32, 8))
+    batches = [(torch.randint(0, 60, (64,)), torch.randn(64, 8)) for _ in range(2)]
+    set_rate_formats(model, row_sensitivity(model, batches, loss), 16000)
+    budget = artifact.nbytes(model) - 400
+    RateLoss(loss, model, budget, batches).finish()
+    assert 0.99 * budget <= artifact.save(model, tmp_path / "m.kit") <= budget
+
+
 def test_models_without_learned_steps_are_refused(regression):
     with pytest.raises(ValueError, match="set_rate_formats"):
         RateLoss(loss, copy.deepcopy(regression[0]), 1000, regression[1])

@@ -100,9 +100,12 @@ def rate_quantizers(model: nn.Module) -> list[tuple[nn.Module, str, FakeQuantize
     return [(m, a, s) for m, a, s in found if isinstance(s, FakeQuantize) and s.learned]
 
 
-def _block_means(rows: Tensor, blocks: Format) -> Tensor:
-    """Mean of what is known by row (rows,) over the rows that share a step, (blocks, 1)."""
-    return formats.to_blocks(rows[:, None], blocks, math.nan).nanmean(1, keepdim=True)
+def _block_sensitivity(name: str, quantizer: FakeQuantize, sensitivity: dict[str, Tensor]) -> Tensor:
+    """Mean sensitivity of the rows that share a step, (blocks, 1), relative to the largest of any row. None is zero: a few
+    batches say nothing of a rare row."""
+    rows = sensitivity.get(name, torch.zeros(quantizer.shape[0]))[:, None]
+    means = formats.to_blocks(rows, quantizer.format, math.nan).nanmean(1, keepdim=True)
+    return (means / max(float(rows.max()) for rows in sensitivity.values())).clamp(min=LEAST_SENSITIVITY)
 
 
 def set_rate_formats(model: nn.Module, sensitivity: dict[str, Tensor], target_bytes: float, exponent: float = 0.42) -> None:
@@ -112,7 +115,7 @@ def set_rate_formats(model: nn.Module, sensitivity: dict[str, Tensor], target_by
     Masks stay in front. Minimizing sum(sensitivity * step^2) at fixed bits gives exponent 1/2 for fine steps; coarse
     steps, where most codes are zero, want less (see notebooks/05).
     """
-    members, largest = [], max(float(rows.max()) for rows in sensitivity.values())
+    members = []
     for name, module, attribute in list(named_weights(model)):
         others = [s for s in steps_of(module, attribute) if not isinstance(s, FakeQuantize)]
         before, after = ([s for s in others if isinstance(s, Composition) == last] for last in (False, True))
@@ -126,9 +129,9 @@ def set_rate_formats(model: nn.Module, sensitivity: dict[str, Tensor], target_by
         quantizer = FakeQuantize(weight, shape, blocks, learned=large, first_step=SLOW)
         set_steps(model, module, attribute, [*before, quantizer, *after])
         if large:
-            means = _block_means(sensitivity.get(name, torch.zeros(rows)).to(weight.device), blocks)
             least = quantizer.blocks(weight).abs().amax(1, keepdim=True) / blocks.qmax  # finer steps would clip
-            members.append((weight, quantizer, (means / largest).clamp(min=LEAST_SENSITIVITY) ** -exponent, least))
+            relative = _block_sensitivity(name, quantizer, sensitivity).to(weight.device)
+            members.append((weight, quantizer, relative**-exponent, least))
     low, high = -20.0, 8.0
     for _ in range(18):
         middle = (low + high) / 2
@@ -234,14 +237,14 @@ class RateLoss:
 
     def finish(self) -> None:
         """After training: sets codes to zero until the file is within its bytes, those first whose squared weight times
-        the sensitivity of the rows around it is least: of rare rows alone, few batches say nothing."""
+        the sensitivity of its block is least."""
         sensitivity = row_sensitivity(self.model, self.batches, self.loss)
         names = {id(original_of(m, a)): name for name, m, a in named_weights(self.model)}
         kept = [original_of(m, a).detach().clone() for m, a, _ in self.members]
         scores = []
         for (m, a, s), weight in zip(self.members, kept):
-            rows = sensitivity.get(names[id(original_of(m, a))], weight.new_zeros(s.shape[0]))
-            score = (s.spread(_block_means(rows, s.format)) * weight.reshape(s.shape).square()).reshape(weight.shape)
+            cost = s.spread(_block_sensitivity(names[id(original_of(m, a))], s, sensitivity).to(weight.device))
+            score = (cost * weight.reshape(s.shape).square()).reshape(weight.shape)
             scores.append(score.masked_fill(s.codes(seen_by(s, m, a))[0].reshape(weight.shape) == 0, math.inf))
         target = self.coded()
         while (over := artifact.nbytes(self.model) - self.file_bytes) > 0:
