@@ -28,9 +28,9 @@ ROW_CELLS = 16
 MOST_ROWS = 128  # that share a step: frequencies of tokens fall quickly
 SMALL = 1024    # tensors below this many values are not worth a rate term: they take SMALL_FORMAT
 SMALL_FORMAT = Format(8, granularity="tensor")
-SLOW = 16.0    # `first_step` of FakeQuantize: the rate would widen steps for as long as a run lasts, and coarse ones are worse
+SLOW = 2.0    # `first_step` of FakeQuantize: the rate would widen steps for as long as a run lasts, and coarse ones are worse
 INTEGRAL, PROPORTIONAL = 20.0, 6.0    # of log lambda for log(size / wanted): over a whole run, and at once
-MOST_AT_ONCE = 1.0    # of the proportional part: a lambda that jumps empties codes that never fill again
+MOST_AT_ONCE = 4.0    # of the proportional part: a lambda that leaps further empties codes that never fill again
 LOG_LAMBDA = (-9.0, 4.0)
 SLACK = 0.08  # of the wanted bytes
 AIM = 0.99  # of the bytes that there are, so that little is left to `finish`
@@ -146,7 +146,7 @@ class RateLoss:
 
     The size falls to `file_bytes` during the first `ramp` of the run, quickly at first, and is held there by lambda: log
     lambda follows log(size / wanted) as a proportional-integral controller. Most of the learning happens at the final size,
-    so the way there is short. Steps are learned, with the rate's own gradient. Forty times a run the estimate of
+    so the way there is short. Steps are learned, with the rate's own gradient. Twenty times a run the estimate of
     `code_bits` is set right by what the coder really takes, and in the first half, where lambda has not had the time to do it
     (further off than SLACK), one factor widens or narrows all steps: zeros, once there, do not come back by themselves when
     lambda falls. Later that would do harm, for many weights end up close to half a step. lambda begins as the slope of the
@@ -154,7 +154,7 @@ class RateLoss:
     What is not range-coded (header, scales, small tensors) is measured and counted.
     """
 
-    def __init__(self, loss: Callable, model: nn.Module, file_bytes: int, batches: list, ramp: float = 0.1):
+    def __init__(self, loss: Callable, model: nn.Module, file_bytes: int, batches: list, ramp: float = 0.06):
         self.loss, self.model, self.file_bytes, self.batches, self.ramp = loss, model, file_bytes, batches, ramp
         self.members = rate_quantizers(model)
         if not self.members:
@@ -189,7 +189,7 @@ class RateLoss:
 
     @torch.no_grad()
     def step(self, step: int, steps: int, model: nn.Module) -> None:
-        due = step % max(5, steps // 40) == 0
+        due = step % max(5, steps // 20) == 0
         if due:
             coded = self.coded()
             self.state[2] = coded / float(self._bits() / 8)
