@@ -15,7 +15,7 @@ from kit.quantization import formats
 from kit.quantization.formats import Format
 
 
-FIRST_STEP = 1 / 4  # powers of two, so that units are exact
+FIRST_STEP = 1 / 4  # a power of two, as any other should be, so that units are exact
 
 
 def matrix_shape(module: nn.Module, shape: torch.Size) -> tuple[int, int]:
