@@ -6,7 +6,7 @@ from torch import nn
 
 from kit.quantization.fake import FakeQuantize
 from kit.quantization.formats import Format
-from kit.quantization.rate import (MOST_AT_ONCE, RateLoss, code_bits, coded_bytes, geometric_bits, rate_quantizers,
+from kit.quantization.rate import (MOST_ERROR, PROPORTIONAL, RateLoss, code_bits, coded_bytes, geometric_bits, rate_quantizers,
                                    row_sensitivity, set_rate_formats)
 
 
@@ -82,7 +82,6 @@ def descended(regression):
     return rate
 
 
-@pytest.mark.xfail(strict=True, reason="INTEGRAL is 20: 7 % over after 60 steps, 16 % after 240; with 75 it holds, but 08 was made with 20")
 def test_size_follows_its_schedule(descended, tmp_path):
     from kit import artifact
 
@@ -106,7 +105,7 @@ def test_lambda_does_not_jump_when_the_size_does(regression):
         rate(model, batches[0])
         before = rate.state[1].item()
         rate.step(step, 600, model)
-        assert before < rate.state[1] <= rate.state[0] <= rate.state[1] + MOST_AT_ONCE + 1e-6
+        assert before < rate.state[1] <= rate.state[0] <= rate.state[1] + PROPORTIONAL * MOST_ERROR + 1e-6
     assert rate.state[1] < first + 0.3
 
 

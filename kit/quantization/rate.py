@@ -29,11 +29,10 @@ MOST_ROWS = 128  # that share a step: frequencies of tokens fall quickly
 SMALL = 1024    # tensors below this many values are not worth a rate term: they take SMALL_FORMAT
 SMALL_FORMAT = Format(8, granularity="tensor")
 SLOW = 2.0    # `first_step` of FakeQuantize: the rate would widen steps for as long as a run lasts, and coarse ones are worse
-INTEGRAL, PROPORTIONAL = 20.0, 6.0    # of log lambda for log(size / wanted): over a whole run, and at once
-MOST_AT_ONCE = 4.0    # of the proportional part: a lambda that leaps further empties codes that never fill again
+INTEGRAL, PROPORTIONAL = 75.0, 6.0    # of log lambda for log(size / wanted): over a whole run, and at once
+MOST_ERROR = 0.35    # that lambda answers to: one that leaps further empties codes that never fill again
 LOG_LAMBDA = (-9.0, 4.0)
 SLACK = 0.08  # of the wanted bytes
-AIM = 0.99  # of the bytes that there are, so that little is left to `finish`
 
 
 def geometric_bits(mean: Tensor) -> Tensor:
@@ -168,7 +167,7 @@ class RateLoss:
         self.estimate = float(self._bits().detach()) / 8
         slope = math.log(self._slope())
         # log lambda, its integral part, coded / estimated bytes, bytes that codes may take
-        state = torch.tensor([slope, slope, self.start / self.estimate, AIM * (file_bytes - overhead)])
+        state = torch.tensor([slope, slope, self.start / self.estimate, file_bytes - overhead])
         self.state = nn.Parameter(state, requires_grad=False)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -193,12 +192,12 @@ class RateLoss:
         if due:
             coded = self.coded()
             self.state[2] = coded / float(self._bits() / 8)
-            self.state[3] = AIM * (self.file_bytes - artifact.nbytes(self.model) + coded)
+            self.state[3] = self.file_bytes - artifact.nbytes(self.model) + coded
         wanted = self.start * (self.state[3].item() / self.start) ** (1 - max(0.0, 1 - step / (self.ramp * steps)) ** 2)
         error = math.log(self.estimate * self.state[2].item() / wanted)
-        self.state[1] = (self.state[1] + INTEGRAL / steps * error).clamp(*LOG_LAMBDA)
-        at_once = min(max(PROPORTIONAL * error, -MOST_AT_ONCE), MOST_AT_ONCE)
-        self.state[0] = (self.state[1] + at_once).clamp(*LOG_LAMBDA)
+        answer = min(max(error, -MOST_ERROR), MOST_ERROR)
+        self.state[1] = (self.state[1] + INTEGRAL / steps * answer).clamp(*LOG_LAMBDA)
+        self.state[0] = (self.state[1] + PROPORTIONAL * answer).clamp(*LOG_LAMBDA)
         if due:
             self.history.append({"step": step, "bytes": wanted * math.exp(error), "wanted": wanted,
                                  "lambda": math.exp(self.state[0])})
