@@ -51,12 +51,14 @@ def regression():
 
 def test_row_sensitivity_is_the_mean_squared_gradient(regression):
     model, batches = regression
-    rows = row_sensitivity(model, batches, loss)
-    expected = torch.zeros(64)
+    found = row_sensitivity(model, batches, loss)
+    rows, entries = torch.zeros(64), torch.zeros(64)
     for batch in batches:
-        grad, = torch.autograd.grad(loss(model, batch), model[0].weight)
-        expected += grad.square().mean(1) / 3
-    torch.testing.assert_close(rows["0.weight"], expected)
+        weight, bias = torch.autograd.grad(loss(model, batch), (model[0].weight, model[0].bias))
+        rows += weight.square().mean(1) / 3
+        entries += bias.square() / 3
+    torch.testing.assert_close(found["0.weight"], rows)
+    torch.testing.assert_close(found["0.bias"], entries)
     with pytest.raises(ValueError, match="no batch"):
         row_sensitivity(model, [], loss)
 
@@ -65,6 +67,16 @@ def test_start_has_the_size_asked_for(regression):
     model, batches = regression
     set_rate_formats(model, row_sensitivity(model, batches, loss), 1500)
     assert sum(coded_bytes(m.parametrizations[a].original, s) for m, a, s in rate_quantizers(model)) == pytest.approx(1500, rel=0.02)
+
+
+def test_a_bias_over_classes_has_finer_steps_for_the_frequent_ones():
+    torch.manual_seed(0)
+    model, targets = nn.Linear(8, 640), torch.cat([torch.randint(0, 64, (2000,)), torch.randint(0, 640, (200,))])
+    batches = [(torch.randn(2200, 8), targets)]
+    classes = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])
+    set_rate_formats(model, row_sensitivity(model, batches, classes), 1500)
+    steps = {a: s.grid(s.blocks(model.parametrizations[a].original))[0].flatten() for _, a, s in rate_quantizers(model)}
+    assert all(len(s) == 16 and s[:1] < 0.5 * s[2:].min() for s in steps.values()), steps
 
 
 @pytest.fixture
