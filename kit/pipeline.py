@@ -33,6 +33,7 @@ from kit.training import TrainConfig, train
 STAGES = ("qat", "pruning", "distillation")
 CALIBRATION_BATCHES = 8
 FREQUENT = 2048  # words of a large vocabulary that every step of the distillation sees; all others by turns
+ALPHA = 0.3  # of the distillation's loss from the teacher, the rest from labels: longer runs want more of these
 START = 2.5  # times the budget: where the distillation begins to descend. Weights that go further down come out worse
 
 
@@ -42,8 +43,8 @@ class CompressionPipeline:
     qat           INT4 groups for experts and INT8 for the rest, straight-through; the BK-core's v and G in INT8
     pruning       experts under 5 % usage go, the router shrinks; then magnitude pruning on a cubic schedule, as far
                   as brings the file a quarter of the way (in ratio) from the last stage to the budget
-    distillation  from the uncompressed model and, for half of the loss, the labels; learned steps and a rate term steer the
-                  range-coded size to the budget. What went (experts, precision of activations) stays away; weights start over from
+    distillation  from the uncompressed model and, for most of the loss, the labels; learned steps and a rate term steer
+                  the range-coded size to the budget. What went (experts, precision of activations) stays away; weights start over from
                   their uncompressed values, rounded to 2.5 times the budget
                   (Renda et al. 2020, arXiv:2003.02389), since those that the rate keeps are not those that magnitude kept
 
@@ -199,7 +200,7 @@ class CompressionPipeline:
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # few bits and soft targets regularize enough
         sample = replace(self.loss.keywords["sample"], frequent=FREQUENT) if isinstance(self.loss, partial) else None
-        distill = DistillationTrainer(teacher, model, temperature=1.0, alpha=0.5, feature_weight=0.0, sample=sample)
+        distill = DistillationTrainer(teacher, model, temperature=1.0, alpha=ALPHA, feature_weight=0.0, sample=sample)
         if fits:
             return model, distill, (distill.step,), distill.parameters(), lambda: None
         if self.language and self.token_parts is not None:
