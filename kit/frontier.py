@@ -58,8 +58,10 @@ def rounded(dense: Baseline, ratio: float, folder: Path) -> dict:
     loss = training_loss(model)
     if (parts := token_parts(dense)) is not None:
         compose_tables(model, parts, batches, loss)
-    set_rate_formats(model, row_sensitivity(model, batches, loss), 0.9 * dense.bytes / ratio)
-    RateLoss(loss, model, int(dense.bytes / ratio), batches[:1]).finish()
+    budget, sensitivity = int(dense.bytes / ratio), row_sensitivity(model, batches, loss)
+    set_rate_formats(model, sensitivity, budget)
+    set_rate_formats(model, sensitivity, 2 * budget - artifact.nbytes(model))  # what is not codes needs its room
+    RateLoss(loss, model, budget, batches[:1]).finish()
     artifact.save(model, path := Path(folder) / f"rounded_{ratio:g}x.kit")
     return measured(f"rounding {ratio:g}x", path, dense)
 
