@@ -44,9 +44,9 @@ class CompressionPipeline:
     pruning       experts under 5 % usage go, the router shrinks; then magnitude pruning on a cubic schedule, as far
                   as brings the file a quarter of the way (in ratio) from the last stage to the budget
     distillation  from the uncompressed model and, for most of the loss, the labels; learned steps and a rate term steer
-                  the range-coded size to the budget. What went (experts, precision of activations) stays away; weights start over from
-                  their uncompressed values, rounded to 2.5 times the budget
-                  (Renda et al. 2020, arXiv:2003.02389), since those that the rate keeps are not those that magnitude kept
+                  the range-coded size to the budget. What went (experts, precision of activations) stays away; weights
+                  start over from their uncompressed values, rounded to 2.5 times the budget (Renda et al. 2020,
+                  arXiv:2003.02389), since those that the rate keeps are not those that magnitude kept
 
     Every stage starts from the file of the stage before it, and is measured after reloading its own.
 
@@ -198,7 +198,7 @@ class CompressionPipeline:
             _rewind(model, teacher)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
-                module.p = 0.0  # few bits and soft targets regularize enough
+                module.p = 0.0  # few bits regularize enough
         sample = replace(self.loss.keywords["sample"], frequent=FREQUENT) if isinstance(self.loss, partial) else None
         distill = DistillationTrainer(teacher, model, temperature=1.0, alpha=ALPHA, feature_weight=0.0, sample=sample)
         if fits:

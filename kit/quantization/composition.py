@@ -29,7 +29,7 @@ from kit.quantization import kernels
 from kit.quantization.fake import FakeQuantize
 from kit.quantization.formats import Format
 
-BASIS = Format(4)
+BASIS = Format(4)  # residuals are taken in the rounded basis, so that it may be coarse
 LEAST_CURVATURE = 1e-2  # of a direction, relative to their mean: flatter ones are not flat further away
 LEAST_SENSITIVITY = 1e-8  # relative to the largest: rows that no gradient reached
 
