@@ -34,6 +34,7 @@ STAGES = ("qat", "pruning", "distillation")
 CALIBRATION_BATCHES = 8
 FREQUENT = 2048  # words of a large vocabulary that every step of the distillation sees; all others by turns
 ALPHA = 0.3  # of the distillation's loss from the teacher, the rest from labels: longer runs want more of these
+QAT_LR = 0.1  # of `lr`: a trained model has only its rounding to get used to, and would first lose ground at more
 START = 2.5  # times the budget: where the distillation begins to descend. Weights that go further down come out worse
 
 
@@ -53,7 +54,7 @@ class CompressionPipeline:
     Args:
         model: any trained module. Language models (`hidden`, `output`) are trained on next tokens, others on labels.
         stages: their order; distillation last if the budget is to be met.
-        lr: peak learning rate of every stage.
+        lr: peak learning rate; QAT takes a tenth of it.
         token_parts: what each token was merged from (`BPETokenizer.parts`): the distillation then codes token tables as
             residuals from their parts (`kit.quantization.composition`), and its file is loaded with `parts=token_parts`.
     Raises ValueError for a target below 1 or an unknown stage.
@@ -151,7 +152,7 @@ class CompressionPipeline:
         batches = [tuple(t.to(self.device) for t in batch) for batch in itertools.islice(loader, CALIBRATION_BATCHES)]
         model = copy_model(teacher) if previous is None else self._load(previous)
         model, loss, hooks, extra, finish = getattr(self, f"_{name}")(model, teacher, batches, previous)
-        config = TrainConfig(steps=steps, lr=self.lr, seed=self.seed)
+        config = TrainConfig(steps=steps, lr=self.lr * (QAT_LR if name == "qat" else 1), seed=self.seed)
         checkpoint = path.with_suffix(".checkpoint")
         result = train(model, loader, config, loss=loss, hooks=hooks, checkpoint=checkpoint, log=self.log,
                        extra_parameters=extra)

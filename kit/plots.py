@@ -152,11 +152,12 @@ def component_bytes(before: Mapping[str, float], after: Mapping[str, float], *,
 
 
 @styled
-def stage_waterfall(stages: pd.DataFrame | Sequence[Mapping], *, quality: str | None = None) -> Figure:
+def stage_waterfall(stages: pd.DataFrame | Sequence[Mapping], *, quality: str | None = None, origin: int = 0) -> Figure:
     """What each stage took off the file (hatched) and what that cost; the first stage is the dense model.
 
     Args:
         stages: rows with name, bytes and perplexity (or accuracy, or `quality`); low and high where known.
+        origin: the row whose quality the others' is compared with.
     """
     stages = pd.DataFrame(stages).reset_index(drop=True)
     quality = quality or ("perplexity" if "perplexity" in stages else "accuracy")
@@ -169,9 +170,9 @@ def stage_waterfall(stages: pd.DataFrame | Sequence[Mapping], *, quality: str | 
     value = stages[quality].to_numpy(float)
     interval = interval_of(stages, quality)
     right.errorbar(value, places, xerr=interval, fmt="o", color=COLOURS[1], elinewidth=1.2)
-    right.axvline(value[0], color=MUTED, linewidth=1.1, linestyle=(0, (4, 3)), zorder=0)
+    right.axvline(value[origin], color=MUTED, linewidth=1.1, linestyle=(0, (4, 3)), zorder=0)
     for place, now in zip(places, value):
-        text = f"{now:.4g}" + (f"  ({100 * (now / value[0] - 1):+.1f} %)" if place else "")
+        text = f"{now:.4g}" + (f"  ({100 * (now / value[origin] - 1):+.1f} %)" if place != places[origin] else "")
         right.annotate(text, (now, place), (0, 7), textcoords="offset points", ha="center", fontsize=9,
                        bbox=dict(facecolor="white", edgecolor="none", pad=0.6))
     right.margins(x=0.25)

@@ -114,10 +114,11 @@ def test_accuracy_is_better_when_higher():
     assert list(front[0].get_xdata()) == [1.0] and list(dominated[0].get_xdata()) == [2.0]
 
 
-def test_waterfall_states_ratio_and_cost_against_the_first_stage():
+def test_waterfall_states_ratio_and_cost_against_the_first_stage_or_another():
     left, right = plots.stage_waterfall(STAGES).axes
     assert texts(left) == ["4 MB", "1 MB  ÷ 4", "400 kB  ÷ 10"]
     assert texts(right) == ["60", "62  (+3.3 %)", "66  (+10.0 %)"]
+    assert texts(plots.stage_waterfall(STAGES, origin=1).axes[1]) == ["60  (-3.2 %)", "62", "66  (+6.5 %)"]
 
 
 def test_components_that_are_gone_are_said_to_be_removed():
