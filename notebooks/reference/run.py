@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("corpus", help="docs, or text:<file, folder or glob>")
     parser.add_argument("--vocab-size", type=int, default=30000)
     parser.add_argument("--dense-steps", type=int, default=6000, help="at most, of 32 windows of 128 tokens")
-    parser.add_argument("--steps", type=int, default=5200, help="of distillation, of 16 windows; QAT and pruning: a twentieth each")
+    parser.add_argument("--steps", type=int, default=7000, help="of distillation, of 16 windows; QAT and pruning: a twentieth each")
     parser.add_argument("--target-compression", type=float, default=100.0)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--seed", type=int, default=0, help="of the compression; the dense model's is 0")
