@@ -30,6 +30,7 @@ from kit.quantization.activations import ACTIVATION_MODULES
 from kit.quantization.composition import Composition
 from kit.quantization.fake import FakeQuantize, matrix_shape, seen_by
 from kit.quantization.formats import HALF
+from kit.quantization.ordering import RowOrder
 
 MAGIC = b"KIT1"
 CHECKSUM = 32
@@ -76,19 +77,25 @@ def load(path: str | os.PathLike, model: nn.Module | None = None, trainable: boo
     _restore_modules(model, header["modules"], path)
     targets = _tensors(model)
     _check_shapes(header, targets, path)
-    grids, compositions = {}, {}
+    grids, after, order = {}, {}, None
     with torch.no_grad():
         for entry in header["tensors"]:
             data, name = [next(blobs) for _ in entry["sizes"]], entry["name"]
+            after[name] = []
+            if "ordered" in entry:
+                *data, classes = data
+                order = RowOrder.decode(classes, entry["shape"][0]) if classes else order
+                after[name].append(order)
             if "composed" in entry:
-                compositions[name], data = _composition(entry, data[-4:], parts, path), data[:-4]
+                after[name].append(_composition(entry, data[-4:], parts, path))
+                data = data[:-4]
             targets[name].copy_(decode(entry, data))
             if trainable and "format" in entry:
                 grids[name] = decode_grid(entry, data)
-            elif name in compositions:
-                targets[name].copy_(compositions[name](targets[name]))
+            else:
+                targets[name].copy_(nn.Sequential(*after[name])(targets[name]))
     if trainable:
-        _restore_steps(model, header["tensors"], grids, compositions)
+        _restore_steps(model, header["tensors"], grids, after)
     return model.eval()
 
 
@@ -118,6 +125,11 @@ def describe(path: str | os.PathLike) -> pd.DataFrame:
     header, _ = _read(path)
     rows = [{"tensor": e["name"], "shape": tuple(e["shape"]), "bits": format_of(e).bits if "format" in e else e["dtype"],
              "layout": e["layout"], "values": math.prod(e["shape"]), "bytes": sum(e["sizes"])} for e in header["tensors"]]
+    for row, entry in zip(list(rows), header["tensors"]):
+        if "ordered" in entry and (size := entry["sizes"][-1]):
+            row["bytes"] -= size
+            rows.append({"tensor": "(order of tokens)", "shape": (entry["shape"][0],), "bits": "", "layout": "entropy",
+                         "values": entry["shape"][0], "bytes": size})
     overhead = os.path.getsize(path) - sum(row["bytes"] for row in rows)
     rows.append({"tensor": "(header, checksum)", "shape": (), "bits": "", "layout": "", "values": 0, "bytes": overhead})
     table = pd.DataFrame(rows)
@@ -153,9 +165,15 @@ def _buffers(model: nn.Module):
 
 
 def _encoded_tensors(model: nn.Module, layouts: tuple[str, ...]):
+    written = set()
     for name, module, attribute in named_weights(model):
         with torch.no_grad():
             entry, parts = _encode(module, attribute, layouts)
+        order = find_step(module, attribute, RowOrder)
+        if order is not None and "format" in entry:  # the tensors of a model that have one share it
+            entry["ordered"] = True
+            parts.append(b"" if order in written else order.encode())
+            written.add(order)
         if find_step(module, attribute, Mask) is not None:
             entry["masked"] = True
         yield name, entry, parts
@@ -225,7 +243,7 @@ def _restore_modules(model: nn.Module, modules: dict, path) -> None:
         model.set_submodule(name, ACTIVATION_MODULES[kind].from_settings(settings))
 
 
-def _restore_steps(model: nn.Module, entries: list[dict], grids: dict, compositions: dict) -> None:
+def _restore_steps(model: nn.Module, entries: list[dict], grids: dict, after: dict[str, list[nn.Module]]) -> None:
     entries = {entry["name"]: entry for entry in entries}
     for name, module, attribute in list(named_weights(model)):
         entry, weight, steps = entries[name], getattr(module, attribute).detach(), []
@@ -237,9 +255,7 @@ def _restore_steps(model: nn.Module, entries: list[dict], grids: dict, compositi
             if name in grids and (quantizer.scale is not None or not torch.equal(quantizer(weight), weight)):
                 quantizer.set_grid(*grids[name])  # also where rounded weights would not give their own range again
             steps.append(quantizer)
-        if name in compositions:
-            steps.append(compositions[name])
-        if steps:
+        if steps := steps + after[name]:
             set_steps(model, module, attribute, steps)
 
 

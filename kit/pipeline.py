@@ -26,6 +26,7 @@ from kit.pruning.experts import prune_unused_experts
 from kit.pruning.magnitude import MagnitudePruner
 from kit.quantization import calibrate, original_mix, quantize_bk_core, quantize_weights
 from kit.quantization.composition import compose_tables
+from kit.quantization.ordering import order_rows
 from kit.quantization.rate import RateLoss, row_sensitivity, set_rate_formats
 from kit.results import write_json
 from kit.training import TrainConfig, train
@@ -57,19 +58,21 @@ class CompressionPipeline:
         lr: peak learning rate; QAT takes a tenth of it.
         token_parts: what each token was merged from (`BPETokenizer.parts`): the distillation then codes token tables as
             residuals from their parts (`kit.quantization.composition`), and its file is loaded with `parts=token_parts`.
+        token_counts: how often each token occurs in the training data (V,): the distillation then keeps rows of token tables by
+            falling frequency (`kit.quantization.ordering`). Worth it unless the tokenizer numbers tokens that way.
     Raises ValueError for a target below 1 or an unknown stage.
     """
 
     def __init__(self, model: nn.Module, target_compression: float = 100.0, device: str = "cpu",
                  stages: Sequence[str] = STAGES, lr: float = 2e-3, seed: int = 0, log: bool = True,
-                 token_parts: np.ndarray | None = None):
+                 token_parts: np.ndarray | None = None, token_counts: np.ndarray | None = None):
         if not target_compression >= 1:
             raise ValueError(f"target_compression={target_compression} must be at least 1, the float32 file itself")
         if unknown := set(stages) - set(STAGES):
             raise ValueError(f"unknown stage {sorted(unknown)[0]!r}: choose from {', '.join(STAGES)}")
         self.model, self.target_compression, self.device = model, target_compression, device
         self.stages, self.lr, self.seed, self.log = tuple(stages), lr, seed, log
-        self.token_parts, self.language = token_parts, hasattr(model, "output")
+        self.token_parts, self.token_counts, self.language = token_parts, token_counts, hasattr(model, "output")
         self.loss = training_loss(model) if self.language else classification_loss
         self.baseline_bytes = artifact.float32_bytes(model)
         self.budget = math.floor(self.baseline_bytes / target_compression)
@@ -206,6 +209,8 @@ class CompressionPipeline:
             return model, distill, (distill.step,), distill.parameters(), lambda: None
         if self.language and self.token_parts is not None:
             compose_tables(model, self.token_parts, batches, self.loss)
+        if self.language and self.token_counts is not None:
+            order_rows(model, torch.as_tensor(self.token_counts, device=self.device))
         weights = sum(original_of(m, a).numel() for _, m, a in named_weights(model))
         start = min(START * self.budget, weights / 2)
         set_rate_formats(model, row_sensitivity(model, batches, self.loss), start)

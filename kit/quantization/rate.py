@@ -23,6 +23,7 @@ from kit.quantization import formats, kernels
 from kit.quantization.composition import LEAST_SENSITIVITY, Composition
 from kit.quantization.fake import FakeQuantize, matrix_shape, seen_by
 from kit.quantization.formats import Format
+from kit.quantization.ordering import RowOrder
 
 ROW_CELLS = 16
 MOST_ROWS = 128  # that share a step: frequencies of tokens fall quickly
@@ -124,7 +125,7 @@ def set_rate_formats(model: nn.Module, sensitivity: dict[str, Tensor], target_by
     members = []
     for name, module, attribute in list(named_weights(model)):
         others = [s for s in steps_of(module, attribute) if not isinstance(s, FakeQuantize)]
-        before, after = ([s for s in others if isinstance(s, Composition) == last] for last in (False, True))
+        before, after = ([s for s in others if isinstance(s, (Composition, RowOrder)) == last] for last in (False, True))
         weight = original_of(module, attribute).detach()
         for step in before:
             weight = step(weight)

@@ -86,7 +86,7 @@ def compression(dense: Baseline, place: Path, settings: dict) -> dict:
     folder = RUNS / f"reference-{place.name}-{steps}"
     own = settings["target_compression"] * dense.path.stat().st_size / dense.bytes
     pipeline = CompressionPipeline(dense.model, own, stages=settings["stages"], seed=settings["seed"],
-                                   token_parts=frontier.token_parts(dense))
+                                   token_parts=frontier.token_parts(dense), token_counts=dense.corpus.token_counts)
     loader = token_loaders(dense.corpus, WINDOWS, 128).train
     stages = frontier.compressed(dense, pipeline, loader, folder, qat=steps // 20, pruning=steps // 20, distillation=steps)
     file, start = folder / f"{settings['stages'][-1]}.kit", time.perf_counter()
@@ -121,9 +121,8 @@ def row_bits(dense: Baseline, file: Path) -> list[tuple[int, float]]:
     model = artifact.load(file, trainable=True, parts=frontier.token_parts(dense))
     quantizer = quantizers(model)["embedding.weight"]
     codes = quantizer.codes(seen_by(quantizer, model.embedding, "weight"))[0].numpy()
-    order = np.argsort(-dense.corpus.token_counts)
-    edges = np.unique(np.geomspace(16, len(order), 20).astype(int))
-    return [(int(b), 8 * len(coding.encode(codes[order[a:b]])) / (b - a)) for a, b in zip([0, *edges], edges)]
+    edges = np.unique(np.geomspace(16, len(codes), 20).astype(int))
+    return [(int(b), 8 * len(coding.encode(codes[a:b])) / (b - a)) for a, b in zip([0, *edges], edges)]
 
 
 def controls(dense: Baseline, place: Path) -> dict:
