@@ -27,7 +27,7 @@ from kit.models import build_model, recipe
 from kit.parametrization import bake, find_step, named_weights, original_of, set_steps, steps_of
 from kit.pruning.mask import Mask
 from kit.quantization.activations import ACTIVATION_MODULES
-from kit.quantization.composition import Composition
+from kit.quantization.composition import Composition, parts_checksum
 from kit.quantization.fake import FakeQuantize, matrix_shape, seen_by
 from kit.quantization.formats import HALF
 from kit.quantization.ordering import RowOrder
@@ -77,6 +77,7 @@ def load(path: str | os.PathLike, model: nn.Module | None = None, trainable: boo
     _restore_modules(model, header["modules"], path)
     targets = _tensors(model)
     _check_shapes(header, targets, path)
+    _check_parts(header, parts, path)
     grids, after, order = {}, {}, None
     with torch.no_grad():
         for entry in header["tensors"]:
@@ -84,10 +85,10 @@ def load(path: str | os.PathLike, model: nn.Module | None = None, trainable: boo
             after[name] = []
             if "ordered" in entry:
                 *data, classes = data
-                order = RowOrder.decode(classes, entry["shape"][0]) if classes else order
+                order = RowOrder.decode(classes, entry["shape"][0], parts if entry["ordered"] else None) if classes else order
                 after[name].append(order)
             if "composed" in entry:
-                after[name].append(_composition(entry, data[-4:], parts, path))
+                after[name].append(_composition(entry, data[-4:], parts))
                 data = data[:-4]
             targets[name].copy_(decode(entry, data))
             if trainable and "format" in entry:
@@ -99,13 +100,17 @@ def load(path: str | os.PathLike, model: nn.Module | None = None, trainable: boo
     return model.eval()
 
 
-def _composition(entry: dict, data: list[bytes], parts: np.ndarray | None, path) -> Composition:
-    if parts is None:
-        raise ArtifactError(f"{path} composes {entry['name']!r} of the tokenizer's merges: "
-                            "pass load(path, parts=tokenizer.parts)")
+def _check_parts(header: dict, parts: np.ndarray | None, path) -> None:
+    for entry in header["tensors"]:
+        checksum, name = entry.get("composed", {}).get("parts") or entry.get("ordered"), entry["name"]
+        if checksum and parts is None:
+            raise ArtifactError(f"{path} composes {name!r} of the tokenizer's merges: pass load(path, parts=tokenizer.parts)")
+        if checksum and parts_checksum(parts) != checksum:
+            raise ArtifactError(f"{path} was composed with another tokenizer's merges than the parts given: use its own")
+
+
+def _composition(entry: dict, data: list[bytes], parts: np.ndarray) -> Composition:
     composition = Composition(parts, entry["shape"][-1])
-    if composition.checksum != entry["composed"]["parts"]:
-        raise ArtifactError(f"{path} was composed with another tokenizer's merges than the parts given: use its own")
     composition.basis.copy_(decode(entry["composed"]["basis"], data[:2]))
     for factor, half in zip((composition.left, composition.right), data[2:]):
         factor.copy_(torch.frombuffer(bytearray(half), dtype=torch.float16))
@@ -171,7 +176,7 @@ def _encoded_tensors(model: nn.Module, layouts: tuple[str, ...]):
             entry, parts = _encode(module, attribute, layouts)
         order = find_step(module, attribute, RowOrder)
         if order is not None and "format" in entry:  # the tensors of a model that have one share it
-            entry["ordered"] = True
+            entry["ordered"] = 0 if order.parts is None else parts_checksum(order.parts)
             parts.append(b"" if order in written else order.encode())
             written.add(order)
         if find_step(module, attribute, Mask) is not None:
@@ -192,7 +197,7 @@ def _encode(module: nn.Module, attribute: str, layouts: tuple[str, ...]) -> tupl
     composition = find_step(module, attribute, Composition)
     if composition is not None:
         basis, more = encode_codes(composition.basis, composition.rounding, ("entropy",))
-        entry["composed"] = {"parts": composition.checksum, "basis": basis}
+        entry["composed"] = {"parts": parts_checksum(composition.parts), "basis": basis}
         parts += more + [encode_float(factor.half(), ("dense",))[1][0] for factor in (composition.left, composition.right)]
     return ({**entry, "learned": True} if quantizer.learned else entry), parts
 

@@ -59,7 +59,7 @@ def rounded(dense: Baseline, ratio: float, folder: Path) -> dict:
     loss = training_loss(model)
     if (parts := token_parts(dense)) is not None:
         compose_tables(model, parts, batches, loss)
-    order_rows(model, torch.as_tensor(dense.corpus.token_counts))
+    order_rows(model, dense.corpus.token_counts)
     budget, sensitivity = int(dense.bytes / ratio), row_sensitivity(model, batches, loss)
     set_rate_formats(model, sensitivity, budget)
     set_rate_formats(model, sensitivity, 2 * budget - artifact.nbytes(model))  # what is not codes needs its room

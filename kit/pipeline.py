@@ -210,7 +210,7 @@ class CompressionPipeline:
         if self.language and self.token_parts is not None:
             compose_tables(model, self.token_parts, batches, self.loss)
         if self.language and self.token_counts is not None:
-            order_rows(model, torch.as_tensor(self.token_counts, device=self.device))
+            order_rows(model, self.token_counts)
         weights = sum(original_of(m, a).numel() for _, m, a in named_weights(model))
         start = min(START * self.budget, weights / 2)
         set_rate_formats(model, row_sensitivity(model, batches, self.loss), start)

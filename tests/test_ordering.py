@@ -1,21 +1,26 @@
 """kit.quantization.ordering: what a model computes does not change, and rows that cost alike share a step."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, strategies as st
 from torch import nn
 
-from kit import artifact, coding
+from kit import artifact
+from kit.data.tokenization import BPETokenizer
 from kit.losses import next_token_loss
 from kit.models import build_model
 from kit.parametrization import gradients, original_of
 from kit.quantization.composition import compose_tables
-from kit.quantization.ordering import RowOrder, _Permute, frequency_classes, order_rows
+from kit.quantization.ordering import RowOrder, _Permute, expected_classes, frequency_classes, merge_curve, order_rows
 from kit.quantization.rate import RateLoss, row_sensitivity, set_rate_formats
 
 PARTS = np.full((300, 2), -1, np.int32)
 PARTS[200:] = np.random.default_rng(1).integers(0, 200, (100, 2))
-COUNTS = torch.tensor(np.random.default_rng(0).permutation(np.arange(300) ** 2))
+COUNTS = np.random.default_rng(0).permutation(np.arange(300) ** 2)
+CLASSES = frequency_classes(COUNTS, COUNTS.max())
 
 
 def model_of(tied):
@@ -30,11 +35,35 @@ def batch():
 
 
 def test_a_class_is_a_factor_of_four():
-    assert frequency_classes(torch.tensor([1023, 255, 63, 0])).tolist() == [0, 1, 2, 5]
+    assert frequency_classes(np.array([1023, 255, 63, 0]), 1023).tolist() == [0, 1, 2, 5]
+
+
+@given(st.integers(0, 2**31 - 2), st.integers(0, 2**31 - 2))
+def test_classes_are_rounded_logarithms(count, top):
+    exact = math.log((top + 1) / (count + 1), 4)
+    if abs(exact - math.floor(exact) - 0.5) > 1e-6:
+        assert frequency_classes(np.array([count]), top)[0] == max(0, round(exact))
+
+
+def test_merges_tell_the_classes_and_classes_survive_merges_that_do_not():
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), rng.integers(2, 9))) for _ in range(400)]
+    text = " ".join(rng.choice(words, 40_000, p=(p := 1 / np.arange(1, 401)) / p.sum()))
+    tokenizer = BPETokenizer.train(text, 1000)
+    counts = np.bincount(tokenizer.encode(text), minlength=1000)
+    classes, curve = frequency_classes(counts, counts.max()), merge_curve(counts, tokenizer.parts)
+    made = tokenizer.parts[:, 0] >= 0
+    assert (expected_classes(curve, tokenizer.parts) == classes)[made].mean() > 0.8
+    informed, plain = RowOrder(classes, tokenizer.parts, curve).encode(), RowOrder(classes).encode()
+    assert len(informed) < 0.8 * len(plain)
+    for data, parts in ((informed, tokenizer.parts), (plain, None)):
+        assert np.array_equal(RowOrder.decode(data, 1000, parts).classes, classes)
+    other = rng.permutation(classes)
+    assert np.array_equal(RowOrder.decode(RowOrder(other, tokenizer.parts, curve).encode(), 1000, tokenizer.parts).classes, other)
 
 
 def test_gradient():
-    order = RowOrder(torch.tensor([2, 0, 1, 0], dtype=torch.uint8))
+    order = RowOrder(np.array([2, 0, 1, 0]))
     assert order.tokens.tolist() == [1, 3, 2, 0]
     rows = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: _Permute.apply(x, order.rows, order.tokens), rows)
@@ -49,7 +78,7 @@ def test_model_computes_the_same_and_rows_go_by_class(tied, composed):
     expected = next(gradients(model, [(inputs, targets)], next_token_loss))
     order_rows(model, COUNTS)
     assert torch.equal(model(inputs), before)
-    by_class = np.lexsort((np.arange(300), frequency_classes(COUNTS).numpy()))
+    by_class = np.lexsort((np.arange(300), CLASSES))
     assert torch.equal(original_of(model.embedding, "weight"), table[by_class])
     found = next(gradients(model, [(inputs, targets)], next_token_loss))
     for name, grad in expected.items():
@@ -58,18 +87,18 @@ def test_model_computes_the_same_and_rows_go_by_class(tied, composed):
 
 @pytest.mark.parametrize("tied, composed", [(True, True), (False, False)])
 def test_file_gives_the_model_back_and_holds_the_order_once(tied, composed, tmp_path):
-    model, examples, given = model_of(tied), [batch()], PARTS if composed else None
+    model, examples, parts = model_of(tied), [batch()], PARTS if composed else None
     if composed:
         compose_tables(model, PARTS, examples, next_token_loss)
     order_rows(model, COUNTS)
     set_rate_formats(model, row_sensitivity(model, examples, next_token_loss), 4000)
     RateLoss(next_token_loss, model, 9000, examples).finish()
     artifact.save(model, tmp_path / "a.kit")
-    assert torch.equal(artifact.load(tmp_path / "a.kit", parts=given)(examples[0][0]), model(examples[0][0]))
-    artifact.save(artifact.load(tmp_path / "a.kit", trainable=True, parts=given), tmp_path / "b.kit")
+    assert torch.equal(artifact.load(tmp_path / "a.kit", parts=parts)(examples[0][0]), model(examples[0][0]))
+    artifact.save(artifact.load(tmp_path / "a.kit", trainable=True, parts=parts), tmp_path / "b.kit")
     assert (tmp_path / "a.kit").read_bytes() == (tmp_path / "b.kit").read_bytes()
     table = artifact.describe(tmp_path / "a.kit").set_index("tensor")
-    assert table.loc["(order of tokens)", "bytes"] == len(coding.encode(frequency_classes(COUNTS)[:, None].numpy()))
+    assert table.loc["(order of tokens)", "bytes"] == len(RowOrder(CLASSES, parts, None if parts is None else merge_curve(COUNTS, parts)).encode())
     assert table["bytes"].sum() == (tmp_path / "a.kit").stat().st_size
 
 
@@ -101,4 +130,9 @@ def test_frequent_rows_are_nearer_at_the_same_bytes():
 
     size = 8000
     mixed = error(Table(rows))
-    assert error(order_rows(Table(rows), counts)) < 0.6 * mixed
+    assert error(order_rows(Table(rows), counts.long())) < 0.6 * mixed
+
+
+def test_counts_of_another_vocabulary_are_refused():
+    with pytest.raises(ValueError, match="no tensor of ResNetBK has the 299 rows"):
+        order_rows(model_of(True), COUNTS[:299])

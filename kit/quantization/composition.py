@@ -70,6 +70,11 @@ class _Compose(torch.autograd.Function):
         return *compose_by_levels_backward(*ctx.saved_tensors, ctx.composition.levels, grad), None
 
 
+def parts_checksum(parts: np.ndarray) -> int:
+    """CRC-32 of the parts, by which a file tells whether it was given the right ones."""
+    return zlib.crc32(np.ascontiguousarray(parts, np.int32).tobytes())
+
+
 class Composition(nn.Module):
     """Parametrization: residuals (V, D) -> rows (V, D), float32. The basis (D, D) begins as the identity and is not trained.
 
@@ -93,11 +98,6 @@ class Composition(nn.Module):
         self.left, self.right = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
         self.register_buffer("basis", torch.eye(width))
         self.rounding = FakeQuantize(self.basis, (width, width), BASIS)
-
-    @property
-    def checksum(self) -> int:
-        """CRC-32 of the parts, by which a file tells whether it was given the right ones."""
-        return zlib.crc32(self.parts.tobytes())
 
     def _apply(self, function, recurse: bool = True):
         self.levels = [tuple(function(x) for x in level) for level in self.levels]
