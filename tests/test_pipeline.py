@@ -59,6 +59,7 @@ def test_metrics_are_those_of_the_files(trained, finished):
         assert stage["ratio"] == baseline / path.stat().st_size
         assert stage["final_perplexity"] == evaluate(artifact.load(path), trained[2]).perplexity
     assert metrics["compression_ratio"] == metrics["stage_metrics"]["distillation"]["ratio"]
+    assert metrics["stage_metrics"]["qat"]["degradation"] < 0.02
     assert metrics["target_met"] and metrics["stage_metrics"]["distillation"]["bytes"] <= baseline // 12
     assert metrics["stage_metrics"]["distillation"]["final_perplexity"] < 40  # 64 would be knowing nothing
 
@@ -162,12 +163,12 @@ def test_a_budget_below_the_overhead_is_refused(trained, tmp_path):
         run(trained, tmp_path, stages=("distillation",), target_compression=500.0)
 
 
-def test_composed_token_tables_give_the_same_file_twice(trained, tmp_path):
+def test_composed_and_ordered_token_tables_give_the_same_file_twice(trained, tmp_path):
     parts = np.full((64, 2), -1, np.int32)
     parts[32:] = np.arange(64).reshape(32, 2) // 2
-    files = []
+    files, counts = [], np.arange(64)[::-1] ** 2
     for turn in ("one go", "again"):
-        run(trained, tmp_path / turn, stages=("distillation",), token_parts=parts)
+        run(trained, tmp_path / turn, stages=("distillation",), token_parts=parts, token_counts=counts)
         files.append((tmp_path / turn / "distillation.kit").read_bytes())
     assert files[0] == files[1] and len(files[0]) <= artifact.float32_bytes(trained[0]) // 12
     with pytest.raises(artifact.ArtifactError, match="parts"):

@@ -41,6 +41,7 @@ SHAPE = {"d_model": 64, "layers": 4, "experts": 4, "dropout": 0.1}
 WEIGHT_DECAY = 0.3  # chosen on validation, like dropout: these texts are small for 4.2 M parameters
 ROUNDING = (8, 16, 24, 40, 60, 100)
 SMALL_VOCABULARY = 2048
+LEARNING_RATE = 4e-3  # chosen on validation; short runs want less
 WINDOWS = 16  # of 128 tokens, a step of the compression; chosen on validation, where more steps of fewer windows did better
 
 
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("corpus", help="docs, or text:<file, folder or glob>")
     parser.add_argument("--vocab-size", type=int, default=30000)
     parser.add_argument("--dense-steps", type=int, default=6000, help="at most, of 32 windows of 128 tokens")
-    parser.add_argument("--steps", type=int, default=7000, help="of distillation, of 16 windows; QAT and pruning: a twentieth each")
+    parser.add_argument("--steps", type=int, default=8000, help="of distillation, of 16 windows; QAT and pruning: a twentieth each")
     parser.add_argument("--target-compression", type=float, default=100.0)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--seed", type=int, default=0, help="of the compression; the dense model's is 0")
@@ -71,7 +72,7 @@ def main() -> None:
     else:
         record = compression(dense, place, settings)
     write_result(place, {
-        "notebook": "reference/run.py", "parameters": {**settings, "train_bytes": None, "batch_size": 32, "compression_batch_size": WINDOWS, "seq_len": 128},
+        "notebook": "reference/run.py", "parameters": {**settings, "train_bytes": None, "batch_size": 32, "compression_batch_size": WINDOWS, "lr": LEARNING_RATE, "seq_len": 128},
         "seed": settings["seed"], "untied": frontier.dense_row(untied), "dense": frontier.dense_row(dense), "threads": torch.get_num_threads(),
         "corpus": {"name": dense.corpus.name, "sha256": dense.corpus.sha256}, **record})
 
@@ -85,7 +86,7 @@ def compression(dense: Baseline, place: Path, settings: dict) -> dict:
     steps = settings["steps"]
     folder = RUNS / f"reference-{place.name}-{steps}"
     own = settings["target_compression"] * dense.path.stat().st_size / dense.bytes
-    pipeline = CompressionPipeline(dense.model, own, stages=settings["stages"], seed=settings["seed"],
+    pipeline = CompressionPipeline(dense.model, own, stages=settings["stages"], lr=LEARNING_RATE, seed=settings["seed"],
                                    token_parts=frontier.token_parts(dense), token_counts=dense.corpus.token_counts)
     loader = token_loaders(dense.corpus, WINDOWS, 128).train
     stages = frontier.compressed(dense, pipeline, loader, folder, qat=steps // 20, pruning=steps // 20, distillation=steps)
