@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from kit.layouts import LAYOUTS, decode, decode_grid, encode_codes, encode_float, format_of
+from kit.layouts import LAYOUTS, decode, decode_grid, encode_codes, encode_float, format_of, shape_of
 from kit.models import build_model, recipe
 from kit.parametrization import bake, find_step, named_weights, original_of, set_steps, steps_of
 from kit.pruning.mask import Mask
@@ -256,7 +256,8 @@ def _restore_steps(model: nn.Module, entries: list[dict], grids: dict, after: di
             steps.append(Mask(weight != 0))
         if "format" in entry or entry.get("half"):
             format = format_of(entry) if "format" in entry else HALF
-            quantizer = FakeQuantize(weight, matrix_shape(module, weight.shape), format, entry.get("learned", False))
+            shape = shape_of(entry) if "format" in entry else matrix_shape(module, weight.shape)
+            quantizer = FakeQuantize(weight, shape, format, entry.get("learned", False))
             if name in grids and (quantizer.scale is not None or not torch.equal(quantizer(weight), weight)):
                 quantizer.set_grid(*grids[name])  # also where rounded weights would not give their own range again
             steps.append(quantizer)

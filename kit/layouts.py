@@ -65,13 +65,14 @@ def decode_grid(entry: dict, parts: list[bytes]) -> tuple[Tensor, Tensor | None]
     """Scale and zero point (blocks, 1) of an encoded weight, the zero point None if its format is
     symmetric.
     """
-    format, shape = format_of(entry), _matrix_shape(entry)
+    format, shape = format_of(entry), shape_of(entry)
     if format.symmetric:
         return _decode_scale(parts[-1], format, shape), None
     return _decode_scale(parts[-2], format, shape), _from_raw(parts[-1], torch.int8).float()[:, None]
 
 
-def _matrix_shape(entry: dict) -> tuple[int, int]:
+def shape_of(entry: dict) -> tuple[int, int]:
+    """How the codes of an encoded weight are laid out, as (rows, columns)."""
     rows = entry["rows"]
     return rows, math.prod(entry["shape"]) // rows if rows else 0
 
@@ -127,7 +128,7 @@ def _decode_float(entry: dict, parts: list[bytes]) -> Tensor:
 
 
 def _decode_codes(entry: dict, parts: list[bytes]) -> Tensor:
-    format, shape = format_of(entry), _matrix_shape(entry)
+    format, shape = format_of(entry), shape_of(entry)
     scale, zero = decode_grid(entry, parts)
     if entry["layout"] == "dense":
         codes = torch.from_numpy(unpack(parts[0], math.prod(shape), format.bits)).reshape(shape)

@@ -58,13 +58,13 @@ class _Magnitude(torch.autograd.Function):
         return grad * torch.sign(x) / scale, -(grad * x.abs()).sum(1, keepdim=True) / scale**2
 
 
-def _as_rows(matrix: Tensor) -> Tensor:
-    """A vector's entries as rows: those of a bias over tokens differ as the rows of their embedding do."""
-    return matrix.T if len(matrix) == 1 else matrix
+def _shape(module: nn.Module, weight: Tensor) -> tuple[int, int]:
+    """As `matrix_shape`, but a vector is a column: the entries of a bias over tokens differ as the rows of their embedding do."""
+    return (len(weight), 1) if weight.ndim == 1 else matrix_shape(module, weight.shape)
 
 
 def _row_edges(rows: int) -> list[int]:
-    """Cells of rows, finer where the index is small: embeddings are usually sorted by falling frequency."""
+    """Cells of rows, finer where the index is small: rows of token tables stand by falling frequency."""
     return sorted({round(rows * (i / ROW_CELLS) ** 3) for i in range(1, ROW_CELLS + 1)} - {0} | {rows})
 
 
@@ -72,7 +72,7 @@ def code_bits(weight: Tensor, quantizer: FakeQuantize) -> Tensor:
     """Estimated bits of the range-coded codes of a weight; differentiable in weight and step."""
     scale, _ = quantizer.grid(weight)
     blocks = formats.to_blocks(weight.reshape(quantizer.shape), quantizer.format)
-    size = _as_rows(formats.from_blocks(_Magnitude.apply(blocks, scale), quantizer.shape, quantizer.format))
+    size = formats.from_blocks(_Magnitude.apply(blocks, scale), quantizer.shape, quantizer.format)
     edges = _row_edges(len(size))
     counts = torch.tensor([b - a for a, b in zip([0, *edges], edges)], device=weight.device)
     means = torch.stack([cell.mean(0) for cell in size.split(counts.tolist())])
@@ -89,12 +89,12 @@ def row_sensitivity(model: nn.Module, batches: Iterable, loss: Callable) -> dict
     """Mean squared gradient of the loss for each row of each weight, (rows,), or each entry of a vector: the diagonal
     Fisher information, up to a factor, which says how much an error there costs. For embeddings it falls with token
     frequency."""
-    shapes = {name: matrix_shape(m, original_of(m, a).shape) for name, m, a in named_weights(model)}
+    shapes = {name: _shape(m, original_of(m, a)) for name, m, a in named_weights(model)}
     sums, count = {}, 0
     for grads in gradients(model, batches, loss):
         count += 1
         for name, grad in grads.items():
-            sums[name] = sums.get(name, 0) + _as_rows(grad.reshape(shapes[name])).square().mean(1)
+            sums[name] = sums.get(name, 0) + grad.reshape(shapes[name]).square().mean(1)
     if count == 0:
         raise ValueError("row_sensitivity got no batch: expected at least one to measure gradients on")
     return {name: total / count for name, total in sums.items()}
@@ -109,9 +109,8 @@ def rate_quantizers(model: nn.Module) -> list[tuple[nn.Module, str, FakeQuantize
 def _block_sensitivity(name: str, quantizer: FakeQuantize, sensitivity: dict[str, Tensor]) -> Tensor:
     """Mean sensitivity of the rows that share a step, (blocks, 1), relative to the largest of any row. None is zero: a few
     batches say nothing of a rare row."""
-    rows, columns = quantizer.shape
-    none = torch.zeros(columns if rows == 1 else rows)
-    means = formats.to_blocks(sensitivity.get(name, none).reshape(rows, -1), quantizer.format, math.nan).nanmean(1, keepdim=True)
+    rows = sensitivity.get(name, torch.zeros(quantizer.shape[0]))[:, None]
+    means = formats.to_blocks(rows, quantizer.format, math.nan).nanmean(1, keepdim=True)
     return (means / max(float(rows.max()) for rows in sensitivity.values())).clamp(min=LEAST_SENSITIVITY)
 
 
@@ -129,11 +128,10 @@ def set_rate_formats(model: nn.Module, sensitivity: dict[str, Tensor], target_by
         weight = original_of(module, attribute).detach()
         for step in before:
             weight = step(weight)
-        rows, columns = shape = matrix_shape(module, weight.shape)
+        rows, _ = shape = _shape(module, weight)
         large = weight.numel() >= SMALL
-        entries, blocks = (columns, "group") if rows == 1 else (rows, "rows")
-        size = min(MOST_ROWS, -(-entries // ROW_CELLS))
-        format = Format(8, granularity=blocks, group_size=size, scale="log8") if large else SMALL_FORMAT
+        size = min(MOST_ROWS, -(-rows // ROW_CELLS))
+        format = Format(8, granularity="rows", group_size=size, scale="log8") if large else SMALL_FORMAT
         quantizer = FakeQuantize(weight, shape, format, learned=large, first_step=SLOW)
         set_steps(model, module, attribute, [*before, quantizer, *after])
         if large:
