@@ -120,7 +120,8 @@ class CompressionPipeline:
         says.
         """
         digest = float(sum(p.detach().double().abs().sum() for p in self.model.parameters()))
-        claim = key_of(model=digest, target=self.target_compression, steps=steps, lr=self.lr, seed=self.seed)
+        tables = [None if x is None else int(np.sum(x)) for x in (self.token_parts, self.token_counts)]
+        claim = key_of(model=digest, target=self.target_compression, steps=steps, lr=self.lr, seed=self.seed, tables=tables)
         file = save_dir / "settings.json"
         if file.exists() and json.loads(file.read_text()) != claim:
             raise ValueError(f"{save_dir} holds a run with another model or other settings: choose another save_dir")

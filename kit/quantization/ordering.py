@@ -28,7 +28,7 @@ MOST = 2**31 - 1  # that the coder takes
 
 def frequency_classes(counts: np.ndarray, top: int) -> np.ndarray:
     """round(log4((top + 1) / (count + 1))) for each count (V,): int64, 0 for the most frequent, halves upwards."""
-    return sum((top + 1 >> 2 * j + 1) >= counts + 1 for j in range(16)).astype(np.int64)
+    return sum((top + 1) >> (2 * j + 1) >= counts + 1 for j in range(16)).astype(np.int64)
 
 
 def _points(size: int) -> np.ndarray:
