@@ -62,9 +62,9 @@ def linear_token_losses(
 class VocabularySample:
     """A part of a large vocabulary that stands for the whole in one training step.
 
-    The first `frequent` tokens and every target of the batch are always in it (byte-pair numbers follow frequency roughly: the
-    first 2,048 of 30,000 are 77 % of the novels' tokens, the most frequent 2,048 would be 83 %); of the others one in `every` is, drawn anew each time, its exp(logit) counted `every` times:
-    the softmax's denominator is estimated without bias (importance sampling: Bengio & Senecal 2008). Evaluation
+    The first `frequent` tokens and every target of the batch are always in it (byte-pair numbers follow frequency
+    roughly: the first 2,048 of 30,000 are 77 % of the novels' tokens, the most frequent 2,048 would be 83 %); of the
+    others one in `every` is, drawn anew each time, its exp(logit) counted `every` times: the softmax's denominator is estimated without bias (importance sampling: Bengio & Senecal 2008). Evaluation
     always takes the whole vocabulary.
     """
 

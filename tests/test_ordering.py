@@ -12,9 +12,10 @@ from kit import artifact
 from kit.data.tokenization import BPETokenizer
 from kit.losses import next_token_loss
 from kit.models import build_model
+from kit.models.moe import _Permute
 from kit.parametrization import gradients, original_of
 from kit.quantization.composition import compose_tables
-from kit.quantization.ordering import RowOrder, _Permute, expected_classes, frequency_classes, merge_curve, order_rows
+from kit.quantization.ordering import RowOrder, expected_classes, frequency_classes, merge_curve, order_rows
 from kit.quantization.rate import RateLoss, row_sensitivity, set_rate_formats
 
 PARTS = np.full((300, 2), -1, np.int32)
@@ -31,7 +32,6 @@ def model_of(tied):
 def batch():
     tokens = torch.randint(300, (4, 17), generator=torch.Generator().manual_seed(0))
     return tokens[:, :-1], tokens[:, 1:]
-
 
 
 def test_a_class_is_a_factor_of_four():
@@ -98,7 +98,8 @@ def test_file_gives_the_model_back_and_holds_the_order_once(tied, composed, tmp_
     artifact.save(artifact.load(tmp_path / "a.kit", trainable=True, parts=parts), tmp_path / "b.kit")
     assert (tmp_path / "a.kit").read_bytes() == (tmp_path / "b.kit").read_bytes()
     table = artifact.describe(tmp_path / "a.kit").set_index("tensor")
-    assert table.loc["(order of tokens)", "bytes"] == len(RowOrder(CLASSES, parts, None if parts is None else merge_curve(COUNTS, parts)).encode())
+    curve = None if parts is None else merge_curve(COUNTS, parts)
+    assert table.loc["(order of tokens)", "bytes"] == len(RowOrder(CLASSES, parts, curve).encode())
     assert table["bytes"].sum() == (tmp_path / "a.kit").stat().st_size
 
 

@@ -20,6 +20,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from kit import coding
+from kit.models.moe import _Permute
 from kit.parametrization import named_weights, original_of, set_steps, steps_of
 from kit.quantization.composition import Composition
 
@@ -58,19 +59,6 @@ def expected_classes(curve: np.ndarray, parts: np.ndarray) -> np.ndarray:
     for column in parts.T:
         np.subtract.at(left, column[column >= 0], m[column >= 0])
     return frequency_classes(left.clip(0), top)
-
-
-class _Permute(torch.autograd.Function):
-    """x[order]; its gradient goes by the inverse permutation, which is quicker than adding up."""
-
-    @staticmethod
-    def forward(ctx, x, order, inverse):
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.index_select(0, *ctx.saved_tensors), None, None
 
 
 class RowOrder(nn.Module):
