@@ -1,71 +1,69 @@
 """Adaptive binary range coding of small integers: the entropy coder behind the artifact.
 
-A code is written as a few binary decisions (zero?, sign, |q| > 1?, |q| > 2?, ... , then an Elias-gamma
-tail), each but sign and low tail bits coded with a probability that adapts as coding goes on, so no table
-is stored. The context of a decision is the recent magnitude in the same row and in the same column, for
-rows of a weight matrix differ in spread, and so do columns. This is the scheme of CABAC as DeepCABAC uses
-it for weights (Wiedemann et al. 2019, arXiv:1905.08318), with the carry-propagating range coder of LZMA
-(Martin 1979). Integers only, so a stream decodes alike on every machine.
+A code is written as a few binary decisions (zero?, |q| > 1?, |q| > 2?, ... , then an Elias-gamma tail, and a sign), each
+with a probability that adapts as coding goes on, so no table is stored. Binarization and range coder are those of CABAC,
+as DeepCABAC uses it for weights (Wiedemann et al. 2019, arXiv:1905.08318), and LZMA (carry propagation: Martin 1979). The
+probability of a decision comes from three contexts, which tell how large codes of the same row and column have been,
+recently and on the whole; their estimates are added as logits, with weights that learn online (logistic mixing: Mahoney
+2005, "Adaptive weighing of context models for lossless data compression"). Signs are coded by column, for the mean of a
+column is seldom zero. Integers only, so a stream decodes alike on every machine.
 """
+
+import math
 
 import numpy as np
 from numba import njit
 
-LEVELS = 10           # magnitudes told apart in a row or column average
 UNARY = 14            # decisions before the Elias-gamma tail
 TAIL = 32             # decisions on the tail's length
-BITS = 15             # of a probability
+LEVELS = 24           # classes of magnitude, two an octave
+COLUMNS = 256         # told apart by their index
+BITS = 16             # of a probability
 ONE = 1 << BITS
+FINE = 22             # bits of a probability while it adapts
+LIMIT = 255           # decisions that an estimate remembers; before, it is their mean
+LOGIT = 256           # steps of a logit's unit
+SPAN = 8              # logits lie within (-SPAN, SPAN)
+RATE = 16             # weights of the mixture follow error * logit at 2**-RATE, in 1/65536
+LARGE = 4095          # as which larger codes count for averages, which are in 1/65536
+START = ONE // 4      # of an average
 TOP = np.uint64(1 << 24)
 MASK = np.uint64(0xFFFFFFFF)
 BYTE = np.uint64(8)
-MOST = 128            # bytes that one code can take: under 80 decisions of at most 10 bits each, and the flush
+MOST = 128            # bytes that one code can take: under 80 decisions of at most 12 bits each, and the flush
+
+
+def _logistic() -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities of all logits in units of 1 / LOGIT, and logits of all probabilities in units of 16 / ONE, by integer
+    arithmetic: floats differ from machine to machine."""
+    one, powers = 1 << 160, [1 << 160]
+    root = sum(one // (LOGIT**k * math.factorial(k)) for k in range(20))  # exp(1 / LOGIT)
+    for _ in range(SPAN * LOGIT):
+        powers.append(powers[-1] * root // one)
+    upper = [ONE * e // (e + one) for e in powers[:-1]]
+    squash = np.array([ONE - p for p in upper[:0:-1]] + upper, np.int64)
+    squash = np.insert(squash, 0, ONE - ONE * powers[-1] // (powers[-1] + one))
+    return squash, np.searchsorted(squash, np.arange(8, ONE, 16)) - SPAN * LOGIT
+
+
+SQUASH, STRETCH = _logistic()
+RECIPROCAL = np.array([2 * ONE // (2 * n + 3) for n in range(LIMIT + 1)], np.int64)
+EDGES = np.array([math.isqrt(1536**2 << k) for k in range(LEVELS - 1)], np.int64)  # from 1536 / 65536 in steps of sqrt(2)
 
 
 @njit(cache=True)
 def _level(average):
-    """Magnitude class of a running mean of |q|, in 1/256 units: 0 for none, then doubling from 1/16."""
     level = 0
-    while level < LEVELS - 1 and average >= (8 << level):
+    while level < LEVELS - 1 and average >= EDGES[level]:
         level += 1
     return level
 
 
 @njit(cache=True)
-def _tables():
-    """Two estimates of each decision's P(bit = 0), one quick and one slow to adapt; they are averaged."""
-    return np.full((LEVELS * LEVELS, UNARY + 2 * TAIL, 2), ONE // 2, np.int32)
-
-
-@njit(cache=True)
-def _probability(state):
-    p = (state[0] + state[1]) >> 1
-    return min(max(p, 32), ONE - 32)
-
-
-@njit(cache=True)
-def _adapt(state, bit):
-    for i, shift in ((0, 5), (1, 8)):
-        if bit:
-            state[i] -= state[i] >> shift
-        else:
-            state[i] += (ONE - state[i]) >> shift
-
-
-@njit(cache=True)
-def _put(out, coder, probability, bit):
-    """coder: low, range, cached byte, pending 0xFF count, bytes written. Codes one bit with P(0) =
-    probability / ONE.
-    """
-    bound = (coder[1] >> np.uint64(BITS)) * np.uint64(probability)
-    if bit:
-        coder[0] += bound
-        coder[1] -= bound
-    else:
-        coder[1] = bound
-    while coder[1] < TOP:
-        coder[1] = (coder[1] << BYTE) & MASK
-        _shift(out, coder)
+def _adapt(chances, counts, i, bit):
+    """Moves P(bit = 0) towards what came."""
+    chances[i] += (((0 if bit else 1 << FINE) - chances[i]) * RECIPROCAL[counts[i]]) >> BITS
+    counts[i] = min(counts[i] + 1, LIMIT)
 
 
 @njit(cache=True)
@@ -88,112 +86,146 @@ def _shift(out, coder):
 
 
 @njit(cache=True)
-def _get(data, coder, probability):
-    """coder: code, range, position. The inverse of `_put`; past the end it reads zeros."""
+def _code(buffer, coder, probability, bit):
+    """Writes `bit`, or reads and returns it if it is negative, where P(0) = probability / ONE.
+
+    coder: low (or code), range, cached byte, pending 0xFF count, bytes written (or read). Past the end it reads zeros.
+    """
     bound = (coder[1] >> np.uint64(BITS)) * np.uint64(probability)
-    if coder[0] < bound:
-        coder[1] = bound
-        bit = 0
-    else:
-        coder[0] -= bound
+    reads = bit < 0
+    if reads:
+        bit = 1 if coder[0] >= bound else 0
+    if bit:
         coder[1] -= bound
-        bit = 1
+        coder[0] = coder[0] - bound if reads else coder[0] + bound
+    else:
+        coder[1] = bound
     while coder[1] < TOP:
         coder[1] = (coder[1] << BYTE) & MASK
-        byte = np.uint64(data[coder[2]]) if coder[2] < np.uint64(len(data)) else np.uint64(0)
-        coder[0] = ((coder[0] << BYTE) | byte) & MASK
-        coder[2] += np.uint64(1)
+        if reads:
+            byte = np.uint64(buffer[coder[4]]) if coder[4] < np.uint64(len(buffer)) else np.uint64(0)
+            coder[0] = ((coder[0] << BYTE) | byte) & MASK
+            coder[4] += np.uint64(1)
+        else:
+            _shift(buffer, coder)
     return bit
 
 
 @njit(cache=True)
-def _put_adaptive(out, coder, state, bit):
-    """Codes a bit by its adaptive probability; returns its information content in bits."""
-    p = _probability(state)
-    _put(out, coder, p, bit)
-    _adapt(state, bit)
-    return -np.log2((ONE - p if bit else p) / ONE)
+def _cost(probability, bit):
+    return -math.log2((ONE - probability if bit else probability) / ONE)
 
 
 @njit(cache=True)
-def _get_adaptive(data, coder, state):
-    bit = _get(data, coder, _probability(state))
-    _adapt(state, bit)
-    return bit
+def _code_alone(buffer, coder, chances, counts, i, bit):
+    """Codes a bit by one adaptive estimate; returns it and its information content."""
+    probability = min(max(chances[i] >> (FINE - BITS), 32), ONE - 32)
+    bit = _code(buffer, coder, probability, bit)
+    _adapt(chances, counts, i, bit)
+    return bit, _cost(probability, bit)
+
+
+@njit(cache=True)
+def _code_mixed(buffer, coder, chances, counts, contexts, weights, logits, bit):
+    """Codes a bit by the mixture of the estimates of its contexts; returns it and its information content."""
+    total = 0
+    for k in range(len(contexts)):
+        logits[k] = STRETCH[chances[contexts[k]] >> (FINE - 12)]
+        total += weights[k] * logits[k]
+    probability = SQUASH[min(max((total >> 16) + SPAN * LOGIT, 0), 2 * SPAN * LOGIT - 1)]
+    bit = _code(buffer, coder, probability, bit)
+    error = (0 if bit else ONE) - probability
+    for k in range(len(contexts)):
+        weights[k] += (error * logits[k]) >> RATE
+        _adapt(chances, counts, contexts[k], bit)
+    return bit, _cost(probability, bit)
+
+
+@njit(cache=True)
+def _code_tail(buffer, coder, chances, counts, tail):
+    """Elias-gamma: codes tail >= 1, or reads and returns it if it is 0, and its information content."""
+    length, bits, reads = 0, 0.0, tail == 0
+    while length < TAIL - 1:
+        more, cost = _code_alone(buffer, coder, chances, counts, length, -1 if reads else int(tail >> (length + 1) > 0))
+        bits += cost
+        if not more:
+            break
+        length += 1
+    value = 1
+    for i in range(length - 1, -1, -1):
+        bit = -1 if reads else (tail >> i) & 1
+        if i == length - 1:
+            bit, cost = _code_alone(buffer, coder, chances, counts, TAIL + length, bit)
+        else:
+            bit, cost = _code(buffer, coder, ONE // 2, bit), 1.0
+        bits += cost
+        value = (value << 1) | bit
+    return value, bits
+
+
+@njit(cache=True)
+def _pass(codes, buffer, coder, reads):
+    """Writes the codes into `buffer`, or reads them from it; returns their information content, -1 if they do not fit."""
+    rows, columns = codes.shape
+    first, indexed = LEVELS * LEVELS, min(columns, COLUMNS)
+    chances = np.full((UNARY, 2 * first + indexed * LEVELS), 1 << (FINE - 1), np.int64)
+    counts = np.zeros(chances.shape, np.int64)
+    tails, tail_counts = np.full(2 * TAIL, 1 << (FINE - 1), np.int64), np.zeros(2 * TAIL, np.int64)
+    signs, sign_counts = np.full(columns, 1 << (FINE - 1), np.int64), np.full(columns, 2, np.int64)
+    weights = np.full((UNARY, 3), ONE * 2 // 5, np.int64)
+    logits, contexts = np.zeros(3, np.int64), np.zeros(3, np.int64)
+    column_recent, column_mean = np.full(columns, START, np.int64), np.full(columns, START, np.int64)
+    recent, row_mean, ideal = START, START, 0.0
+    for r in range(rows):
+        row_sum = 0
+        for c in range(columns):
+            if not reads and coder[4] + coder[3] + np.uint64(MOST) > np.uint64(len(buffer)):
+                return -1.0
+            row = _level((row_sum + 8 * row_mean) // (c + 8))
+            contexts[0] = _level(recent) * LEVELS + _level(column_recent[c])
+            contexts[1] = first + row * LEVELS + _level(column_mean[c])
+            contexts[2] = 2 * first + (c % COLUMNS) * LEVELS + row
+            size, known = 0, abs(np.int64(codes[r, c]))
+            while size < UNARY:
+                more, cost = _code_mixed(buffer, coder, chances[size], counts[size], contexts, weights[size], logits,
+                                         -1 if reads else int(known > size))
+                ideal += cost
+                if not more:
+                    break
+                size += 1
+            if size == UNARY:
+                tail, cost = _code_tail(buffer, coder, tails, tail_counts, 0 if reads else known - UNARY + 1)
+                size, ideal = UNARY + tail - 1, ideal + cost
+            if size:
+                negative, cost = _code_alone(buffer, coder, signs, sign_counts, c, -1 if reads else int(codes[r, c] < 0))
+                ideal += cost
+                codes[r, c] = -size if negative else size
+            else:
+                codes[r, c] = 0
+            size = min(size, LARGE) << 16
+            row_sum += size
+            recent += (size - recent) >> 4
+            column_recent[c] += (size - column_recent[c]) >> 4
+            column_mean[c] += (size - column_mean[c]) >> 7
+        row_mean += (row_sum // max(columns, 1) - row_mean) >> 3
+    return ideal
 
 
 @njit(cache=True)
 def _encode(codes, out):
-    rows, columns = codes.shape
-    tables = _tables()
-    column_mean = np.full(columns, 64, np.int64)
-    row_mean = 64
     coder = np.array([0, 0xFFFFFFFF, 0, 0, 0], np.uint64)
-    ideal = 0.0
-    for r in range(rows):
-        for c in range(columns):
-            if coder[4] + coder[3] + np.uint64(MOST) > np.uint64(len(out)):
-                return np.int64(-1), ideal
-            q = np.int64(codes[r, c])
-            size = abs(q)
-            states = tables[_level(row_mean) * LEVELS + _level(column_mean[c])]
-            for step in range(min(size + 1, UNARY)):
-                ideal += _put_adaptive(out, coder, states[step], 1 if size > step else 0)
-            if size:
-                _put(out, coder, ONE // 2, 1 if q < 0 else 0)
-                ideal += 1
-            if size >= UNARY:
-                tail = size - UNARY + 1
-                length = 0
-                while tail >> (length + 1):
-                    length += 1
-                for i in range(length + 1):
-                    ideal += _put_adaptive(out, coder, states[UNARY + i], 1 if i < length else 0)
-                for i in range(length - 1, -1, -1):
-                    if i == length - 1:
-                        ideal += _put_adaptive(out, coder, states[UNARY + TAIL + length], (tail >> i) & 1)
-                    else:
-                        _put(out, coder, ONE // 2, (tail >> i) & 1)
-                        ideal += 1
-            row_mean += ((size << 8) - row_mean) >> 4
-            column_mean[c] += ((size << 8) - column_mean[c]) >> 4
-    for _ in range(5):
+    ideal = _pass(codes, out, coder, False)
+    for _ in range(5 if ideal >= 0 else 0):
         _shift(out, coder)
     return np.int64(coder[4]), ideal
 
 
 @njit(cache=True)
 def _decode(data, codes):
-    rows, columns = codes.shape
-    tables = _tables()
-    column_mean = np.full(columns, 64, np.int64)
-    row_mean = 64
-    coder = np.array([0, 0xFFFFFFFF, 5], np.uint64)
+    coder = np.array([0, 0xFFFFFFFF, 0, 0, 5], np.uint64)
     for i in range(5):
-        byte = np.uint64(data[i]) if i < len(data) else np.uint64(0)
-        coder[0] = ((coder[0] << BYTE) | byte) & MASK
-    for r in range(rows):
-        for c in range(columns):
-            states = tables[_level(row_mean) * LEVELS + _level(column_mean[c])]
-            size = 0
-            while size < UNARY and _get_adaptive(data, coder, states[size]):
-                size += 1
-            negative = _get(data, coder, ONE // 2) if size else 0
-            if size >= UNARY:
-                length = 0
-                while length < TAIL - 1 and _get_adaptive(data, coder, states[UNARY + length]):
-                    length += 1
-                tail = 1
-                for i in range(length):
-                    if i == 0:
-                        tail = 2 | _get_adaptive(data, coder, states[UNARY + TAIL + length])
-                    else:
-                        tail = (tail << 1) | _get(data, coder, ONE // 2)
-                size = UNARY + tail - 1
-            codes[r, c] = -size if negative else size
-            row_mean += ((size << 8) - row_mean) >> 4
-            column_mean[c] += ((size << 8) - column_mean[c]) >> 4
-    return np.int64(coder[2])
+        coder[0] = ((coder[0] << BYTE) | (np.uint64(data[i]) if i < len(data) else np.uint64(0))) & MASK
+    _pass(codes, data, coder, True)
 
 
 def encode(codes: np.ndarray) -> bytes:
@@ -207,8 +239,8 @@ def encode_with_entropy(codes: np.ndarray) -> tuple[bytes, float]:
     if codes.ndim != 2 or (codes.size and not -(2**31) < codes.min() <= codes.max() < 2**31):
         raise ValueError(f"the range coder takes a matrix of integers below 2**31 in magnitude, not shape {codes.shape}"
                          + (f" with {codes.min()} to {codes.max()}" if codes.size else ""))
-    codes, room, length = np.ascontiguousarray(codes, np.int32), 2 * codes.size + MOST, -1
-    while length < 0:
+    codes, room, bits = np.array(codes, np.int32, order="C"), 2 * codes.size + MOST, -1.0
+    while bits < 0:
         out = np.empty(room, np.uint8)
         length, bits = _encode(codes, out)
         room *= 4
@@ -220,5 +252,5 @@ def decode(data: bytes, shape: tuple[int, int]) -> np.ndarray:
     first.
     """
     codes = np.empty(shape, np.int32)
-    _decode(np.frombuffer(data, np.uint8), codes)
+    _decode(np.frombuffer(bytearray(data), np.uint8), codes)
     return codes
