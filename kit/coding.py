@@ -48,14 +48,17 @@ def _logistic() -> tuple[np.ndarray, np.ndarray]:
 
 SQUASH, STRETCH = _logistic()
 RECIPROCAL = np.array([2 * ONE // (2 * n + 3) for n in range(LIMIT + 1)], np.int64)
+COST = -np.log2(np.maximum(np.arange(ONE + 1), 1) / ONE)
 EDGES = np.array([math.isqrt(1536**2 << k) for k in range(LEVELS - 1)], np.int64)  # from 1536 / 65536 in steps of sqrt(2)
 
 
 @njit(cache=True)
-def _level(average):
-    level = 0
+def _level(average, level):
+    """The class of an average, searched from a class that it had before."""
     while level < LEVELS - 1 and average >= EDGES[level]:
         level += 1
+    while level > 0 and average < EDGES[level - 1]:
+        level -= 1
     return level
 
 
@@ -112,33 +115,28 @@ def _code(buffer, coder, probability, bit):
 
 
 @njit(cache=True)
-def _cost(probability, bit):
-    return -math.log2((ONE - probability if bit else probability) / ONE)
-
-
-@njit(cache=True)
 def _code_alone(buffer, coder, chances, counts, i, bit):
     """Codes a bit by one adaptive estimate; returns it and its information content."""
     probability = min(max(chances[i] >> (FINE - BITS), 32), ONE - 32)
     bit = _code(buffer, coder, probability, bit)
     _adapt(chances, counts, i, bit)
-    return bit, _cost(probability, bit)
+    return bit, COST[ONE - probability if bit else probability]
 
 
-@njit(cache=True)
-def _code_mixed(buffer, coder, chances, counts, contexts, weights, logits, bit):
+@njit(inline="always")  # a call would count references to its arrays, at three times the cost
+def _code_mixed(buffer, coder, chances, counts, contexts, weights, logits, step, bit):
     """Codes a bit by the mixture of the estimates of its contexts; returns it and its information content."""
     total = 0
-    for k in range(len(contexts)):
-        logits[k] = STRETCH[chances[contexts[k]] >> (FINE - 12)]
-        total += weights[k] * logits[k]
+    for k in range(3):
+        logits[k] = STRETCH[chances[step, contexts[k]] >> (FINE - 12)]
+        total += weights[step, k] * logits[k]
     probability = SQUASH[min(max((total >> 16) + SPAN * LOGIT, 0), 2 * SPAN * LOGIT - 1)]
     bit = _code(buffer, coder, probability, bit)
     error = (0 if bit else ONE) - probability
-    for k in range(len(contexts)):
-        weights[k] += (error * logits[k]) >> RATE
-        _adapt(chances, counts, contexts[k], bit)
-    return bit, _cost(probability, bit)
+    for k in range(3):
+        weights[step, k] += (error * logits[k]) >> RATE
+        _adapt(chances, counts, (step, contexts[k]), bit)
+    return bit, COST[ONE - probability if bit else probability]
 
 
 @njit(cache=True)
@@ -175,19 +173,21 @@ def _pass(codes, buffer, coder, reads):
     weights = np.full((UNARY, 3), ONE * 2 // 5, np.int64)
     logits, contexts = np.zeros(3, np.int64), np.zeros(3, np.int64)
     column_recent, column_mean = np.full(columns, START, np.int64), np.full(columns, START, np.int64)
-    recent, row_mean, ideal = START, START, 0.0
+    recent_level, mean_level = np.zeros(columns, np.int64), np.zeros(columns, np.int64)
+    recent, row_mean, level, row, ideal = START, START, 0, 0, 0.0
     for r in range(rows):
         row_sum = 0
         for c in range(columns):
             if not reads and coder[4] + coder[3] + np.uint64(MOST) > np.uint64(len(buffer)):
                 return -1.0
-            row = _level((row_sum + 8 * row_mean) // (c + 8))
-            contexts[0] = _level(recent) * LEVELS + _level(column_recent[c])
-            contexts[1] = first + row * LEVELS + _level(column_mean[c])
+            row, level = _level((row_sum + 8 * row_mean) // (c + 8), row), _level(recent, level)
+            recent_level[c] = _level(column_recent[c], recent_level[c])
+            mean_level[c] = _level(column_mean[c], mean_level[c])
+            contexts[0], contexts[1] = level * LEVELS + recent_level[c], first + row * LEVELS + mean_level[c]
             contexts[2] = 2 * first + (c % COLUMNS) * LEVELS + row
             size, known = 0, abs(np.int64(codes[r, c]))
             while size < UNARY:
-                more, cost = _code_mixed(buffer, coder, chances[size], counts[size], contexts, weights[size], logits,
+                more, cost = _code_mixed(buffer, coder, chances, counts, contexts, weights, logits, size,
                                          -1 if reads else int(known > size))
                 ideal += cost
                 if not more:

@@ -77,11 +77,12 @@ def test_the_smallest_layout_is_taken():
     even = torch.randint(-7, 8, (100, 100), generator=rng).float()
     assert encode_float(spread)[0]["layout"] == "dense" and encode_float(sparse)[0]["layout"] == "gaps"
     chosen = {}
-    for name, weight in {"even": even, "sparse": sparse, "peaked": even * even.abs() ** 3}.items():
-        quantizer = FakeQuantize(weight, (100, 100), Format(4, granularity="tensor"))
+    finer = torch.randint(-127, 128, (100, 100), generator=rng).float()
+    for name, weight, width in (("even", finer, 8), ("sparse", sparse, 4), ("peaked", even * even.abs() ** 3, 4)):
+        quantizer = FakeQuantize(weight, (100, 100), Format(width, granularity="tensor"))
         sizes = {layout: sum(map(len, encode_codes(weight, quantizer, (layout,))[1])) for layout in LAYOUTS}
         entry, parts = encode_codes(weight, quantizer)
-        assert sum(map(len, parts)) == min(sizes.values()) and sizes["dense"] == packed_bytes(10_000, 4) + 2
+        assert sum(map(len, parts)) == min(sizes.values()) and sizes["dense"] == packed_bytes(10_000, width) + 2
         chosen[name] = entry["layout"]
     assert chosen["peaked"] == "entropy" and chosen["even"] == "dense"
 

@@ -9,6 +9,7 @@ from hypothesis.extra.numpy import arrays
 from kit import coding
 
 LARGEST = 2**31 - 1
+STREAM = "00fbf882a44deb889203eb76d8f7a46a42a9c3ec7fafb475c35d20cd1c3982b27784"
 
 
 def round_trip(codes):
@@ -84,3 +85,24 @@ def test_zeros_take_almost_nothing():
 def test_what_cannot_be_coded_is_an_error(codes):
     with pytest.raises(ValueError, match="a matrix of integers below 2\\*\\*31"):
         coding.encode(codes.astype(np.int64))
+
+
+def test_logistic_tables_are_those_of_float64():
+    logits = (np.arange(len(coding.SQUASH)) - coding.SPAN * coding.LOGIT) / coding.LOGIT
+    assert np.abs(coding.SQUASH - coding.ONE / (1 + np.exp(-logits))).max() <= 1
+    chance = (np.arange(len(coding.STRETCH)) + 0.5) / len(coding.STRETCH)
+    inner = np.abs(np.log(chance / (1 - chance))) < 5  # further out, neighbouring probabilities are far apart
+    assert np.abs(coding.STRETCH / coding.LOGIT - np.log(chance / (1 - chance)))[inner].max() < 0.05
+
+
+def test_signs_that_lean_in_a_column_take_less_than_a_bit():
+    rng = np.random.default_rng(0)
+    lean = np.where(rng.random((2000, 16)) < 0.05, -1, 1) * rng.choice([-1, 1], 16)
+    entropy = -(0.05 * np.log2(0.05) + 0.95 * np.log2(0.95))
+    assert len(round_trip(lean)) * 8 / lean.size < 1.1 * entropy
+
+
+def test_a_stream_written_elsewhere_is_read_alike():
+    codes = (np.arange(60).reshape(6, 10) ** 2 * 7919 % 41 - 20) // 4
+    assert coding.encode(codes).hex() == STREAM
+    assert np.array_equal(coding.decode(bytes.fromhex(STREAM), codes.shape), codes)

@@ -30,8 +30,8 @@ MOST_ROWS = 128  # that share a step: frequencies of tokens fall quickly
 SMALL = 256    # tensors below this many values are not worth a rate term: they take SMALL_FORMAT
 SMALL_FORMAT = Format(8, granularity="tensor")
 SLOW = 2.0    # `first_step` of FakeQuantize: the rate would widen steps for as long as a run lasts, and coarse ones are worse
-INTEGRAL, PROPORTIONAL = 75.0, 6.0    # of log lambda for log(size / wanted): over a whole run, and at once
-MOST_ERROR = 0.35    # that lambda answers to: one that leaps further empties codes that never fill again
+INTEGRAL, PROPORTIONAL = 120.0, 10.0    # of log lambda for log(size / wanted): over a whole run, and at once
+MOST_ERROR = 0.175    # that lambda answers to: one that leaps further empties codes that never fill again
 LOG_LAMBDA = (-9.0, 4.0)
 SLACK = 0.08  # of the wanted bytes
 
