@@ -221,6 +221,23 @@ def test_other_files_are_no_artifacts(saved, data):
         artifact.load(saved)
 
 
+def test_files_of_the_earlier_range_coder_are_told_from_floats(tmp_path):
+    """Their floats still mean what they meant; their codes would come out as others."""
+    path, model = tmp_path / "a", quantize_weights(small_lm(), Format(4))
+
+    def saved_earlier(model, layout):
+        artifact.save(model, path, (layout,))
+        body = artifact.EARLIER + path.read_bytes()[4 : -artifact.CHECKSUM]
+        path.write_bytes(body + hashlib.sha256(body).digest())
+
+    saved_earlier(bake(model), "dense")
+    loaded = artifact.load(path).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in bake(model).state_dict().items())
+    saved_earlier(model, "entropy")
+    with pytest.raises(artifact.ArtifactError, match="earlier version"):
+        artifact.load(path)
+
+
 def rewrite(path, change):
     """The file with another header and a checksum that fits."""
     data = path.read_bytes()
