@@ -40,9 +40,8 @@ def _logistic() -> tuple[np.ndarray, np.ndarray]:
     root = sum(one // (LOGIT**k * math.factorial(k)) for k in range(20))  # exp(1 / LOGIT)
     for _ in range(SPAN * LOGIT):
         powers.append(powers[-1] * root // one)
-    upper = [ONE * e // (e + one) for e in powers[:-1]]
-    squash = np.array([ONE - p for p in upper[:0:-1]] + upper, np.int64)
-    squash = np.insert(squash, 0, ONE - ONE * powers[-1] // (powers[-1] + one))
+    upper = [ONE * e // (e + one) for e in powers]
+    squash = np.array([ONE - p for p in upper[:0:-1]] + upper[:-1], np.int64)
     return squash, np.searchsorted(squash, np.arange(8, ONE, 16)) - SPAN * LOGIT
 
 
