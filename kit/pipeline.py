@@ -35,6 +35,7 @@ STAGES = ("qat", "pruning", "distillation")
 CALIBRATION_BATCHES = 8
 FREQUENT = 2048  # words of a large vocabulary that every step of the distillation sees; all others by turns
 ALPHA = 0.3  # of the distillation's loss from the teacher, the rest from labels: longer runs want more of these
+FINAL_LR = 0.0  # weights cross the edges between codes for as long as steps are large enough
 QAT_LR = 0.1  # of `lr`: a trained model has only its rounding to get used to, and would first lose ground at more
 START = 2.5  # times the budget: where the distillation begins to descend. Weights that go further down come out worse
 
@@ -156,7 +157,7 @@ class CompressionPipeline:
         batches = [tuple(t.to(self.device) for t in batch) for batch in itertools.islice(loader, CALIBRATION_BATCHES)]
         model = copy_model(teacher) if previous is None else self._load(previous)
         model, loss, hooks, extra, finish = getattr(self, f"_{name}")(model, teacher, batches, previous)
-        config = TrainConfig(steps=steps, lr=self.lr * (QAT_LR if name == "qat" else 1), seed=self.seed)
+        config = TrainConfig(steps=steps, lr=self.lr * (QAT_LR if name == "qat" else 1), final_lr=FINAL_LR, seed=self.seed)
         checkpoint = path.with_suffix(".checkpoint")
         result = train(model, loader, config, loss=loss, hooks=hooks, checkpoint=checkpoint, log=self.log,
                        extra_parameters=extra)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 
 from kit.distillation.cache import TeacherCache
 from kit.distillation.features import FeatureLoss, capture, feature_pairs
@@ -114,7 +115,7 @@ class DistillationTrainer:
     def _forward(self, model, inputs, side):
         """The model's `Output` or logits, and the features of that side of the pairs (None: none)."""
         names = [] if self.features is None or side is None else [pair[side] for pair in self.features.pairs]
-        with capture(model, names) as features:
+        with capture(model, names) as features, parametrize.cached():  # a tied table is needed twice
             output = Output(model.hidden(inputs), *model.output()) if self.fused else model(inputs)
         return output, features
 
