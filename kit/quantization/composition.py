@@ -32,6 +32,7 @@ from kit.quantization.formats import Format
 BASIS = Format(4)  # residuals are taken in the rounded basis, so that it may be coarse
 LEAST_CURVATURE = 1e-2  # of a direction, relative to their mean: flatter ones are not flat further away
 LEAST_SENSITIVITY = 1e-8  # relative to the largest: rows that no gradient reached
+LEVEL = 0.15  # power of the sensitivity by which a and b fit a row: it is the many rare ones that live on their parts
 
 
 def compose_by_levels(residual: Tensor, left: Tensor, right: Tensor, levels) -> Tensor:
@@ -117,18 +118,18 @@ class Composition(nn.Module):
         scale, axes = torch.linalg.eigh(curvature)
         scale = (scale / scale.mean()).clamp(min=LEAST_CURVATURE).sqrt()
         weighed = residual @ (axes * scale)
-        weight = (sensitivity / sensitivity.max()).clamp(min=LEAST_SENSITIVITY).sqrt()
-        _, turn = torch.linalg.eigh(weighed.T @ (weight[:, None] * weighed))
+        weight = _relative(sensitivity).sqrt()[:, None]
+        _, turn = torch.linalg.eigh(weighed.T @ (weight * weighed))
         size = (weighed.square().mean() / residual.square().mean()).sqrt()  # the learning rate meets weights of a usual size
         self.basis.copy_(size * turn.flip(1).T @ (axes / scale).T)
         return self._factors(rows @ torch.linalg.inv(self.rounding(self.basis)), sensitivity)
 
     @torch.no_grad()
-    def _factors(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """Sets a and b by least squares, each row weighted (V,), and returns the residuals of rows (V, D)."""
+    def _factors(self, rows: Tensor, sensitivity: Tensor) -> Tensor:
+        """Sets a and b by least squares, rows weighted by a power of sensitivity (V,), and returns the residuals of rows (V, D)."""
         at, first, second = (torch.cat(x) for x in zip(*self.levels))
         y, x = rows[at], torch.stack([rows[first], rows[second]], -1)
-        w = weights[at][:, None, None]
+        w = _relative(sensitivity)[at][:, None, None] ** LEVEL
         gram = torch.einsum("ndi,ndj->dij", w * x, x)
         gram += 1e-6 * gram.diagonal(dim1=1, dim2=2).mean() * torch.eye(2, device=x.device)
         solution = torch.linalg.solve(gram, torch.einsum("ndi,nd->di", w * x, y))
@@ -136,6 +137,10 @@ class Composition(nn.Module):
         residual = rows.clone()
         residual[at] -= _half(self.left) * rows[first] + _half(self.right) * rows[second]
         return residual
+
+
+def _relative(sensitivity: Tensor) -> Tensor:
+    return (sensitivity / sensitivity.max()).clamp(min=LEAST_SENSITIVITY)
 
 
 def _half(x: Tensor) -> Tensor:
