@@ -59,8 +59,8 @@ class Baseline:
 
 def load_or_train(*, corpus: str = "docs", vocab_size: int = 4096, tokenizer: str = "bpe", train_bytes: int | None = None,
                   batch_size: int = 16, seq_len: int = 128, steps: int = 600, lr: float = 1e-2, patience: int | None = 3,
-                  precision: str | None = None, weight_decay: float = 0.01, final_lr: float = 0.05, seed: int = 0, model: str = "ResNetBK", log: bool = True,
-                  device: str = "cpu", **shape) -> Baseline:
+                  precision: str | None = None, weight_decay: float = 0.01, final_lr: float = 0.05, seed: int = 0,
+                  model: str = "ResNetBK", log: bool = True, device: str = "cpu", **shape) -> Baseline:
     """Trains `model` (a name in kit.models.MODELS; `shape` is its config) until validation stops
     improving or `steps` are done, and writes it as a float32 artifact; with the same settings, data and
     code it is only read again.
@@ -72,8 +72,8 @@ def load_or_train(*, corpus: str = "docs", vocab_size: int = 4096, tokenizer: st
     text = load_corpus(corpus, vocab_size, tokenizer, train_bytes)
     loaders = token_loaders(text, batch_size, seq_len)
     precision = precision or ("bfloat16" if has_fast_bfloat16(device) else "float32")
-    training = TrainConfig(steps=steps, lr=lr, weight_decay=weight_decay, final_lr=final_lr, patience=patience, eval_every=max(steps // 12, 10),
-                           precision=precision, seed=seed)
+    training = TrainConfig(steps=steps, lr=lr, weight_decay=weight_decay, final_lr=final_lr, patience=patience,
+                           eval_every=max(steps // 12, 10), precision=precision, seed=seed)
     torch.manual_seed(seed)
     dense = build_model(model, {**shape, "vocab_size": text.tokenizer.vocab_size}).to(device)
     settings = {"model": model, "shape": dataclasses.asdict(dense.config), "training": dataclasses.asdict(training), "seq_len": seq_len,

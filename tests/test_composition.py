@@ -1,13 +1,18 @@
 """Composed token tables against a plain loop, and the files they end in."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import parametrize
 
 from kit import artifact
 from kit.data.tokenization import BPETokenizer
+from kit.distillation import DistillationTrainer
 from kit.losses import next_token_loss
 from kit.models import build_model
+from kit.parametrization import find_step, original_of
 from kit.quantization import kernels
 from kit.quantization.composition import (Composition, _Compose, compose_by_levels, compose_by_levels_backward,
                                           compose_tables)
@@ -77,6 +82,23 @@ def test_composing_keeps_the_outputs(tokenizer):
     before = model(inputs)
     compose_tables(model, tokenizer.parts, [batch(tokenizer)], next_token_loss)
     assert torch.allclose(model(inputs), before, atol=1e-4)
+
+
+def test_distillation_composes_a_tied_table_once_and_with_the_same_gradients(tokenizer, monkeypatch):
+    model, teacher = model_of(tokenizer, tied=True), model_of(tokenizer, tied=True)
+    compose_tables(model, tokenizer.parts, [batch(tokenizer)], next_token_loss)
+    distill, found = DistillationTrainer(teacher, model, temperature=1.0, alpha=0.5), []
+    composition = find_step(model.embedding, "weight", Composition)
+    for context in (parametrize.cached, nullcontext):
+        monkeypatch.setattr(parametrize, "cached", context)
+        calls = []
+        hook = composition.register_forward_hook(lambda *_: calls.append(1))
+        distill(model, batch(tokenizer)).backward()
+        hook.remove()
+        found.append((len(calls), original_of(model.embedding, "weight").grad.clone()))
+        model.zero_grad()
+    (once, one), (twice, two) = found
+    assert (once, twice) == (1, 2) and (one - two).norm() < 1e-6 * two.norm()
 
 
 def test_fit_finds_the_factors_that_made_the_rows(tokenizer):

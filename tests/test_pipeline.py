@@ -103,6 +103,19 @@ def test_killed_in_a_stage_it_resumes_to_the_same_bytes(trained, finished, tmp_p
         assert (tmp_path / f"{stage}.kit").read_bytes() == (finished[0] / f"{stage}.kit").read_bytes(), stage
 
 
+def test_every_stage_ends_at_no_learning_rate(trained, tmp_path, monkeypatch):
+    rates, original = [], torch.optim.AdamW.step
+
+    def noting(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting)
+    run(trained, tmp_path)
+    stages = np.split(np.array(rates), [20, 40])  # 20 batches an epoch: one of QAT, one of pruning, two of distillation
+    assert len(rates) == 80 and all(stage[-1] == 0 < stage[:-1].min() for stage in stages)
+
+
 def test_finished_stages_are_read_not_run(trained, finished, monkeypatch):
     monkeypatch.setattr("kit.pipeline.train", None)
     assert run(trained, finished[0])[1] == finished[2]

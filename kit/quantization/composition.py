@@ -114,22 +114,22 @@ class Composition(nn.Module):
 
         sensitivity (V,) and curvature (D, D): Kronecker factors of the Fisher information of the table.
         """
-        residual = self._factors(rows, sensitivity)
+        weights = (sensitivity / sensitivity.max()).clamp(min=LEAST_SENSITIVITY)
+        residual = self._factors(rows, weights**LEVEL)
         scale, axes = torch.linalg.eigh(curvature)
         scale = (scale / scale.mean()).clamp(min=LEAST_CURVATURE).sqrt()
         weighed = residual @ (axes * scale)
-        weight = _relative(sensitivity).sqrt()[:, None]
-        _, turn = torch.linalg.eigh(weighed.T @ (weight * weighed))
+        _, turn = torch.linalg.eigh(weighed.T @ (weights.sqrt()[:, None] * weighed))
         size = (weighed.square().mean() / residual.square().mean()).sqrt()  # the learning rate meets weights of a usual size
         self.basis.copy_(size * turn.flip(1).T @ (axes / scale).T)
-        return self._factors(rows @ torch.linalg.inv(self.rounding(self.basis)), sensitivity)
+        return self._factors(rows @ torch.linalg.inv(self.rounding(self.basis)), weights**LEVEL)
 
     @torch.no_grad()
-    def _factors(self, rows: Tensor, sensitivity: Tensor) -> Tensor:
-        """Sets a and b by least squares, rows weighted by a power of sensitivity (V,), and returns the residuals of rows (V, D)."""
+    def _factors(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Sets a and b by least squares, each row weighted (V,), and returns the residuals of rows (V, D)."""
         at, first, second = (torch.cat(x) for x in zip(*self.levels))
         y, x = rows[at], torch.stack([rows[first], rows[second]], -1)
-        w = _relative(sensitivity)[at][:, None, None] ** LEVEL
+        w = weights[at][:, None, None]
         gram = torch.einsum("ndi,ndj->dij", w * x, x)
         gram += 1e-6 * gram.diagonal(dim1=1, dim2=2).mean() * torch.eye(2, device=x.device)
         solution = torch.linalg.solve(gram, torch.einsum("ndi,nd->di", w * x, y))
@@ -137,10 +137,6 @@ class Composition(nn.Module):
         residual = rows.clone()
         residual[at] -= _half(self.left) * rows[first] + _half(self.right) * rows[second]
         return residual
-
-
-def _relative(sensitivity: Tensor) -> Tensor:
-    return (sensitivity / sensitivity.max()).clamp(min=LEAST_SENSITIVITY)
 
 
 def _half(x: Tensor) -> Tensor:
