@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,7 +78,7 @@ def load_or_train(*, corpus: str = "docs", vocab_size: int = 4096, tokenizer: st
     dense = build_model(model, {**shape, "vocab_size": text.tokenizer.vocab_size}).to(device)
     settings = {"model": model, "shape": dataclasses.asdict(dense.config), "training": dataclasses.asdict(training), "seq_len": seq_len,
                 "batch_size": batch_size, "text": text.sha256, "vocab_size": vocab_size, "tokenizer": tokenizer,
-                "device": device, "sources": _sources()}
+                "device": device, "sources": hash_of_code(SOURCES)}
     folder = cache_dir() / "baselines" / f"{model}-{key_of(**settings)}"
     if not (folder / "record.json").exists():
         _train(dense, loaders, training, folder, settings, log)
@@ -112,10 +112,11 @@ def _evaluation(record: dict) -> Evaluation:
     return Evaluation(**{k: np.array(v) if isinstance(v, list) else v for k, v in record.items()})
 
 
-def _sources() -> str:
-    """A hash of the code that decides what is trained, so that no stale model passes for a new one."""
+def hash_of_code(names: Sequence[str]) -> str:
+    """Sixteen digits for the code of these modules and subpackages of kit: part of a key, they keep what other code made from
+    passing for this code's."""
     package = Path(__file__).parent
-    files = sorted(f for name in SOURCES for f in ([package / name] if name.endswith(".py") else (package / name).rglob("*.py")))
+    files = sorted(f for name in names for f in ([package / name] if name.endswith(".py") else (package / name).rglob("*.py")))
     return hashlib.sha256("\0".join(_computes(f.read_text()) for f in files).encode()).hexdigest()[:16]
 
 

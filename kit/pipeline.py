@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 
 from kit import artifact
-from kit.baseline import training_loss
+from kit.baseline import SOURCES, hash_of_code, training_loss
 from kit.data.cache import key_of
 from kit.distillation import DistillationTrainer
 from kit.evaluation import evaluate
@@ -32,6 +32,7 @@ from kit.results import write_json
 from kit.training import TrainConfig, train
 
 STAGES = ("qat", "pruning", "distillation")
+CODE = (*SOURCES, "quantization", "pruning", "distillation", "parametrization.py", "artifact.py", "coding.py", "pipeline.py")
 CALIBRATION_BATCHES = 8
 FREQUENT = 2048  # words of a large vocabulary that every step of the distillation sees; all others by turns
 ALPHA = 0.3  # of the distillation's loss from the teacher, the rest from labels: 0.6 is better in short runs, not in long ones
@@ -117,15 +118,16 @@ class CompressionPipeline:
             print(text, flush=True)
 
     def _claim(self, save_dir: Path, steps: dict) -> None:
-        """A folder belongs to one model and one set of settings, so that a resumed stage is the stage it
-        says.
-        """
+        """A folder belongs to one model, one set of settings and one version of the code, so that a resumed stage is the stage
+        it says."""
         digest = float(sum(p.detach().double().abs().sum() for p in self.model.parameters()))
         tables = [None if x is None else int(np.sum(x)) for x in (self.token_parts, self.token_counts)]
-        claim = key_of(model=digest, target=self.target_compression, steps=steps, lr=self.lr, seed=self.seed, tables=tables)
+        claim = key_of(model=digest, target=self.target_compression, steps=steps, lr=self.lr, seed=self.seed, tables=tables,
+                       code=hash_of_code(CODE))
         file = save_dir / "settings.json"
         if file.exists() and json.loads(file.read_text()) != claim:
-            raise ValueError(f"{save_dir} holds a run with another model or other settings: choose another save_dir")
+            raise ValueError(f"{save_dir} holds a run with another model, other settings or another version of the kit: "
+                             "delete it or choose another save_dir")
         write_json(file, claim)
 
     def _load(self, path: Path, trainable: bool = False) -> nn.Module:

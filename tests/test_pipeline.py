@@ -126,6 +126,12 @@ def test_other_settings_need_another_folder(trained, finished):
         run(trained, finished[0], target_compression=5.0)
 
 
+def test_stages_of_other_code_are_not_taken_for_its_own(trained, finished, monkeypatch):
+    monkeypatch.setattr("kit.pipeline.hash_of_code", lambda names: "another")
+    with pytest.raises(ValueError, match="another version of the kit"):
+        run(trained, finished[0])
+
+
 def test_stages_in_another_order(trained, tmp_path):
     _, metrics = run(trained, tmp_path, stages=("pruning", "qat"), target_compression=6.0)
     assert list(metrics["stage_metrics"]) == ["pruning", "qat"]
