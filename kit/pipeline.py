@@ -32,7 +32,8 @@ from kit.results import write_json
 from kit.training import TrainConfig, train
 
 STAGES = ("qat", "pruning", "distillation")
-CODE = (*SOURCES, "quantization", "pruning", "distillation", "parametrization.py", "artifact.py", "coding.py", "pipeline.py")
+CODE = (*SOURCES, "quantization", "pruning", "distillation", "parametrization.py", "artifact.py", "layouts.py", "coding.py", "baseline.py",
+        "evaluation.py", "pipeline.py")  # that decides what a stage is and how it is measured
 CALIBRATION_BATCHES = 8
 FREQUENT = 2048  # words of a large vocabulary that every step of the distillation sees; all others by turns
 ALPHA = 0.3  # of the distillation's loss from the teacher, the rest from labels: 0.6 is better in short runs, not in long ones

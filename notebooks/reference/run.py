@@ -42,7 +42,7 @@ WEIGHT_DECAY = 0.3  # chosen on validation, like dropout: these texts are small 
 ROUNDING = (8, 16, 24, 40, 60, 100)
 SMALL_VOCABULARY = 2048
 UNTIED_STEPS = 3000  # of a model that counts by its bytes
-LEARNING_RATE = 4e-3  # chosen on validation, as 4,600 steps among 2,000 and 8,000 were
+LEARNING_RATE = 4e-3  # chosen on validation; 8,000 steps in place of 4,600 gain 1.1 points on docs, nothing on novels (0.6 of the loss from the teacher)
 WINDOWS = 16  # of 128 tokens, a step of the compression; chosen on validation, where more steps of fewer windows did better
 
 
