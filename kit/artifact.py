@@ -32,7 +32,7 @@ from kit.quantization.fake import FakeQuantize, matrix_shape, seen_by
 from kit.quantization.formats import HALF
 from kit.quantization.ordering import RowOrder
 
-MAGIC, EARLIER = b"KIT2", b"KIT1"  # whose range coder was another
+MAGIC, EARLIER = b"KIT3", (b"KIT1", b"KIT2")  # whose range coders were others
 CHECKSUM = 32
 
 
@@ -208,7 +208,7 @@ def _encode(module: nn.Module, attribute: str, layouts: tuple[str, ...]) -> tupl
 def _read(path) -> tuple[dict, Iterator[bytes]]:
     """Header and an iterator over the blobs of a file that is whole."""
     data = Path(path).read_bytes()
-    if data[:4] not in (MAGIC, EARLIER):
+    if data[:4] not in (MAGIC, *EARLIER):
         raise ArtifactError(f"{path} is not a kit artifact: it begins with {data[:4]!r}, expected {MAGIC!r}")
     if len(data) < 8 + CHECKSUM or hashlib.sha256(data[:-CHECKSUM]).digest() != data[-CHECKSUM:]:
         raise ArtifactError(f"{path} is damaged (its checksum does not match): copy or write it again")
@@ -220,7 +220,7 @@ def _read(path) -> tuple[dict, Iterator[bytes]]:
         coded = any(entry["layout"] in ("entropy", "gaps") or entry.keys() & {"composed", "ordered"} for entry in header["tensors"])
     except (zlib.error, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} has no readable header ({error}): write it again with kit.artifact.save") from None
-    if coded and data[:4] == EARLIER:
+    if coded and data[:4] in EARLIER:
         raise ArtifactError(f"{path} was range-coded by an earlier version of the kit: make it again with this one")
     if 8 + length + sum(sizes) + CHECKSUM != len(data) or any(size < 0 for size in sizes):
         held = len(data) - 8 - length - CHECKSUM

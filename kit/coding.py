@@ -4,9 +4,10 @@ A code is written as a few binary decisions (zero?, |q| > 1?, |q| > 2?, ... , th
 with a probability that adapts as coding goes on, so no table is stored. Binarization and range coder are those of CABAC,
 as DeepCABAC uses it for weights (Wiedemann et al. 2019, arXiv:1905.08318), and LZMA (carry propagation: Martin 1979). The
 probability of a decision comes from three contexts, which tell how large codes of the same row and column have been,
-recently and on the whole; their estimates are added as logits, with weights that learn online (logistic mixing: Mahoney
-2005, "Adaptive weighing of context models for lossless data compression"). Signs are coded by column, for the mean of a
-column is seldom zero. Integers only, so a stream decodes alike on every machine.
+recently and on the whole; each begins with what a two-sided geometric distribution of that size would give. Their
+estimates are added as logits, with weights that learn online (logistic mixing: Mahoney 2005, "Adaptive weighing of context
+models for lossless data compression"). Signs are coded by column, for the mean of a column is seldom zero. Only integers
+while coding, and before only what IEEE 754 rounds exactly, so a stream decodes alike on every machine.
 """
 
 import math
@@ -22,6 +23,7 @@ BITS = 16             # of a probability
 ONE = 1 << BITS
 FINE = 22             # bits of a probability while it adapts
 LIMIT = 255           # decisions that an estimate remembers; before, it is their mean
+BELIEF = 4            # decisions that its first value counts for
 LOGIT = 256           # steps of a logit's unit
 SPAN = 8              # logits lie within (-SPAN, SPAN)
 RATE = 16             # weights of the mixture follow error * logit at 2**-RATE, in 1/65536
@@ -49,6 +51,17 @@ SQUASH, STRETCH = _logistic()
 RECIPROCAL = np.array([2 * ONE // (2 * n + 3) for n in range(LIMIT + 1)], np.int64)
 COST = -np.log2(np.maximum(np.arange(ONE + 1), 1) / ONE)
 EDGES = np.array([math.isqrt(1536**2 << k) for k in range(LEVELS - 1)], np.int64)  # from 1536 / 65536 in steps of sqrt(2)
+
+
+def _first_chances() -> np.ndarray:
+    """P(|q| <= n given |q| >= n) where two averages are of classes a and b: (n = 0 or more, a, b)."""
+    centres = np.append(EDGES, 2 * EDGES[-2]) / math.sqrt(math.sqrt(2)) / ONE
+    mean = np.sqrt(centres[:, None] * centres)
+    theta = (np.sqrt(1 + mean * mean) - 1) / mean
+    return (np.stack([(1 - theta) / (1 + theta), 1 - theta]) * (1 << FINE)).astype(np.int64)
+
+
+FIRST_CHANCES = _first_chances()
 
 
 @njit(cache=True)
@@ -165,11 +178,16 @@ def _pass(codes, buffer, coder, reads):
     """Writes the codes into `buffer`, or reads them from it; returns their information content, -1 if they do not fit."""
     rows, columns = codes.shape
     first, indexed = LEVELS * LEVELS, min(columns, COLUMNS)
-    chances = np.full((UNARY, 2 * first + indexed * LEVELS), 1 << (FINE - 1), np.int64)
-    counts = np.zeros(chances.shape, np.int64)
+    chances = np.empty((UNARY, 2 * first + indexed * LEVELS), np.int64)
+    for step in range(UNARY):
+        classes = FIRST_CHANCES[min(step, 1)]
+        chances[step, :first], chances[step, first : 2 * first] = classes.ravel(), classes.ravel()
+        for c in range(indexed):
+            chances[step, 2 * first + c * LEVELS : 2 * first + (c + 1) * LEVELS] = np.diag(classes)
+    counts = np.full(chances.shape, BELIEF, np.int64)
     tails, tail_counts = np.full(2 * TAIL, 1 << (FINE - 1), np.int64), np.zeros(2 * TAIL, np.int64)
     signs, sign_counts = np.full(columns, 1 << (FINE - 1), np.int64), np.full(columns, 2, np.int64)
-    weights = np.full((UNARY, 3), ONE * 2 // 5, np.int64)
+    weights = np.full((UNARY, 3), ONE // 3, np.int64)
     logits, contexts = np.zeros(3, np.int64), np.zeros(3, np.int64)
     column_recent, column_mean = np.full(columns, START, np.int64), np.full(columns, START, np.int64)
     recent_level, mean_level = np.zeros(columns, np.int64), np.zeros(columns, np.int64)

@@ -22,6 +22,7 @@ from kit.evaluation import Evaluation, evaluate
 from kit.models import ResNetBK
 from kit.parametrization import copy_model
 from kit.pipeline import CompressionPipeline
+from kit.pruning.structured import sort_hidden_units
 from kit.quantization import INT8, Format, quantize_weights, uniform
 from kit.quantization.composition import compose_tables
 from kit.quantization.ordering import order_rows
@@ -55,7 +56,7 @@ def dense_row(dense: Baseline) -> dict:
 
 def rounded(dense: Baseline, ratio: float, folder: Path) -> dict:
     """No training: composed and ordered tables, steps by the sensitivity of rows, as wide as the bytes ask for."""
-    model, batches = copy_model(dense.model), list(itertools.islice(dense.loaders.train, 8))
+    model, batches = sort_hidden_units(copy_model(dense.model)), list(itertools.islice(dense.loaders.train, 8))
     loss = training_loss(model)
     if (parts := token_parts(dense)) is not None:
         compose_tables(model, parts, batches, loss)

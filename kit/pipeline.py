@@ -24,6 +24,7 @@ from kit.models import MoE, recipe
 from kit.parametrization import bake, copy_model, named_weights, original_of
 from kit.pruning.experts import prune_unused_experts
 from kit.pruning.magnitude import MagnitudePruner
+from kit.pruning.structured import sort_hidden_units
 from kit.quantization import calibrate, original_mix, quantize_bk_core, quantize_weights
 from kit.quantization.composition import compose_tables
 from kit.quantization.ordering import order_rows
@@ -205,6 +206,7 @@ class CompressionPipeline:
             model = self._load(previous, trainable=True)
         else:
             _rewind(model, teacher)
+            sort_hidden_units(model)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # few bits regularize enough

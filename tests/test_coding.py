@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 from kit import coding
 
 LARGEST = 2**31 - 1
-STREAM = "00fbf882a44deb889203eb76d8f7a46a42a9c3ec7fafb475c35d20cd1c3982b27784"
+STREAM = "00ffffc85c1f3bd682ef4a491e576905de9c039a7debfe98b90801ed0dc6a400219f3996"
 
 
 def round_trip(codes):
@@ -67,6 +67,21 @@ def test_model_is_close_to_the_entropy_of_independent_symbols(spread):
     _, counts = np.unique(codes, return_counts=True)
     share = counts / codes.size
     assert len(coding.encode(codes)) * 8 / codes.size <= -(share * np.log2(share)).sum() * 1.04
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 4.0])
+def test_small_matrices_hardly_pay_for_learning_it(spread):
+    codes = np.round(np.random.default_rng(0).laplace(scale=spread, size=(48, 32))).astype(np.int64)
+    _, counts = np.unique(codes, return_counts=True)
+    share = counts / codes.size
+    assert len(coding.encode(codes)) * 8 / codes.size <= -(share * np.log2(share)).sum() * 1.06
+
+
+def test_first_chances_are_those_of_the_geometric_distribution_with_the_mean_of_the_class():
+    zero, more = (coding.FIRST_CHANCES[n].diagonal() / (1 << coding.FINE) for n in (0, 1))
+    mean = (1 - zero) / more  # P(|q| > 0) times the mean of 1, 2, ... that end with probability `more`
+    below, above = coding.EDGES[:-1] / coding.ONE, coding.EDGES[1:] / coding.ONE
+    assert np.all((below < mean[1:-1]) & (mean[1:-1] < above))
 
 
 def test_rows_and_columns_of_different_spread_are_told_apart():

@@ -12,7 +12,7 @@ from kit.models import DigitsCNN, DigitsMLP, MoE, ResNetBK, ResNetBKConfig, Tran
 from kit.models.peers import TransformerLMConfig
 from kit.pruning import Mask, get_mask, prune_bk_channels, prune_channels, prune_hidden_units, set_mask
 from kit.pruning.refit import layer_examples
-from kit.pruning.structured import bk_channel_scores, channel_importance, hidden_unit_scores
+from kit.pruning.structured import bk_channel_scores, channel_importance, hidden_unit_scores, shrink_hidden, sort_hidden_units
 from kit.quantization import FakeQuantize, Format, quantize_weights
 from kit.parametrization import steps_of
 
@@ -178,6 +178,27 @@ def test_bk_channels_go_together_and_the_rest_computes_as_if_they_were_silent(tm
     artifact.save(small, tmp_path / "model.kit")
     assert torch.equal(artifact.load(tmp_path / "model.kit")(TOKENS), small(TOKENS))
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+
+
+def test_sorted_hidden_units_compute_the_same_in_fewer_bytes():
+    model = bk(d_ff=96)
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.moe.b_in.normal_()
+            layer.moe.w_in *= torch.logspace(-2, 0, 96)[torch.randperm(96), None]
+    torch.manual_seed(1)
+    rows = {tuple(row) for row in model.layers[1].moe.w_in[2].tolist()}
+    with torch.no_grad():
+        before = model(TOKENS)
+        assert sort_hidden_units(model) is model
+        torch.testing.assert_close(model(TOKENS), before, atol=1e-5, rtol=1e-5)
+    moe = model.layers[1].moe
+    assert {tuple(row) for row in moe.w_in[2].tolist()} == rows
+    assert torch.all(hidden_unit_scores(moe).diff(dim=1) <= 0)
+    shuffled = copy.deepcopy(model)
+    shrink_hidden(shuffled.layers[1].moe, torch.stack([torch.randperm(96) for _ in range(3)]))
+    sizes = [artifact.nbytes(quantize_weights(m, Format(8, granularity="tensor"))) for m in (model, shuffled)]
+    assert sizes[0] < sizes[1] - 3 * 96 * 4 / 8  # of the 3 log2(96!) bits
 
 
 @pytest.mark.parametrize("prune, part", [(prune_hidden_units, "layers.0.moe"),

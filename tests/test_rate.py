@@ -108,6 +108,20 @@ def test_size_ends_within(descended, tmp_path):
     assert artifact.save(descended.model, tmp_path / "m.kit") <= min(size, 1600)
 
 
+def test_the_size_is_held_above_the_bytes_that_codes_settle_below(regression):
+    """A descent that has come to its end wants AIM times the bytes of the file."""
+    from kit import artifact
+
+    model, batches = regression
+    set_rate_formats(model, row_sensitivity(model, batches, loss), 2500)
+    rate = RateLoss(loss, model, 1600, batches)
+    for step in (30, 60):
+        rate(model, batches[0])
+        rate.step(step, 60, model)
+    rest = artifact.nbytes(model) - rate.coded()
+    assert rest + rate.history[-1]["wanted"] == pytest.approx(1.012 * 1600, abs=1)
+
+
 def test_lambda_does_not_jump_when_the_size_does(regression):
     model, batches = regression
     set_rate_formats(model, row_sensitivity(model, batches, loss), 2500)

@@ -33,6 +33,7 @@ SLOW = 2.0    # `first_step` of FakeQuantize: the rate would widen steps for as 
 INTEGRAL, PROPORTIONAL = 120.0, 10.0    # of log lambda for log(size / wanted): over a whole run, and at once
 MOST_ERROR = 0.175    # that lambda answers to: one that leaps further empties codes that never fill again
 LOG_LAMBDA = (-9.0, 4.0)
+AIM = 1.012  # times the bytes: codes settle lower as the learning rate falls, and `finish` cuts what is over
 SLACK = 0.08  # of the wanted bytes
 
 
@@ -150,7 +151,7 @@ def set_rate_formats(model: nn.Module, sensitivity: dict[str, Tensor], target_by
 class RateLoss:
     """loss + lambda * bits / weights for kit.training.train, with the size of the file on a schedule; `step` is its hook.
 
-    The size falls to `file_bytes` during the first `ramp` of the run, quickly at first, and is held there by lambda: log
+    The size falls to AIM * `file_bytes` during the first `ramp` of the run, quickly at first, and is held there by lambda: log
     lambda follows log(size / wanted) as a proportional-integral controller. Most of the learning happens at the final size,
     so the way there is short. Steps are learned, with the rate's own gradient. Twenty times a run the estimate of
     `code_bits` is set right by what the coder really takes, and in the first half, where lambda has not had the time to do it
@@ -174,7 +175,7 @@ class RateLoss:
         self.estimate = float(self._bits().detach()) / 8
         slope = math.log(self._slope())
         # log lambda, its integral part, coded / estimated bytes, bytes that codes may take
-        state = torch.tensor([slope, slope, self.start / self.estimate, file_bytes - overhead])
+        state = torch.tensor([slope, slope, self.start / self.estimate, AIM * file_bytes - overhead])
         self.state = nn.Parameter(state, requires_grad=False)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -199,7 +200,7 @@ class RateLoss:
         if due:
             coded = self.coded()
             self.state[2] = coded / float(self._bits() / 8)
-            self.state[3] = self.file_bytes - artifact.nbytes(self.model) + coded
+            self.state[3] = AIM * self.file_bytes - artifact.nbytes(self.model) + coded
         wanted = self.start * (self.state[3].item() / self.start) ** (1 - max(0.0, 1 - step / (self.ramp * steps)) ** 2)
         error = math.log(self.estimate * self.state[2].item() / wanted)
         answer = min(max(error, -MOST_ERROR), MOST_ERROR)
