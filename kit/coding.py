@@ -174,16 +174,24 @@ def _code_tail(buffer, coder, chances, counts, tail):
 
 
 @njit(cache=True)
+def _estimates(columns):
+    """First values of P(bit = 0) for each step of the unary part and each context: (classes recent in row and column), (on
+    the whole), (column, class of the row)."""
+    pairs, indexed = LEVELS * LEVELS, min(columns, COLUMNS)
+    chances = np.empty((UNARY, 2 * pairs + indexed * LEVELS), np.int64)
+    for step in range(UNARY):
+        classes = FIRST_CHANCES[min(step, 1)]
+        chances[step, :pairs], chances[step, pairs : 2 * pairs] = classes.ravel(), classes.ravel()
+        for c in range(indexed):
+            chances[step, 2 * pairs + c * LEVELS : 2 * pairs + (c + 1) * LEVELS] = np.diag(classes)
+    return chances
+
+
+@njit(cache=True)
 def _pass(codes, buffer, coder, reads):
     """Writes the codes into `buffer`, or reads them from it; returns their information content, -1 if they do not fit."""
     rows, columns = codes.shape
-    first, indexed = LEVELS * LEVELS, min(columns, COLUMNS)
-    chances = np.empty((UNARY, 2 * first + indexed * LEVELS), np.int64)
-    for step in range(UNARY):
-        classes = FIRST_CHANCES[min(step, 1)]
-        chances[step, :first], chances[step, first : 2 * first] = classes.ravel(), classes.ravel()
-        for c in range(indexed):
-            chances[step, 2 * first + c * LEVELS : 2 * first + (c + 1) * LEVELS] = np.diag(classes)
+    chances, first = _estimates(columns), LEVELS * LEVELS
     counts = np.full(chances.shape, BELIEF, np.int64)
     tails, tail_counts = np.full(2 * TAIL, 1 << (FINE - 1), np.int64), np.zeros(2 * TAIL, np.int64)
     signs, sign_counts = np.full(columns, 1 << (FINE - 1), np.int64), np.full(columns, 2, np.int64)
