@@ -62,7 +62,8 @@ def sort_hidden_units(model: nn.Module) -> nn.Module:
     """Puts the hidden units of each expert in the order of their squared norm, largest first, in place, and returns the model.
 
     What it computes stays the same. Rows of like size then share steps and stand together, where adaptive codes take fewer
-    bytes: of the log2(F!) bits that an order of F units tells, none is needed.
+    bytes: of the log2(F!) bits that an order of F units tells, none is needed. Masks and formats stay; call it before
+    `compose_tables` and `order_rows`, whose parametrizations would be computed and dropped.
     """
     with resizing(model):
         for moe in (module for module in model.modules() if isinstance(module, MoE)):
