@@ -182,8 +182,7 @@ def _estimates(columns):
     for step in range(UNARY):
         classes = FIRST_CHANCES[min(step, 1)]
         chances[step, :pairs], chances[step, pairs : 2 * pairs] = classes.ravel(), classes.ravel()
-        for c in range(indexed):
-            chances[step, 2 * pairs + c * LEVELS : 2 * pairs + (c + 1) * LEVELS] = np.diag(classes)
+        chances[step, 2 * pairs :].reshape(indexed, LEVELS)[:] = np.diag(classes)
     return chances
 
 

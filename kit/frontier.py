@@ -21,11 +21,8 @@ from kit.distillation.students import config_for_parameters
 from kit.evaluation import Evaluation, evaluate
 from kit.models import ResNetBK
 from kit.parametrization import copy_model
-from kit.pipeline import CompressionPipeline
-from kit.pruning.structured import sort_hidden_units
+from kit.pipeline import CompressionPipeline, arrange
 from kit.quantization import INT8, Format, quantize_weights, uniform
-from kit.quantization.composition import compose_tables
-from kit.quantization.ordering import order_rows
 from kit.quantization.rate import RateLoss, row_sensitivity, set_rate_formats
 from kit.training import TrainConfig, train
 
@@ -56,11 +53,9 @@ def dense_row(dense: Baseline) -> dict:
 
 def rounded(dense: Baseline, ratio: float, folder: Path) -> dict:
     """No training: composed and ordered tables, steps by the sensitivity of rows, as wide as the bytes ask for."""
-    model, batches = sort_hidden_units(copy_model(dense.model)), list(itertools.islice(dense.loaders.train, 8))
+    model, batches = copy_model(dense.model), list(itertools.islice(dense.loaders.train, 8))
     loss = training_loss(model)
-    if (parts := token_parts(dense)) is not None:
-        compose_tables(model, parts, batches, loss)
-    order_rows(model, dense.corpus.token_counts)
+    arrange(model, batches, loss, token_parts(dense), dense.corpus.token_counts)
     budget, sensitivity = int(dense.bytes / ratio), row_sensitivity(model, batches, loss)
     set_rate_formats(model, sensitivity, budget)
     set_rate_formats(model, sensitivity, 2 * budget - artifact.nbytes(model))  # what is not codes needs its room

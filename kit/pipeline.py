@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -206,7 +206,6 @@ class CompressionPipeline:
             model = self._load(previous, trainable=True)
         else:
             _rewind(model, teacher)
-            sort_hidden_units(model)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # few bits regularize enough
@@ -214,15 +213,23 @@ class CompressionPipeline:
         distill = DistillationTrainer(teacher, model, temperature=1.0, alpha=ALPHA, feature_weight=0.0, sample=sample)
         if fits:
             return model, distill, (distill.step,), distill.parameters(), lambda: None
-        if self.language and self.token_parts is not None:
-            compose_tables(model, self.token_parts, batches, self.loss)
-        if self.language and self.token_counts is not None:
-            order_rows(model, self.token_counts)
+        arrange(model, batches, self.loss, *((self.token_parts, self.token_counts) if self.language else ()))
         weights = sum(original_of(m, a).numel() for _, m, a in named_weights(model))
         start = min(START * self.budget, weights / 2)
         set_rate_formats(model, row_sensitivity(model, batches, self.loss), start)
         rate = RateLoss(distill, model, self.budget, batches[:2])
         return model, rate, (distill.step, rate.step), [*distill.parameters(), *rate.parameters()], rate.finish
+
+
+def arrange(model: nn.Module, batches: list, loss: Callable, token_parts: np.ndarray | None = None,
+            token_counts: np.ndarray | None = None) -> None:
+    """Puts a model in the form whose codes take the fewest bytes, in place; what it computes stays the same: hidden units of
+    experts by size, token tables composed (given `token_parts`) and by falling frequency (given `token_counts`)."""
+    sort_hidden_units(model)
+    if token_parts is not None:
+        compose_tables(model, token_parts, batches, loss)
+    if token_counts is not None:
+        order_rows(model, token_counts)
 
 
 @torch.no_grad()
