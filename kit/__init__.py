@@ -20,8 +20,8 @@ _HOMES = {  # imported when first asked for, so that `import kit` stays light
     "kit.pipeline": ("CompressionPipeline",),
     "kit.production": ("DistillationConfig", "ProductionModelOptimizer", "PruningConfig", "quick_optimize",
                        "quick_quantize"),
-    "kit.quantized": ("QuantizationConfig", "QuantizedModel"),
-    "kit.report": ("OptimizationResult",),
+    "kit.engines.quantized": ("QuantizationConfig", "QuantizedModel"),
+    "kit.engines.report": ("OptimizationResult",),
 }
 __all__ = sorted(name for names in _HOMES.values() for name in names)
 

@@ -14,27 +14,25 @@ import torch
 import torch.nn as nn
 
 from kit import artifact
-from kit.baseline import SOURCES, hash_of_code, training_loss
-from kit.data.cache import key_of
+from kit.core.store import code_digest, digest
 from kit.distillation import DistillationTrainer
-from kit.evaluation import evaluate
-from kit.losses import classification_loss
-from kit.measurement import peak_memory
+from kit.training.evaluation import evaluate
+from kit.training.losses import classification_loss, training_loss
+from kit.core.measurement import peak_memory
 from kit.models import MoE, recipe
-from kit.parametrization import bake, copy_model, named_weights, original_of
+from kit.core.weights import bake, copy_model, named_weights, original_of
 from kit.pruning.experts import prune_unused_experts
 from kit.pruning.magnitude import MagnitudePruner
 from kit.pruning.structured import sort_hidden_units
 from kit.quantization import calibrate, original_mix, quantize_bk_core, quantize_weights
 from kit.quantization.composition import compose_tables
 from kit.quantization.ordering import order_rows
-from kit.quantization.rate import RateLoss, row_sensitivity, set_rate_formats
-from kit.results import write_json
+from kit.budget.rate import RateLoss, row_sensitivity, set_rate_formats
+from kit.core.store import write_json
 from kit.training import TrainConfig, train
 
 STAGES = ("qat", "pruning", "distillation")
-CODE = (*SOURCES, "quantization", "pruning", "distillation", "parametrization.py", "artifact.py", "layouts.py", "coding.py", "baseline.py",
-        "evaluation.py", "pipeline.py")  # that decides what a stage is and how it is measured
+CODE = ("core", "models", "data", "training", "quantization", "pruning", "artifact", "budget", "distillation", "pipeline.py")  # that decides what a stage is and how it is measured
 CALIBRATION_BATCHES = 8
 FREQUENT = 2048  # words of a large vocabulary that every step of the distillation sees; all others by turns
 ALPHA = 0.3  # of the distillation's loss from the teacher, the rest from labels: 0.6 is better in short runs, not in long ones
@@ -122,10 +120,10 @@ class CompressionPipeline:
     def _claim(self, save_dir: Path, steps: dict) -> None:
         """A folder belongs to one model, one set of settings and one version of the code, so that a resumed stage is the stage
         it says."""
-        digest = float(sum(p.detach().double().abs().sum() for p in self.model.parameters()))
+        total = float(sum(p.detach().double().abs().sum() for p in self.model.parameters()))
         tables = [None if x is None else int(np.sum(x)) for x in (self.token_parts, self.token_counts)]
-        claim = key_of(model=digest, target=self.target_compression, steps=steps, lr=self.lr, seed=self.seed, tables=tables,
-                       code=hash_of_code(CODE))
+        claim = digest(model=total, target=self.target_compression, steps=steps, lr=self.lr, seed=self.seed, tables=tables,
+                       code=code_digest(CODE))
         file = save_dir / "settings.json"
         if file.exists() and json.loads(file.read_text()) != claim:
             raise ValueError(f"{save_dir} holds a run with another model, other settings or another version of the kit: "

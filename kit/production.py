@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from kit.distillation import DistillationTrainer
-from kit.losses import classification_loss, next_token_loss
+from kit.training.losses import classification_loss, next_token_loss
 from kit.pruning import MagnitudePruner, prune_channels
 from kit.pruning.mask import copy_model
-from kit.quantized import QuantizationConfig, QuantizedModel, prepare_qat, quantize
-from kit.report import OptimizationResult, compare_models, example_inputs
+from kit.engines.quantized import QuantizationConfig, QuantizedModel, prepare_qat, quantize
+from kit.engines.report import OptimizationResult, compare_models, example_inputs
 from kit.training import TrainConfig, train
 
 STRUCTURED = {"l1": "l1", "l2": "l2", "l1_structured": "l1", "ln_structured": "l2"}
@@ -178,12 +178,12 @@ class ProductionModelOptimizer:
         return compare_models(original, optimized, _as_tuple(inputs) or example_inputs(original), notes=notes)
 
     def export_onnx(self, model: nn.Module, path: str | PathLike, inputs=None) -> dict:
-        """Writes an .onnx file and checks it in ONNX Runtime against torch: see kit.export.export_onnx.
+        """Writes an .onnx file and checks it in ONNX Runtime against torch: see kit.engines.export.export_onnx.
 
         Float, or integers for a QuantizedModel: QDQ if its inputs are calibrated. Raises ValueError if the model
         cannot be exported.
         """
-        from kit.export import export_onnx
+        from kit.engines.export import export_onnx
 
         return export_onnx(model, path, _as_tuple(inputs) or example_inputs(model))
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from kit.ab import (
+from kit.lab.ab import (
     Log,
     ThompsonSampler,
     assign,

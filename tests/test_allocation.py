@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from kit import artifact
 from kit.models import build_model
 from kit.quantization import Format, quantize_weights
-from kit.quantization.allocation import allocate
-from kit.quantization.sensitivity import plan_for_budget, scan
+from kit.budget.allocation import allocate
+from kit.budget.sensitivity import plan_for_budget, scan
 
 options_of = st.dictionaries(st.sampled_from("abcd"), st.lists(st.tuples(st.integers(0, 30), st.floats(-1, 9)), min_size=1,
                                                                max_size=4), min_size=1)
@@ -70,15 +70,15 @@ def test_scan_measures_each_tensor_alone_and_is_cached(scanned, monkeypatch):
     assert (table.groupby("format")["bytes"].sum()[["2", "4", "8"]].diff().dropna() > 0).all()
     assert table[table.format == "2"]["increase"].abs().sum() > table[table.format == "8"]["increase"].abs().sum()
     row = table[(table.tensor == "head.weight") & (table.format == "4")].iloc[0]
-    from kit.evaluation import evaluate
+    from kit.training.evaluation import evaluate
     alone = quantize_weights(artifact_copy(model), {"head.weight": FORMATS["4"]})
     assert evaluate(alone, batches).loss == pytest.approx(row["loss"], abs=1e-7)
-    monkeypatch.setattr("kit.quantization.sensitivity.evaluate", lambda *_: pytest.fail("scanned again"))
+    monkeypatch.setattr("kit.budget.sensitivity.evaluate", lambda *_: pytest.fail("scanned again"))
     pd.testing.assert_frame_equal(scan(model, batches, FORMATS, cache=cache), table)
 
 
 def artifact_copy(model):
-    from kit.parametrization import bake
+    from kit.core.weights import bake
     return bake(model)
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from kit import artifact
-from kit.layouts import LAYOUTS, decode, encode_codes, encode_float
+from kit.artifact.layouts import LAYOUTS, decode, encode_codes, encode_float
 from kit.models import build_model
-from kit.parametrization import bake, copy_model, find_step, named_weights, original_of
+from kit.core.weights import bake, copy_model, find_step, named_weights, original_of
 from kit.pruning.mask import Mask, set_mask
 from kit.quantization import (HALF, ComplexQuantizer, FakeQuantize, Format, calibrate, original_mix, quantize_bk_core,
                               quantize_weights, quantizers)
@@ -221,7 +221,7 @@ def test_other_files_are_no_artifacts(saved, data):
         artifact.load(saved)
 
 
-@pytest.mark.parametrize("magic", artifact.EARLIER)
+@pytest.mark.parametrize("magic", artifact.file.EARLIER)
 def test_files_of_the_earlier_range_coders_are_told_from_floats(magic, tmp_path):
     """Their floats still mean what they meant; their codes would come out as others."""
     path, model = tmp_path / "a", quantize_weights(small_lm(), Format(4))

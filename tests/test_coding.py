@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from kit import coding
+from kit.core import range_coder as coding
 
 LARGEST = 2**31 - 1
 STREAM = "00ffffc85c1f3bd682ef4a491e576905de9c039a7debfe98b90801ed0dc6a400219f3996"

@@ -10,14 +10,14 @@ from torch.nn.utils import parametrize
 from kit import artifact
 from kit.data.tokenization import BPETokenizer
 from kit.distillation import DistillationTrainer
-from kit.losses import next_token_loss
+from kit.training.losses import next_token_loss
 from kit.models import build_model
-from kit.parametrization import find_step, original_of
+from kit.core.weights import find_step, original_of
 from kit.quantization import kernels
 from kit.quantization.composition import (Composition, _Compose, compose_by_levels, compose_by_levels_backward,
                                           compose_tables)
 from kit.quantization.formats import Format
-from kit.quantization.rate import RateLoss, row_sensitivity, set_rate_formats
+from kit.budget.rate import RateLoss, row_sensitivity, set_rate_formats
 
 TEXT = "the theory of the other weather gathers there; they breathe together, rather other than the others. " * 40
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kit.data import cache_dir, corpus, docs, load_corpus, wikitext
-from kit.data.cache import atomic
+from kit.core.store import atomic
 from kit.data.tokenization import BPETokenizer, WordTokenizer, _pieces
 
 SPLITS = ("train", "validation", "test")

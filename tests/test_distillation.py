@@ -16,12 +16,12 @@ from kit.distillation import (
 )  # fmt: skip
 from kit.distillation.cache import TeacherCache, sparse
 from kit.distillation.fused import Output, SparseTarget, linear_distillation
-from kit.distillation.losses import (
+from kit.distillation.divergences import (
     DIVERGENCES, as_real, feature_cosine, feature_mse, hard_loss, relational_loss, soft_loss, soft_targets,
     sparse_divergence,
 )  # fmt: skip
-from kit.losses import VocabularySample
-from kit.measurement import added_memory
+from kit.training.losses import VocabularySample
+from kit.core.measurement import added_memory
 from kit.models import DigitsCNN, DigitsMLP, LSTMLM, LSTMLMConfig, ResNetBK, ResNetBKConfig
 from kit.pruning.mask import set_mask
 from kit.quantization import Format, quantize_weights
@@ -342,7 +342,7 @@ def test_bfloat16_training(teacher, student, loader):
 
 
 def test_alpha_zero_is_training_on_labels(teacher, student, loader):
-    from kit.losses import next_token_loss
+    from kit.training.losses import next_token_loss
 
     batch = next(iter(loader))
     ours = DistillationTrainer(teacher, student, alpha=0.0, feature_weight=0)(student, batch)

@@ -13,7 +13,7 @@ from kit import artifact
 from kit.distillation import DistillationTrainer, ProgressiveDistillation, config_for_parameters, initialize_from_teacher, student_like
 from kit.distillation.search import RIVALS, StudentSearch, expected_bytes, resnet_bk_space
 from kit.distillation.students import count_parameters, describe
-from kit.evaluation import evaluate
+from kit.training.evaluation import evaluate
 from kit.models import DigitsCNN, DigitsMLP, DigitsMLPConfig, LSTMLM, LSTMLMConfig, ResNetBK, ResNetBKConfig, parameter_count
 from kit.quantization import Format, quantize_weights
 from kit.training import TrainConfig

@@ -11,7 +11,7 @@ from kit.engines.kernels import Int8Conv2d, Int8Linear, PackedLinear, has_backen
 from kit.engines.layers import calibrate_inputs, drop_input_quantizers, float_copy, integer_weight
 from kit.models import build_model
 from kit.quantization import Format, quantize_weights
-from kit.rivals import against_rivals, rivals
+from kit.lab.rivals import against_rivals, rivals
 from safetensors.torch import load_file, save_file
 from torch import nn
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kit.evaluation import Evaluation, evaluate, paired_interval
+from kit.training.evaluation import Evaluation, evaluate, paired_interval
 
 
 class ToyLM(nn.Module):

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 import kit
-from kit import experiments, grid
-from kit.experiments import Run, main, plan, profile_overrides, run_batch
+from kit.lab import batches as experiments, grid
+from kit.lab.batches import Run, main, plan, profile_overrides, run_batch
 
 PARAMETERS = """\
 steps = 2       # optimizer steps
@@ -274,7 +274,7 @@ def test_bad_grid_files_end_with_one_sentence(notebook, tmp_path, capsys, text, 
 
 def test_an_interrupt_ends_the_kernels_and_the_run_can_continue(notebook, tmp_path):
     (tmp_path / "grid.yaml").write_text("grid: {name: [hang]}\n")
-    command = [sys.executable, "-m", "kit.experiments", str(notebook), str(tmp_path / "grid.yaml"),
+    command = [sys.executable, "-m", "kit.lab.batches", str(notebook), str(tmp_path / "grid.yaml"),
                "--folder", str(tmp_path / "runs")]
     batch = psutil.Popen(command, cwd=experiments.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     [run] = plan(notebook, {"name": ["hang"]}, folder=tmp_path / "runs")

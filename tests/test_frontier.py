@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from kit import frontier
-from kit.baseline import _computes, load_or_train
+from kit.lab import frontier
+from kit.core.store import _computes
+from kit.lab.baseline import load_or_train
 from kit.data import load_corpus
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kit.models import build_model
-from kit.parametrization import find_step, original_of
+from kit.core.weights import find_step, original_of
 from kit.pruning.mask import set_mask
 from kit.quantization import FakeQuantize, Format, formats, quantize_weights, quantizers
 from kit.quantization.gptq import correct_bias, gptq, gptq_round

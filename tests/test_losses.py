@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from kit.losses import VocabularySample, classification_loss, linear_cross_entropy, linear_token_losses, next_token_loss
+from kit.training.losses import VocabularySample, classification_loss, linear_cross_entropy, linear_token_losses, next_token_loss
 from kit.models import build_model
 
 
@@ -115,7 +115,7 @@ def test_token_losses_and_hits():
 
 
 def test_one_block_of_logits_is_all_there_is(monkeypatch):
-    monkeypatch.setattr("kit.losses.CPU_BLOCK", 8 * 1000)
+    monkeypatch.setattr("kit.training.losses.CPU_BLOCK", 8 * 1000)
     sizes, empty = [], torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **kw: (sizes.append(size), empty(*size, **kw))[1])
     linear_cross_entropy(*problem((20, 10), vocab_size=50)).backward()

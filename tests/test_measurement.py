@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from kit import measurement
-from kit.measurement import (
+from kit.core import measurement
+from kit.core.measurement import (
     environment,
     float32_bytes,
     has_fast_bfloat16,

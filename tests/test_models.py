@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kit.losses import next_token_loss
+from kit.training.losses import next_token_loss
 from kit.models import (
     MODELS,
     DigitsCNN,

@@ -10,13 +10,13 @@ from torch import nn
 
 from kit import artifact
 from kit.data.tokenization import BPETokenizer
-from kit.losses import next_token_loss
+from kit.training.losses import next_token_loss
 from kit.models import build_model
 from kit.models.moe import _Permute
-from kit.parametrization import gradients, original_of
+from kit.core.weights import gradients, original_of
 from kit.quantization.composition import compose_tables
 from kit.quantization.ordering import RowOrder, expected_classes, frequency_classes, merge_curve, order_rows
-from kit.quantization.rate import RateLoss, row_sensitivity, set_rate_formats
+from kit.budget.rate import RateLoss, row_sensitivity, set_rate_formats
 
 PARTS = np.full((300, 2), -1, np.int32)
 PARTS[200:] = np.random.default_rng(1).integers(0, 200, (100, 2))

@@ -7,9 +7,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kit import artifact
 from kit.data.loaders import Windows
-from kit.evaluation import evaluate
+from kit.training.evaluation import evaluate
 from kit.models import build_model
-from kit.parametrization import copy_model
+from kit.core.weights import copy_model
 from kit.pipeline import CompressionPipeline, _rewind
 from kit.pruning.experts import keep_experts
 from kit.training import TrainConfig, train
@@ -127,7 +127,7 @@ def test_other_settings_need_another_folder(trained, finished):
 
 
 def test_stages_of_other_code_are_not_taken_for_its_own(trained, finished, monkeypatch):
-    monkeypatch.setattr("kit.pipeline.hash_of_code", lambda names: "another")
+    monkeypatch.setattr("kit.pipeline.code_digest", lambda names: "another")
     with pytest.raises(ValueError, match="another version of the kit"):
         run(trained, finished[0])
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 
-from kit import figures, plots
+from kit.lab import figures, plots
 
 mpl.use("Agg")
 STAGES = [{"name": "dense", "bytes": 4e6, "perplexity": 60.0, "low": 59.0, "high": 61.0},

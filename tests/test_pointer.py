@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from kit import artifact
-from kit.evaluation import evaluate
+from kit.training.evaluation import evaluate
 from kit.models import PointerLM, PointerLMConfig, build_model, fit_pointer
 from kit.models.pointer import LONGEST, places
 

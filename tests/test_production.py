@@ -18,12 +18,12 @@ from kit import (
 )
 from kit.data import load_digits
 from kit.engines.choice import INTEGER, relative_error
-from kit.evaluation import evaluate
-from kit.losses import classification_loss
+from kit.training.evaluation import evaluate
+from kit.training.losses import classification_loss
 from kit.models import build_model, parameter_count
-from kit.parametrization import bake
+from kit.core.weights import bake
 from kit.quantization import quantizers
-from kit.report import compare_models, example_inputs
+from kit.engines.report import compare_models, example_inputs
 from kit.training import TrainConfig, train
 from torch import nn
 

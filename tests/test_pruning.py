@@ -9,12 +9,12 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from kit import artifact
-from kit.losses import classification_loss
+from kit.training.losses import classification_loss
 from kit.models import DigitsMLP
-from kit.pruning.calibration import input_norms
+from kit.core.calibration import input_norms
 from kit.pruning.magnitude import MagnitudePruner, rewind
 from kit.pruning.mask import Mask, copy_model, get_mask, remove_masks, select, set_mask
-from kit.pruning.scores import cubic_sparsity, nm_mask, prune_mask
+from kit.pruning.criteria import cubic_sparsity, nm_mask, prune_mask
 from kit.quantization import Format, quantize_weights
 from kit.training import TrainConfig, train
 

@@ -9,11 +9,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kit import artifact
 from kit.models import MoE, ResNetBK, ResNetBKConfig
-from kit.parametrization import steps_of
+from kit.core.weights import steps_of
 from kit.pruning import (Mask, ProgressivePruningScheduler, PrunedMoELayer, expert_scores,
                          prune_unused_experts, reduce_experts, set_mask, track_experts)
 from kit.pruning.experts import align, merge_experts
-from kit.pruning.refit import refit_experts
+from kit.pruning.least_squares import refit_experts
 from kit.quantization import FakeQuantize, Format, quantize_weights
 from kit.training import TrainConfig
 

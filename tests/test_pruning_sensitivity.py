@@ -3,11 +3,11 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from kit import artifact
-from kit.evaluation import evaluate
+from kit.training.evaluation import evaluate
 from kit.models import DigitsMLP
-from kit.parametrization import bake
+from kit.core.weights import bake
 from kit.pruning import MagnitudePruner, scan, sparsities_for_budget
-from kit.pruning import sensitivity
+from kit.budget import pruning_sensitivity as sensitivity
 from kit.pruning.mask import copy_model, select
 from kit.quantization import Format, quantize_weights
 

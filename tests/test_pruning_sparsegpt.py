@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from kit.models.moe import MoE
-from kit.pruning.calibration import input_grams
+from kit.core.calibration import input_grams
 from kit.pruning.magnitude import MagnitudePruner
 from kit.pruning.mask import copy_model, set_mask
 from kit.pruning.sparsegpt import prune_sparsegpt, sparsegpt

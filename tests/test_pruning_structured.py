@@ -6,15 +6,15 @@ import torch_pruning as tp
 from torch import nn
 
 from kit import artifact
-from kit.losses import classification_loss, next_token_loss
-from kit.measurement import macs
+from kit.training.losses import classification_loss, next_token_loss
+from kit.core.measurement import macs
 from kit.models import DigitsCNN, DigitsMLP, MoE, ResNetBK, ResNetBKConfig, TransformerLM, parameter_count
 from kit.models.peers import TransformerLMConfig
 from kit.pruning import Mask, get_mask, prune_bk_channels, prune_channels, prune_hidden_units, set_mask
-from kit.pruning.refit import layer_examples
+from kit.pruning.least_squares import layer_examples
 from kit.pruning.structured import bk_channel_scores, channel_importance, hidden_unit_scores, shrink_hidden, sort_hidden_units
 from kit.quantization import FakeQuantize, Format, quantize_weights
-from kit.parametrization import steps_of
+from kit.core.weights import steps_of
 
 IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randint(0, 30, (2, 12), generator=torch.Generator().manual_seed(0))

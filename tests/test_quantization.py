@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kit.models import MoE, build_model
-from kit.parametrization import bake, find_step, named_weights, original_of
+from kit.core.weights import bake, find_step, named_weights, original_of
 from kit.quantization import (HALF, ActivationQuantizer, ComplexQuantizer, FakeQuantize, Format, PerChannelQuantizedBKCore,
                               QuantizedBKCore, calibrate, original_mix, quantize_bk_core, quantize_weights)
 from kit.quantization import formats, kernels
 from kit.quantization.hqq import hqq, hqq_grid
-from kit.quantization.layers import GroupWiseQuantizer, QuantizedLinear, QuantizedMoELayer, pack_layers
+from kit.quantization.integers import GroupWiseQuantizer, QuantizedLinear, QuantizedMoELayer, pack_layers
 from kit.quantization.packing import pack, packed_bytes, unpack
 
 BITS = (2, 3, 4, 5, 6, 8, "ternary")

@@ -6,7 +6,7 @@ from torch import nn
 
 from kit.quantization.fake import FakeQuantize
 from kit.quantization.formats import Format
-from kit.quantization.rate import (MOST_ERROR, PROPORTIONAL, RateLoss, code_bits, coded_bytes, geometric_bits, rate_quantizers,
+from kit.budget.rate import (MOST_ERROR, PROPORTIONAL, RateLoss, code_bits, coded_bytes, geometric_bits, rate_quantizers,
                                    row_sensitivity, set_rate_formats)
 
 

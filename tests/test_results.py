@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kit import results
-from kit.results import dominated_by, pareto_front, quality_column, read_results, read_stages, write_result
+from kit.lab import records as results
+from kit.lab.records import dominated_by, pareto_front, quality_column, read_results, read_stages, write_result
 
 
 def record(**more):

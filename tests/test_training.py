@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kit.losses import classification_loss
+from kit.training.losses import classification_loss
 from kit.training import TrainConfig, learning_rate, train
 
 

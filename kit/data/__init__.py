@@ -1,6 +1,6 @@
 """Text corpora, tokenizers, digits, batches."""
 
-from .cache import cache_dir
+from kit.core.store import cache_dir
 from .corpus import Corpus, load_corpus
 from .loaders import Loaders, load_digits, token_loaders
 

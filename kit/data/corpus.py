@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 
 from . import docs, tokenization, wikitext
-from .cache import atomic, cache_dir, key_of
+from kit.core.store import atomic, cache_dir, digest
 from .tokenization import TOKENIZERS
 
 SPLITS = ("train", "validation", "test")
@@ -86,7 +86,7 @@ def _reader(name):
 
 
 def _docs():
-    path = cache_dir() / "texts" / f"docs-{key_of(**docs.settings())}.json"
+    path = cache_dir() / "texts" / f"docs-{digest(**docs.settings())}.json"
     if not path.exists():
         texts = docs.build()
         with atomic(path) as temporary:
@@ -133,7 +133,7 @@ def _utf8(file):
 def _tokens(texts, sha256, kind, vocab_size):
     """(tokenizer, {split: tokens}), learned and encoded or from the cache: one file holds both."""
     recipe = hashlib.sha256(Path(tokenization.__file__).read_bytes()).hexdigest()
-    key = key_of(sha256=sha256, kind=kind, vocab_size=vocab_size, recipe=recipe,
+    key = digest(sha256=sha256, kind=kind, vocab_size=vocab_size, recipe=recipe,
                  library=tokenizers.__version__)
     path = cache_dir() / "tokens" / f"{key}.npz"
     if not path.exists():

@@ -4,7 +4,7 @@ import hashlib
 import urllib.request
 from dataclasses import dataclass
 
-from .cache import atomic, cache_dir
+from kit.core.store import atomic, cache_dir
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from kit.distillation.fused import CPU_BLOCK, Output, SparseTarget, mean_probabilities
-from kit.distillation.losses import soft_targets
+from kit.distillation.divergences import soft_targets
 
 ARRAYS = ("indices", "log_p")
 

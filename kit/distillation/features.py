@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from kit.distillation.losses import FEATURE_LOSSES, as_real
+from kit.distillation.divergences import FEATURE_LOSSES, as_real
 
 BK_FEATURE = "mixer.quantize_g"  # gives the reflection coefficient r, (B, N, C) complex, after any quantizer
 

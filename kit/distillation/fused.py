@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from kit.distillation.losses import DIVERGENCES
+from kit.distillation.divergences import DIVERGENCES
 
 CPU_BLOCK = 2**19  # logits a buffer: 2 MB in float32, so that all five stay in cache
 CUDA_BLOCK = 2**26

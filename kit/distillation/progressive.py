@@ -12,8 +12,8 @@ from torch import nn
 from kit.distillation.students import student_like
 from kit.distillation.trainer import DistillationTrainer
 from kit.models import parameter_count
-from kit.parametrization import bake
-from kit.results import write_json
+from kit.core.weights import bake
+from kit.core.store import write_json
 from kit.training import TrainConfig
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from kit import artifact
 from kit.distillation.trainer import DistillationTrainer
 from kit.models import ResNetBK, ResNetBKConfig, parameter_count
-from kit.parametrization import bake
+from kit.core.weights import bake
 from kit.quantization import Format, quantize_weights
 from kit.training import TrainConfig
 

@@ -11,8 +11,8 @@ from torch.nn.utils import parametrize
 from kit.distillation.cache import TeacherCache
 from kit.distillation.features import FeatureLoss, capture, feature_pairs
 from kit.distillation.fused import Output, SparseTarget, linear_distillation
-from kit.distillation.losses import DIVERGENCES, hard_loss, soft_loss, sparse_divergence
-from kit.losses import AUXILIARY_WEIGHT, VocabularySample
+from kit.distillation.divergences import DIVERGENCES, hard_loss, soft_loss, sparse_divergence
+from kit.training.losses import AUXILIARY_WEIGHT, VocabularySample
 from kit.training import TrainConfig, TrainResult, train
 
 Schedule = Callable[[float], float]

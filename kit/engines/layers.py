@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kit.parametrization import bake, find_step, named_weights, original_of, steps_of
+from kit.core.weights import bake, find_step, named_weights, original_of, steps_of
 from kit.pruning.mask import copy_model
 from kit.quantization.activations import ActivationQuantizer, calibrate
 from kit.quantization.fake import FakeQuantize

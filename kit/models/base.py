@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kit.core import protocols
+
 
 def check_positive(config) -> None:
     """Raises ValueError for the first integer field (or entry of a tuple field) below 1, or dropout outside [0, 1)."""
@@ -18,7 +20,7 @@ def check_positive(config) -> None:
         raise ValueError(f"{type(config).__name__}.dropout = {config.dropout!r} must be in [0, 1)")
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(protocols.LanguageModel):
     """Embedding and output layer around a subclass's ``body`` (B, T, D) -> (B, T, D).
 
     The config needs ``vocab_size, d_model, tied, embedding_rank, dropout``. With ``embedding_rank`` r both (V, D)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kit.models
-from kit.losses import linear_token_losses
+from kit.training.losses import linear_token_losses
 
 LONGEST = 3  # tokens up to which a longer match counts for more
 

@@ -1,12 +1,12 @@
 """Pruning: weights, channels, neurons and experts, in place as masks or as a new, smaller dense model."""
 
-from kit.pruning.calibration import input_norms
+from kit.core.calibration import input_norms
 from kit.pruning.experts import (PrunedMoELayer, expert_scores, prune_unused_experts, reduce_experts,
                                  track_experts)
 from kit.pruning.magnitude import MagnitudePruner, rewind
 from kit.pruning.mask import Mask, copy_model, get_mask, remove_masks, set_mask
 from kit.pruning.progressive import ProgressivePruningScheduler
-from kit.pruning.sensitivity import scan, sparsities_for_budget
+from kit.budget.pruning_sensitivity import scan, sparsities_for_budget
 from kit.pruning.sparsegpt import prune_sparsegpt, sparsegpt
 from kit.pruning.structured import prune_bk_channels, prune_channels, prune_hidden_units
 

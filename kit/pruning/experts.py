@@ -9,9 +9,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from kit.models import MoE
-from kit.pruning.calibration import expert_rows, run
+from kit.core.calibration import expert_rows, run
 from kit.pruning.mask import copy_model
-from kit.pruning.refit import layer_examples, refit_experts
+from kit.pruning.least_squares import layer_examples, refit_experts
 from kit.pruning.shapes import modules_of, replace, resizing
 
 CRITERIA = ("usage", "reap", "random", "merge")

@@ -7,8 +7,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from kit.parametrization import named_weights, original_of
-from kit.pruning import scores as score
+from kit.core.weights import named_weights, original_of
+from kit.pruning import criteria as score
 from kit.pruning.mask import Slot, select
 
 SCOPES = ("tensor", "row", "global")
@@ -22,7 +22,7 @@ class MagnitudePruner:
         tensors: glob pattern or patterns of the tensors to prune (`kit.pruning.mask.select`).
         scope: where weights compete: inside each "tensor", each output "row", or all together ("global").
         score: "magnitude" |w|; "random", the control; "wanda" |w| * input norm.
-        input_norms: for "wanda", the norms by tensor name (`kit.pruning.calibration.input_norms`).
+        input_norms: for "wanda", the norms by tensor name (`kit.core.calibration.input_norms`).
         seed: of the random scores.
 
     Example:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kit.parametrization import copy_model, find_step, matching, named_weights, original_of, set_steps, steps_of
+from kit.core.weights import copy_model, find_step, matching, named_weights, original_of, set_steps, steps_of
 from kit.quantization.fake import matrix_shape
 
 

@@ -8,9 +8,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from kit.checkpoint import copy_into, read_checkpoint, write_checkpoint
+from kit.training.checkpoint import copy_into, read_checkpoint, write_checkpoint
 from kit.distillation import DistillationTrainer
-from kit.losses import next_token_loss
+from kit.training.losses import next_token_loss
 from kit.pruning.experts import PrunedMoELayer, check_reduction, keep_experts, reduce_in_place, track_experts
 from kit.pruning.mask import copy_model
 from kit.pruning.shapes import modules_of, refresh_config, resizing

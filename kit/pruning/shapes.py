@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kit.models import DigitsCNN, DigitsMLP, ResNetBK, TransformerLM, build_model
-from kit.parametrization import find_step, named_weights, original_of, set_steps, steps_of
+from kit.core.weights import find_step, named_weights, original_of, set_steps, steps_of
 from kit.pruning.mask import Mask, select
 from kit.quantization.fake import FakeQuantize, quantize_weights
 

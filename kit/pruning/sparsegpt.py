@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from kit.pruning import scores as score
-from kit.pruning.calibration import input_grams
+from kit.pruning import criteria as score
+from kit.core.calibration import input_grams
 from kit.pruning.mask import select
 
 BLOCK = 128

@@ -7,13 +7,13 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from kit.losses import classification_loss, next_token_loss
+from kit.training.losses import classification_loss, next_token_loss
 from kit.models import BKMixer, MoE, parameter_count
-from kit.parametrization import bake
-from kit.pruning.calibration import evaluating
+from kit.core.weights import bake
+from kit.core.calibration import evaluating
 from kit.pruning.mask import copy_model
-from kit.pruning.refit import layer_examples, refit_experts, refit_linear
-from kit.pruning.scores import check_sparsity
+from kit.pruning.least_squares import layer_examples, refit_experts, refit_linear
+from kit.pruning.criteria import check_sparsity
 from kit.pruning.shapes import modules_of, refresh_config, replace, resizing
 from kit.quantization.activations import ActivationQuantizer
 
@@ -97,7 +97,7 @@ def prune_hidden_units(model: nn.Module, sparsity: float, *, layers: str = "*", 
         layers: shell pattern of the names of mixture-of-experts layers.
         importance: "l1", "l2", or "taylor", which sums gradients of loss(model, batch) over `batches`.
         batches: training batches, a list. With them, what reads the units that stay (`w_out`) is refitted by
-            least squares to the outputs that the layer had (`kit.pruning.refit`), one pass a layer.
+            least squares to the outputs that the layer had (`kit.pruning.least_squares`), one pass a layer.
 
     Raises:
         ValueError: sparsity outside [0, 1), unknown importance, no such layer, taylor without batches.

@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from kit.parametrization import gradients, named_weights, original_of, set_steps
+from kit.core.weights import gradients, named_weights, original_of, set_steps
 from kit.quantization import kernels
 from kit.quantization.fake import FakeQuantize
 from kit.quantization.formats import Format

@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
-from kit.parametrization import (bake, find_step, matching, named_weights, original_of, set_steps, steps_of,
+from kit.core.weights import (bake, find_step, matching, named_weights, original_of, set_steps, steps_of,
                                  weight_matrices)
 from kit.quantization import formats
 from kit.quantization.formats import Format

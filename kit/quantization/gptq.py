@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kit.parametrization import find_step, original_of
-from kit.pruning.calibration import evaluating, input_grams, model_inputs
+from kit.core.weights import find_step, original_of
+from kit.core.calibration import evaluating, input_grams, model_inputs
 from kit.pruning.mask import Slot, select
 from kit.quantization import formats
 from kit.quantization.fake import FakeQuantize, quantize_weights

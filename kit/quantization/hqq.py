@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from kit.parametrization import matching
+from kit.core.weights import matching
 from kit.quantization import formats
 from kit.quantization.fake import FakeQuantize, quantize_weights, quantizers, seen_by
 from kit.quantization.formats import Format

@@ -19,9 +19,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from kit import coding
+from kit.core import range_coder as coding
 from kit.models.moe import _Permute
-from kit.parametrization import named_weights, original_of, set_steps, steps_of
+from kit.core.weights import named_weights, original_of, set_steps, steps_of
 from kit.quantization.composition import Composition
 
 MOST = 2**31 - 1  # that the coder takes

@@ -2,7 +2,7 @@
 
 import torch.nn as nn
 
-from kit.parametrization import named_weights, original_of, weight_matrices
+from kit.core.weights import named_weights, original_of, weight_matrices
 from kit.quantization.formats import HALF, Format
 
 INT8 = Format(8)

@@ -10,7 +10,7 @@ perplexity of the tied one.
     python notebooks/reference/run.py docs --target-compression 40 --stages distillation
     python notebooks/reference/run.py docs --pointer                               # that file and the dense model, pointing
     python notebooks/reference/run.py docs --controls                              # rounding and rivals
-    python -m kit.remeasure notebooks/reference/docs-100x-0                        # the file again, in a fresh process
+    python -m kit.lab.remeasure notebooks/reference/docs-100x-0                        # the file again, in a fresh process
 """
 
 import argparse
@@ -27,16 +27,18 @@ sys.path.insert(0, str(HERE.parents[1]))
 import numpy as np
 import torch
 
-from kit import artifact, coding, frontier
-from kit.baseline import Baseline, load_or_train
+from kit import artifact
+from kit.core import range_coder as coding
+from kit.lab import frontier
+from kit.lab.baseline import Baseline, load_or_train
 from kit.data import token_loaders
 from kit.models import fit_pointer
-from kit.models.ngram import KneserNey
-from kit.models.sampling import continue_text
+from kit.lab.ngram import KneserNey
+from kit.lab.sampling import continue_text
 from kit.pipeline import STAGES, CompressionPipeline
 from kit.quantization import quantizers
 from kit.quantization.fake import seen_by
-from kit.results import write_result
+from kit.lab.records import write_result
 
 SHAPE = {"d_model": 64, "layers": 4, "experts": 4, "dropout": 0.1}
 WEIGHT_DECAY = 0.3  # chosen on validation, like dropout: these texts are small for 4.2 M parameters

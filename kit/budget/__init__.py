@@ -1,0 +1,1 @@
+"""Bytes as a budget: sensitivity, allocation, training under a rate."""

@@ -1,0 +1,164 @@
+"""What training, evaluation, distillation and compression need of a model, written down once.
+
+A *call* says how a model is called for a batch, an *output* may be any nest of tensors, and a
+`LanguageModel` gives its last hidden state and its output layer apart, so that the logits of a large
+vocabulary are never all in memory. `adapt` gives that protocol to somebody else's model.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+class LanguageModel(nn.Module):
+    """A model of tokens whose logits are ``F.linear(hidden(*inputs), *output())``.
+
+    hidden(*inputs, **options) -> (B, T, D); output() -> weight (V, D) and bias (V,) or None;
+    auxiliary_loss() -> scalar, the load-balancing loss of the last forward pass (0 without experts).
+    """
+
+    def hidden(self, *inputs, **options) -> Tensor:
+        raise NotImplementedError
+
+    def output(self) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError
+
+    def auxiliary_loss(self) -> Tensor:
+        return self.output()[0].new_zeros(())
+
+    def forward(self, *inputs, **options) -> Tensor:
+        return nn.functional.linear(self.hidden(*inputs, **options), *self.output())
+
+
+class Adapted(LanguageModel):
+    """Somebody's model with the language-model protocol; the model itself is `model`."""
+
+    def __init__(self, model: nn.Module, hidden: Callable, output: Callable, auxiliary_loss: Callable | None):
+        super().__init__()
+        self.model, self._hidden, self._output, self._auxiliary = model, hidden, output, auxiliary_loss
+
+    def hidden(self, *inputs, **options) -> Tensor:
+        return self._hidden(self.model, *inputs, **options)
+
+    def output(self) -> tuple[Tensor, Tensor | None]:
+        return self._output(self.model)
+
+    def auxiliary_loss(self) -> Tensor:
+        return super().auxiliary_loss() if self._auxiliary is None else self._auxiliary(self.model)
+
+
+def adapt(
+    model: nn.Module, hidden: Callable, output: Callable, auxiliary_loss: Callable | None = None
+) -> LanguageModel:
+    """The model under the language-model protocol, sharing its weights.
+
+    Args:
+        hidden: (model, *inputs, **options) -> last hidden state (B, T, D).
+        output: (model) -> weight (V, D) and bias (V,) or None of the output layer.
+        auxiliary_loss: (model) -> scalar, added to the training loss with a small weight.
+
+    >>> lm = adapt(gpt2, lambda m, ids: m.transformer(ids)[0],
+    ...            lambda m: (m.lm_head.weight, None))  # doctest: +SKIP
+    """
+    return Adapted(model, hidden, output, auxiliary_loss)
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a model is called: `model(*args, **kwargs)`; and what the answer is compared with."""
+
+    args: tuple = ()
+    kwargs: dict = field(default_factory=dict)
+    targets: Tensor | None = None
+
+    def __call__(self, model: Callable):
+        return model(*self.args, **self.kwargs)
+
+    def to(self, device: torch.device | str) -> "Call":
+        moved = [tree_map(lambda t: t.to(device), part) for part in (self.args, self.kwargs, self.targets)]
+        return Call(*moved)
+
+
+TARGETS = ("labels", "targets", "target", "label")  # keys of a dict batch that hold what is to be predicted
+
+
+def call_of(batch) -> Call:
+    """A batch of a loader as a call: a tensor is the input; of a tuple or list the last entry is the
+    targets, the others are inputs; of a mapping the entry named like one of TARGETS, the others are
+    keyword arguments."""
+    if isinstance(batch, Call):
+        return batch
+    if isinstance(batch, Mapping):
+        name = next((key for key in TARGETS if key in batch), None)
+        return Call((), {key: value for key, value in batch.items() if key != name}, batch.get(name))
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        return Call(tuple(batch[:-1]), {}, batch[-1])
+    return call_with(batch)
+
+
+def call_with(inputs) -> Call:
+    """Inputs without targets as a call: a tensor, a tuple or list of arguments, or a mapping of
+    keyword arguments."""
+    if isinstance(inputs, Call):
+        return inputs
+    if isinstance(inputs, Mapping):
+        return Call((), dict(inputs))
+    return Call(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,))
+
+
+def tree_map(function: Callable[[Tensor], object], value):
+    """`value` with every tensor in it replaced: nests of tuples, named tuples, lists, mappings (such
+    as transformers' ModelOutput) and dataclasses keep their class."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        mapped = {key: tree_map(function, item) for key, item in value.items()}
+        return mapped if type(value) is dict else type(value)(**mapped)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(tree_map(function, item) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(tree_map(function, item) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value)(**{f.name: tree_map(function, getattr(value, f.name)) for f in fields(value)})
+    return value
+
+
+def tensors_of(value) -> list[Tensor]:
+    """All tensors in a nest, in order."""
+    found: list[Tensor] = []
+    tree_map(lambda tensor: found.append(tensor) or tensor, value)
+    return found
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first parameter or buffer is; the CPU if it has none."""
+    return next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode comes back afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def run(model: nn.Module, batches: Iterable) -> None:
+    """Forward passes in evaluation mode, on the model's device; a language model's logits are not
+    formed. Raises ValueError without a batch."""
+    device, seen = device_of(model), 0
+    forward = model.hidden if isinstance(model, LanguageModel) else model
+    with evaluating(model):
+        for seen, batch in enumerate(batches, 1):
+            call_of(batch).to(device)(forward)
+    if not seen:
+        raise ValueError("calibration got no batch: give at least one batch of inputs")

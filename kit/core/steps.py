@@ -1,0 +1,73 @@
+"""Steps: parametrizations of a weight that know how to be stored in a file and how to be resized.
+
+A weight is `steps[-1](... steps[0](original))`. Its file holds one tensor, the *stored* value, and
+the steps in their order. Steps that are projections (masks, quantizers: applied to their own output
+they change nothing) come first, and what comes out of them is stored; what stands behind them
+(order of rows, composition) is applied again after reading. So a step is one file: nothing outside
+it knows its kind.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch.nn as nn
+from torch import Tensor
+
+STEPS: dict[str, type["Step"]] = {}
+
+
+class Step(nn.Module):
+    """Base of all steps. Register a subclass with `@register_step("name")` and it can be stored.
+
+    kind: its name in files. rank: steps of a weight stand by rising rank, one of each (masks
+        0, quantizers 10, transforms of what is stored 20 and above).
+    projection: whether step(step(x)) == step(x), so that its output can be stored in place of its
+        input. carries: whether `encode` writes the stored value itself, as a quantizer's codes.
+    """
+
+    kind: ClassVar[str]
+    rank: ClassVar[int]
+    projection: ClassVar[bool] = False
+    carries: ClassVar[bool] = False
+
+    def encode(self, x: Tensor, stored: Tensor, write) -> dict:
+        """Writes what the file needs to rebuild this step and returns the rest as plain JSON.
+
+        Args:
+            x: what the step sees. stored: the value in the file (after all projections).
+            write: `write.tensor(t)`, `write.codes(matrix, bits)` and `write.integers(array)`, to be
+                read back in the same order (`kit.artifact.layouts`).
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be stored: give it an encode method")
+
+    @classmethod
+    def decode(cls, entry: dict, read, weight, stored: Tensor | None, parts) -> tuple["Step", Tensor | None]:
+        """The step that was encoded, and the stored value if the step carries it, else None.
+
+        Args:
+            entry: from `encode`. read: as `write`, with shapes. weight: the `Weight` to be filled.
+            stored: the value in the file; None for the step that carries it. parts: the tokenizer's
+                merges, or None.
+        """
+        raise NotImplementedError(f"{cls.__name__} cannot be read: give it a decode method")
+
+    def resized(self, select: Callable[[Tensor], Tensor], before: Tensor) -> "Step":
+        """This step for the entries that stay.
+
+        Args:
+            select: picks them from any tensor of the old weight's shape. before: the new tensor
+                that the step will see.
+        Raises ValueError if the step has no meaning for them.
+        """
+        raise ValueError(f"a weight with a {self.kind} step cannot change its shape: resize it before")
+
+
+def register_step(kind: str) -> Callable[[type[Step]], type[Step]]:
+    """Class decorator: files may name steps of this class `kind`."""
+
+    def register(cls: type[Step]) -> type[Step]:
+        cls.kind = kind
+        STEPS[kind] = cls
+        return cls
+
+    return register

@@ -1,0 +1,319 @@
+"""Weights: any tensor of any module may carry steps (a mask, a quantizer, a transform).
+
+torch.nn.utils.parametrize keeps the trained values under `original` and computes the compressed
+tensor on access. This file adds what compression needs on top: one object for a weight and its
+steps, tensors shared by several modules, recurrent layers, whose cached weight list would otherwise
+go stale, and the view of any weight as a matrix whose rows are outputs.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
+
+from kit.core.steps import Step
+
+
+@dataclass(frozen=True)
+class MatrixView:
+    """A tensor seen as (rows, columns), a row for what feeds one output.
+
+    shape: of the tensor. split: the same with sets of outputs that have inputs of their own (experts,
+    groups of a convolution) as the first axis, (groups, outputs, inputs, ...), or (groups, inputs,
+    outputs, ...) if `transposed`.
+    """
+
+    shape: tuple[int, ...]
+    split: tuple[int, ...]
+    transposed: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.split[0] * self.split[1 + self.transposed]
+
+    @property
+    def columns(self) -> int:
+        return math.prod(self.shape) // self.rows if self.rows else 0
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """(rows, columns), from a tensor of `shape`."""
+        if self.transposed:
+            tensor = tensor.reshape(self.split).transpose(1, 2)
+        return tensor.reshape(self.rows, self.columns)
+
+    def tensor(self, matrix: Tensor) -> Tensor:
+        """A tensor of `shape`, from (rows, columns)."""
+        if self.transposed:
+            groups, inputs, outputs, *rest = self.split
+            matrix = matrix.reshape(groups, outputs, inputs, *rest).transpose(1, 2)
+        return matrix.reshape(self.shape)
+
+    def stack(self, tensor: Tensor) -> Tensor:
+        """(groups, rows of a group, columns), from a tensor of `shape`."""
+        return self.matrix(tensor).unflatten(0, (self.split[0], -1))
+
+
+def column_view(shape: Sequence[int]) -> MatrixView:
+    """A vector as a column: a row an entry."""
+    return MatrixView(tuple(shape), (1, *shape, 1))
+
+
+def matrix_view(shape: Sequence[int], module: nn.Module | None = None) -> MatrixView:
+    """How a tensor of `shape` in `module` is seen as a matrix: outputs of a Linear, convolution,
+    embedding or recurrent layer are rows, and so is each output of each expert in a stack (E, outputs,
+    inputs). A vector is one row."""
+    shape = tuple(shape)
+    if len(shape) < 2:
+        return MatrixView(shape, (1, 1, math.prod(shape)))
+    if isinstance(module, _ConvNd):
+        split = (module.groups, shape[0] // module.groups, *shape[1:])
+        return MatrixView(shape, split, isinstance(module, _ConvTransposeNd))
+    return MatrixView(shape, (math.prod(shape[:-2]), *shape[-2:]), _holds_transposed(module))
+
+
+def _holds_transposed(module: nn.Module | None) -> bool:
+    """transformers' Conv1D is a linear layer that keeps its weight as (inputs, outputs)."""
+    return any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers") for cls in type(module).__mro__)
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One trainable tensor of a model: where it lives, what it holds, its steps."""
+
+    model: nn.Module
+    module: nn.Module
+    attribute: str
+    name: str  # dotted, of the uncompressed model
+
+    @property
+    def original(self) -> nn.Parameter:
+        """The trained values behind the steps."""
+        return original_of(self.module, self.attribute)
+
+    @property
+    def value(self) -> Tensor:
+        """What the module computes with."""
+        return getattr(self.module, self.attribute)
+
+    @property
+    def steps(self) -> list[Step]:
+        """In order of application; empty when there are none."""
+        if not parametrize.is_parametrized(self.module, self.attribute):
+            return []
+        return list(self.module.parametrizations[self.attribute])
+
+    @property
+    def view(self) -> MatrixView:
+        return matrix_view(self.original.shape, self.module)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Floating, of two or more dimensions, and not the stacked biases of experts."""
+        bias = self.attribute.startswith(("b_", "bias")) or self.attribute.endswith("bias")
+        return self.original.is_floating_point() and self.original.ndim >= 2 and not bias
+
+    def find(self, kind: type) -> Step | None:
+        """The step of a class, or None."""
+        return next((step for step in self.steps if isinstance(step, kind)), None)
+
+    def seen_by(self, step: Step) -> Tensor:
+        """What a step of this weight is applied to."""
+        x = self.original
+        for present in self.steps:
+            if present is step:
+                return x
+            x = present(x)
+        raise ValueError(f"{self.name!r} does not carry this {type(step).__name__}: take it from `find`")
+
+    def put(self, step: Step) -> None:
+        """Adds a step in its place by rank; one of the same rank is replaced."""
+        kept = [present for present in self.steps if present.rank != step.rank]
+        self.set_steps(sorted([*kept, step], key=lambda s: s.rank))
+
+    def drop(self, kind: type) -> None:
+        """Takes the steps of a class off."""
+        self.set_steps([step for step in self.steps if not isinstance(step, kind)])
+
+    def set_steps(self, steps: Sequence[Step]) -> None:
+        """Replaces the steps wherever the model shares this tensor; trained values stay."""
+        set_steps(self.model, self.module, self.attribute, list(steps))
+
+    @torch.no_grad()
+    def assign(self, value: Tensor) -> None:
+        """Overwrites the trained values, which the steps go on acting on."""
+        self.original.copy_(value)
+
+    def select(self, select: Callable[[Tensor], Tensor]) -> None:
+        """Keeps the entries that `select` picks from any tensor of this shape; steps are resized.
+
+        Raises ValueError, and changes nothing, if a step cannot be.
+        """
+        old, steps = self.original, self.steps
+        x, resized = select(old.detach()).clone(), []
+        new = nn.Parameter(x, requires_grad=old.requires_grad)
+        with torch.no_grad():
+            for step in steps:
+                resized.append(step.resized(select, x))
+                x = resized[-1](x)
+        self.set_steps([])
+        for module, attribute in _holders(self.model, old):
+            setattr(module, attribute, new)
+        self.set_steps(resized)
+
+
+def weights(model: nn.Module, select: str | Iterable[str] = "*", matrices: bool = False) -> list[Weight]:
+    """The weights whose dotted name matches a shell pattern, in model order; a tensor shared by
+    several modules once, under its first name. The order does not depend on what carries steps.
+
+    matrices: only those that `Weight.is_matrix`.
+    Raises ValueError for a pattern that matches nothing, naming what there is.
+    """
+    found, seen = [], set()
+    for path, module in model.named_modules():
+        if "parametrizations" in path.split("."):
+            continue
+        for attribute in sorted({*module._parameters, *getattr(module, "parametrizations", {})}):
+            original = original_of(module, attribute)
+            if original is not None and id(original) not in seen:
+                seen.add(id(original))
+                found.append(Weight(model, module, attribute, f"{path}.{attribute}" if path else attribute))
+    if matrices:
+        found = [weight for weight in found if weight.is_matrix]
+    patterns = [select] if isinstance(select, str) else list(select)
+    for pattern in patterns:
+        if pattern != "*" and not any(fnmatch(weight.name, pattern) for weight in found):
+            what = "weight of two or more dimensions" if matrices else "weight"
+            there = ", ".join(weight.name for weight in found) or "none"
+            raise ValueError(f"no {what} is named {pattern!r}: this model has {there}")
+    return [weight for weight in found if any(fnmatch(weight.name, p) for p in patterns)]
+
+
+def weight_of(module: nn.Module, attribute: str = "weight", model: nn.Module | None = None) -> Weight:
+    """The weight in `module.<attribute>`; give `model` where it is shared with other modules.
+
+    Raises ValueError when the module has no such parameter.
+    """
+    if attribute not in module._parameters and attribute not in getattr(module, "parametrizations", {}):
+        raise ValueError(f"{type(module).__name__} has no parameter {attribute!r}")
+    return Weight(model or module, module, attribute, attribute)
+
+
+def original_of(module: nn.Module, attribute: str) -> nn.Parameter:
+    """The trained values behind a tensor, with steps or without."""
+    if parametrize.is_parametrized(module, attribute):
+        return module.parametrizations[attribute].original
+    return module._parameters[attribute]
+
+
+def _holders(model: nn.Module, original: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    """Every (module, attribute) of the model that is this tensor."""
+    modules = [m for m in model.modules() if not isinstance(m, parametrize.ParametrizationList)]
+    return [(m, a) for m in modules for a in [*m._parameters, *getattr(m, "parametrizations", {})]
+            if original_of(m, a) is original]  # fmt: skip
+
+
+def set_steps(model: nn.Module, module: nn.Module, attribute: str, steps: list[nn.Module]) -> None:
+    """`Weight.set_steps` for `module.<attribute>`."""
+    for holder, name in _holders(model, original_of(module, attribute)):
+        _own_class(holder)
+        if parametrize.is_parametrized(holder, name):
+            parametrize.remove_parametrizations(holder, name, leave_parametrized=False)
+        for step in steps:
+            parametrize.register_parametrization(holder, name, step, unsafe=True)
+        if isinstance(holder, nn.RNNBase):
+            if not hasattr(holder, "_weight_hooks"):
+                holder._weight_hooks = (
+                    holder.register_forward_pre_hook(_read_weights),
+                    holder.register_forward_hook(_forget_weights),
+                )
+            _forget_weights(holder)
+
+
+def _own_class(module: nn.Module) -> None:
+    """torch puts properties on the module's generated class, or takes them off, and copies share that
+    class: part them."""
+    if parametrize.is_parametrized(module):
+        shared = type(module)
+        own = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
+        module.__class__ = type(shared.__name__, shared.__bases__, own)
+
+
+def _read_weights(module: nn.RNNBase, *_) -> None:
+    module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+
+
+def _forget_weights(module: nn.RNNBase, *_) -> None:
+    """Computed weights belong to one forward pass; kept, they would also forbid copying the model."""
+    module._flat_weights = [None] * len(module._flat_weights_names)
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy that shares nothing with the model; tensors that modules computed and hold leave
+    their graph behind."""
+    held = [value for module in model.modules() for entry in vars(module).values()
+            for value in (entry if isinstance(entry, list) else [entry])]  # fmt: skip
+    computed = {id(v): v.detach() for v in held if isinstance(v, Tensor) and not v.is_leaf}
+    copied = copy.deepcopy(model, computed)
+    for module in copied.modules():
+        _own_class(module)
+    return copied
+
+
+def materialize(model: nn.Module) -> nn.Module:
+    """A copy of the model with every weight's steps replaced by the tensor they compute."""
+    model = copy_model(model)
+    for module in list(model.modules()):
+        if isinstance(module, parametrize.ParametrizationList):
+            continue
+        for attribute in list(getattr(module, "parametrizations", {})):
+            parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+        if hasattr(module, "_weight_hooks"):
+            for hook in module._weight_hooks:
+                hook.remove()
+            del module._weight_hooks
+            _read_weights(module)
+    return model
+
+
+# TEMPORARY: the old names, until every room uses Weight. Delete.
+
+
+def named_weights(model):
+    for w in weights(model):
+        yield w.name, w.module, w.attribute
+
+
+def weight_matrices(model):
+    for w in weights(model, matrices=True):
+        yield w.name, w.module, w.attribute
+
+
+def steps_of(module, attribute):
+    return Weight(module, module, attribute, attribute).steps
+
+
+def find_step(module, attribute, kind):
+    return next((step for step in steps_of(module, attribute) if isinstance(step, kind)), None)
+
+
+def matching(model, patterns):
+    return [(w.name, w.module, w.attribute) for w in weights(model, patterns)]
+
+
+bake = materialize
+
+
+def gradients(model, batches, loss):
+    for batch in batches:
+        model.zero_grad(set_to_none=True)
+        loss(model, batch).backward()
+        found = {w.name: w.original.grad for w in weights(model)}
+        model.zero_grad(set_to_none=True)
+        yield {name: grad for name, grad in found.items() if grad is not None}

@@ -1,0 +1,1 @@
+"""What notebooks use to run experiments; nothing else of kit imports it."""

@@ -1,0 +1,5 @@
+"""Training: the one loop, losses, evaluation, checkpoints."""
+
+from kit.training.loop import TrainConfig, TrainResult, learning_rate, train
+
+__all__ = ["TrainConfig", "TrainResult", "learning_rate", "train"]
