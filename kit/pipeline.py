@@ -25,8 +25,7 @@ from kit.pruning.experts import prune_unused_experts
 from kit.pruning.magnitude import MagnitudePruner
 from kit.pruning.structured import sort_hidden_units
 from kit.quantization import calibrate, original_mix, quantize_bk_core, quantize_weights
-from kit.quantization.composition import compose_tables
-from kit.quantization.ordering import order_rows
+from kit.quantization.token_tables import compose_tables, order_rows
 from kit.budget.rate import RateLoss, row_sensitivity, set_rate_formats
 from kit.core.store import write_json
 from kit.training import TrainConfig, train

@@ -1,5 +1,6 @@
-"""The compressed file."""
+"""The compressed file: `save`, `load`, and what it holds."""
 
-from kit.artifact.file import ArtifactError, describe, float32_bytes, load, nbytes, save
+from kit.artifact.file import describe, float32_bytes, load, nbytes, save, tensor_bytes
+from kit.artifact.layouts import LAYOUTS, ArtifactError
 
-__all__ = ["ArtifactError", "describe", "float32_bytes", "load", "nbytes", "save"]
+__all__ = ["LAYOUTS", "ArtifactError", "describe", "float32_bytes", "load", "nbytes", "save", "tensor_bytes"]

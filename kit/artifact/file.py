@@ -1,9 +1,8 @@
-"""The compressed file: integer codes really packed or range-coded, scales, sparse floats, and how to
-rebuild the model.
+"""The compressed file: each weight's stored value and the steps on it, and how to rebuild the model.
 
-Layout: magic (4 bytes), header length (4), header (zlib, JSON), blobs one after another, SHA-256 of all
-before it (32). Nothing in it is executable. Each tensor is written in whichever layout of kit.artifact.layouts is
-smallest.
+Layout: magic (4 bytes), header length (4), header (zlib, JSON), blobs one after another, SHA-256 of
+all before it (32). Nothing in it is executable. A weight's steps are written in their order, whatever
+they are (kit.core.steps); each tensor takes whichever layout of kit.artifact.layouts is smallest.
 """
 
 import hashlib
@@ -11,156 +10,212 @@ import json
 import math
 import os
 import struct
-import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from kit.artifact.layouts import LAYOUTS, decode, decode_grid, encode_codes, encode_float, format_of, shape_of
+from kit.artifact import kit3
+from kit.artifact.layouts import INTEGERS, LAYOUTS, ArtifactError, Reader, Writer
+from kit.core.steps import STEPS, Step
+from kit.core.store import atomic
+from kit.core.weights import Weight, materialize, weights
 from kit.models import build_model, recipe
-from kit.core.weights import bake, find_step, named_weights, original_of, set_steps, steps_of
-from kit.pruning.mask import Mask
+from kit.pruning import mask  # noqa: F401 registers its step
+from kit.quantization import fake, token_tables  # noqa: F401 register their steps
 from kit.quantization.activations import ACTIVATION_MODULES
-from kit.quantization.composition import Composition, parts_checksum
-from kit.quantization.fake import FakeQuantize, matrix_shape, seen_by
-from kit.quantization.formats import HALF
-from kit.quantization.ordering import RowOrder
 
-MAGIC, EARLIER = b"KIT3", (b"KIT1", b"KIT2")  # whose range coders were others
+MAGIC, EARLIER, OTHER_CODERS = b"KIT4", b"KIT3", (b"KIT1", b"KIT2")
 CHECKSUM = 32
+SAME = "="  # in place of a step: the one that was written as the n-th
 
 
-class ArtifactError(ValueError):
-    """A file that is no artifact, is damaged, or does not fit the model it is loaded into."""
+def save(model: nn.Module, path: str | os.PathLike, layouts: Sequence[str] = tuple(LAYOUTS)) -> int:
+    """Writes the model with the steps its weights carry and returns the bytes of the file.
 
-
-def save(model: nn.Module, path: str | os.PathLike, layouts: tuple[str, ...] = LAYOUTS) -> int:
-    """Writes the model, with the formats and masks it carries, and returns the bytes of the file.
-
-    Quantized weights are stored as codes, other tensors in their own dtype. Models of kit.models can be
-    loaded without further help; any other model needs an instance of the same shapes to load into. The
-    file is written whole or not at all.
+    Quantized weights are stored as codes, other tensors in their own dtype. Models of kit.models can
+    be loaded without further help; any other model needs an instance of the same shapes to load into.
+    The file is written whole or not at all. Raises ValueError for a module whose extra state is not
+    plain JSON.
     """
-    data, path = _serialized(model, layouts), Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        file.write(data)
-    os.replace(file.name, path)
+    data = serialized(model, layouts)
+    with atomic(path) as partial:
+        partial.write_bytes(data)
     return len(data)
 
 
-def nbytes(model: nn.Module, layouts: tuple[str, ...] = LAYOUTS) -> int:
+def nbytes(model: nn.Module, layouts: Sequence[str] = tuple(LAYOUTS)) -> int:
     """Bytes that the file of `save` would have."""
-    return len(_serialized(model, layouts))
+    return len(serialized(model, layouts))
 
 
-def load(path: str | os.PathLike, model: nn.Module | None = None, trainable: bool = False,
-         parts: np.ndarray | None = None) -> nn.Module:
-    """The model in the file, in evaluation mode, its weights dequantized to floats.
+def float32_bytes(model: nn.Module) -> int:
+    """Bytes of the model's uncompressed file: every tensor dense, as it is, without steps."""
+    return nbytes(materialize(model), layouts=("dense",))
 
-    Its outputs equal those of the fake-quantized model that was saved, to the last bit.
+
+@torch.no_grad()
+def tensor_bytes(weight: Weight) -> int:
+    """Bytes that a weight, with its steps, takes in a file, without its share of the header."""
+    write = Writer()
+    _encode(weight, write, {})
+    return sum(map(len, write.blobs))
+
+
+def load(
+    path: str | os.PathLike, model: nn.Module | None = None, trainable: bool = False, parts: np.ndarray | None = None
+) -> nn.Module:
+    """The model in the file, in evaluation mode, its weights multiplied out to floats.
+
+    Its outputs equal those of the model that was saved, to the last bit.
 
     Args:
         model: an instance to fill, for models that are not the kit's own; it is changed and returned.
-        trainable: put the masks and fake quantizers of the saved model back on, so that training can go on.
-        parts: what each token was merged from (`BPETokenizer.parts`), for files whose token tables were composed of them.
-    Raises ArtifactError: the file is not an artifact, was cut or edited, or has other tensors than the model.
+        trainable: put the steps of the saved model back on, so that training can go on.
+        parts: (V, 2), what each token was merged from (`BPETokenizer.parts`), for files whose token
+            tables were composed of them.
+    Raises ArtifactError: the file is not an artifact, was cut or edited, or has other tensors than
+        the model.
     """
     header, blobs = _read(path)
     if model is None:
         model = _rebuild(header, path)
-    _restore_modules(model, header["modules"], path)
-    targets = _tensors(model)
-    _check_shapes(header, targets, path)
-    _check_parts(header, parts, path)
-    grids, after, order = {}, {}, None
+    _restore_modules(model, header, path)
+    targets = _targets(model)
+    _check_names(header, targets, path)
+    made: list[Step] = []
     with torch.no_grad():
         for entry in header["tensors"]:
-            data, name = [next(blobs) for _ in entry["sizes"]], entry["name"]
-            after[name] = []
-            if "ordered" in entry:
-                *data, classes = data
-                order = RowOrder.decode(classes, entry["shape"][0], parts if entry["ordered"] else None) if classes else order
-                after[name].append(order)
-            if "composed" in entry:
-                after[name].append(_composition(entry, data[-4:], parts))
-                data = data[:-4]
-            targets[name].copy_(decode(entry, data))
-            if trainable and "format" in entry:
-                grids[name] = decode_grid(entry, data)
-            else:
-                targets[name].copy_(nn.Sequential(*after[name])(targets[name]))
-    if trainable:
-        _restore_steps(model, header["tensors"], grids, after)
+            read = Reader(entry.get("in", "d"), [next(blobs) for _ in entry["sizes"]])
+            target = targets[entry["name"]]
+            try:
+                if isinstance(target, Weight):
+                    _decode(entry, target, read, made, trainable, parts)
+                else:
+                    target.copy_(read.tensor(target.shape, _dtype(entry)))
+            except (ValueError, KeyError, TypeError, RuntimeError) as error:
+                raise ArtifactError(f"{path} cannot be read at {entry['name']!r}: {error}") from None
     return model.eval()
 
 
-def _check_parts(header: dict, parts: np.ndarray | None, path) -> None:
-    for entry in header["tensors"]:
-        checksum, name = entry.get("composed", {}).get("parts") or entry.get("ordered"), entry["name"]
-        if checksum and parts is None:
-            raise ArtifactError(f"{path} composes {name!r} of the tokenizer's merges: pass load(path, parts=tokenizer.parts)")
-        if checksum and parts_checksum(parts) != checksum:
-            raise ArtifactError(f"{path} was composed with another tokenizer's merges than the parts given: use its own")
-
-
-def _composition(entry: dict, data: list[bytes], parts: np.ndarray) -> Composition:
-    composition = Composition(parts, entry["shape"][-1])
-    composition.basis.copy_(decode(entry["composed"]["basis"], data[:2]))
-    for factor, half in zip((composition.left, composition.right), data[2:]):
-        factor.copy_(torch.frombuffer(bytearray(half), dtype=torch.float16))
-    return composition
-
-
-def float32_bytes(model: nn.Module) -> int:
-    """Bytes of the model's uncompressed file: every tensor dense, as it is, without masks or formats."""
-    return nbytes(bake(model), layouts=("dense",))
-
-
-def describe(path: str | os.PathLike) -> pd.DataFrame:
+def describe(path: str | os.PathLike):
     """Where every byte of the file went: a row a tensor, and one for header and checksum.
 
-    Columns: tensor, shape, bits ("float32" and the like for floats), layout, values, bytes, bits_per_value.
+    Returns a DataFrame: tensor, shape, bits ("float32" and the like for floats), layout, values,
+    bytes, bits_per_value.
     """
+    import pandas as pd
+
     header, _ = _read(path)
-    rows = [{"tensor": e["name"], "shape": tuple(e["shape"]), "bits": format_of(e).bits if "format" in e else e["dtype"],
-             "layout": e["layout"], "values": math.prod(e["shape"]), "bytes": sum(e["sizes"])} for e in header["tensors"]]
-    for row, entry in zip(list(rows), header["tensors"]):
-        if "ordered" in entry and (size := entry["sizes"][-1]):
-            row["bytes"] -= size
-            rows.append({"tensor": "(order of tokens)", "shape": (entry["shape"][0],), "bits": "", "layout": "entropy",
-                         "values": entry["shape"][0], "bytes": size})
-    overhead = os.path.getsize(path) - sum(row["bytes"] for row in rows)
-    rows.append({"tensor": "(header, checksum)", "shape": (), "bits": "", "layout": "", "values": 0, "bytes": overhead})
-    table = pd.DataFrame(rows)
+    rows = []
+    for entry in header["tensors"]:
+        sizes, letters = np.array(entry["sizes"]), np.array(list(entry.get("in", "d")))
+        formats = [s.get("format", {}) for kind, s in entry.get("steps", ())
+                   if kind in STEPS and STEPS[kind].carries]  # fmt: skip
+        bits = formats[0].get("bits", 8) if formats else entry.get("dtype", "float32")
+        main = letters[sizes.argmax()]
+        layout = next((name for name, made in LAYOUTS.items() if made.letter == main), "entropy")
+        order, shape = sizes[letters == INTEGERS].sum(), tuple(entry["shape"])
+        rows.append((entry["name"], shape, bits, layout, math.prod(shape), sizes.sum() - order))
+        if order:
+            rows.append(("(order of tokens)", shape[:1], "", "entropy", shape[0], order))
+    overhead = os.path.getsize(path) - sum(row[-1] for row in rows)
+    rows.append(("(header, checksum)", (), "", "", 0, overhead))
+    table = pd.DataFrame(rows, columns=["tensor", "shape", "bits", "layout", "values", "bytes"])
     return table.assign(bits_per_value=8 * table["bytes"] / table["values"].where(table["values"] > 0))
 
 
 # Writing
 
 
-def _serialized(model: nn.Module, layouts: tuple[str, ...]) -> bytes:
-    header, blobs = {"model": recipe(model), "modules": _activation_modules(model), "tensors": []}, []
-    for name, entry, parts in _encoded_tensors(model, layouts):
-        header["tensors"].append({"name": name, **entry, "sizes": [len(part) for part in parts]})
-        blobs += parts
+def serialized(model: nn.Module, layouts: Sequence[str] = tuple(LAYOUTS)) -> bytes:
+    """The bytes of the file."""
+    header = {"model": recipe(model), "modules": _activation_modules(model), "tensors": []}
+    if extra := _extra_state(model):
+        header["extra"] = extra
+    blobs, written = [], {}
+    for name, target in _targets(model).items():
+        write = Writer(layouts)
+        if isinstance(target, Weight):
+            with torch.no_grad():
+                entry = _encode(target, write, written)
+        else:
+            entry = _plain(target, write)
+        entry |= {"in": write.letters} if write.letters != "d" else {}
+        header["tensors"].append({"name": name, **entry, "sizes": [len(blob) for blob in write.blobs]})
+        blobs += write.blobs
+    return sealed(header, blobs)
+
+
+def sealed(header: dict, blobs: Sequence[bytes]) -> bytes:
+    """A file of this header and these blobs."""
     text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     body = MAGIC + struct.pack("<I", len(text)) + text + b"".join(blobs)
     return body + hashlib.sha256(body).digest()
 
 
-def _activation_modules(model: nn.Module) -> dict:
-    found = {path: module for path, module in model.named_modules() if type(module) in ACTIVATION_MODULES.values()}
-    return {path: {"class": type(module).__name__, **module.settings()} for path, module in found.items()
-            if path.rpartition(".")[0] not in found}
+def _encode(weight: Weight, write: Writer, written: dict[Step, int]) -> dict:
+    """Writes a weight's stored value and its steps; returns its entry in the header.
+
+    written: the steps of earlier weights, which a step shared by several is not written again.
+    """
+    steps, x, seen = weight.steps, weight.original, []
+    for step in steps:
+        seen.append(x)
+        x = step(x)
+    carrier, leading = _leading([(step.carries, step.projection) for step in steps], weight.name)
+    stored = [*seen, x][leading]
+    entry: dict = {"shape": list(weight.original.shape)}
+    if weight.original.dtype != torch.float32:
+        entry["dtype"] = _name(weight.original.dtype)
+    if carrier is None:
+        write.tensor(stored)
+    entries: list = [None] * len(steps)
+    for i in sorted(range(len(steps)), key=lambda i: i != carrier):
+        if steps[i] in written:
+            entries[i] = [SAME, written[steps[i]]]
+        else:
+            entries[i] = [steps[i].kind, steps[i].encode(seen[i], stored, write)]
+            written[steps[i]] = len(written)
+    return {**entry, "steps": entries} if entries else entry
 
 
-def _buffers(model: nn.Module):
+def _leading(steps: list[tuple[bool, bool]], name: str) -> tuple[int | None, int]:
+    """Of steps (carries, projection): which one carries the stored value, and how many steps it
+    already went through."""
+    carrier = next((i for i, (carries, _) in enumerate(steps) if carries), None)
+    leading = next((i for i, (_, projection) in enumerate(steps) if not projection), len(steps))
+    if carrier is None:
+        return None, leading
+    if leading <= carrier:
+        raise ValueError(f"{name!r} is changed before it is quantized, which a file cannot hold")
+    return carrier, carrier + 1
+
+
+def _plain(tensor: Tensor, write: Writer) -> dict:
+    write.tensor(tensor)
+    dtype = {} if tensor.dtype == torch.float32 else {"dtype": _name(tensor.dtype)}
+    return {"shape": list(tensor.shape), **dtype}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype(entry: dict) -> torch.dtype:
+    return getattr(torch, entry.get("dtype", "float32"))
+
+
+def _targets(model: nn.Module) -> dict[str, Weight | Tensor]:
+    """Everything that a file holds, by name: weights and buffers."""
+    return {weight.name: weight for weight in weights(model)} | dict(_buffers(model))
+
+
+def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
         if "parametrizations" in path.split("."):
             continue
@@ -169,47 +224,38 @@ def _buffers(model: nn.Module):
                 yield (f"{path}.{name}" if path else name), buffer
 
 
-def _encoded_tensors(model: nn.Module, layouts: tuple[str, ...]):
-    written = set()
-    for name, module, attribute in named_weights(model):
-        with torch.no_grad():
-            entry, parts = _encode(module, attribute, layouts)
-        order = find_step(module, attribute, RowOrder)
-        if order is not None and "format" in entry:  # the tensors of a model that have one share it
-            entry["ordered"] = 0 if order.parts is None else parts_checksum(order.parts)
-            parts.append(b"" if order in written else order.encode())
-            written.add(order)
-        if find_step(module, attribute, Mask) is not None:
-            entry["masked"] = True
-        yield name, entry, parts
-    for name, buffer in _buffers(model):
-        yield name, *encode_float(buffer, layouts)
+def _activation_modules(model: nn.Module) -> dict:
+    kinds = tuple(ACTIVATION_MODULES.values())
+    found = {path: module for path, module in model.named_modules() if type(module) in kinds}
+    return {path: {"class": type(module).__name__, **module.settings()} for path, module in found.items()
+            if path.rpartition(".")[0] not in found}  # fmt: skip
 
 
-def _encode(module: nn.Module, attribute: str, layouts: tuple[str, ...]) -> tuple[dict, list[bytes]]:
-    quantizer = find_step(module, attribute, FakeQuantize)
-    if quantizer is None:
-        return encode_float(getattr(module, attribute), layouts)
-    if quantizer.format.bits == 16:
-        entry, parts = encode_float(getattr(module, attribute).half(), layouts)
-        return {**entry, "half": True}, parts
-    entry, parts = encode_codes(seen_by(quantizer, module, attribute), quantizer, layouts)
-    composition = find_step(module, attribute, Composition)
-    if composition is not None:
-        basis, more = encode_codes(composition.basis, composition.rounding, ("entropy",))
-        entry["composed"] = {"parts": parts_checksum(composition.parts), "basis": basis}
-        parts += more + [encode_float(factor.half(), ("dense",))[1][0] for factor in (composition.left, composition.right)]
-    return ({**entry, "learned": True} if quantizer.learned else entry), parts
+def _extra_state(model: nn.Module) -> dict:
+    found = {}
+    for path, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            found[path] = module.get_extra_state()
+            try:
+                json.dumps(found[path])
+            except TypeError:
+                raise ValueError(
+                    f"the extra state of {path!r} is a {type(found[path]).__name__}: a file holds plain JSON"
+                ) from None
+    return found
 
 
 # Reading
 
 
-def _read(path) -> tuple[dict, Iterator[bytes]]:
+def _read(path: str | os.PathLike) -> tuple[dict, Iterator[bytes]]:
     """Header and an iterator over the blobs of a file that is whole."""
     data = Path(path).read_bytes()
-    if data[:4] not in (MAGIC, *EARLIER):
-        raise ArtifactError(f"{path} is not a kit artifact: it begins with {data[:4]!r}, expected {MAGIC!r}")
+    magic = data[:4]
+    if magic in OTHER_CODERS:
+        raise ArtifactError(f"{path} is from an earlier version of the kit ({magic.decode()}): make it again")
+    if magic not in (MAGIC, EARLIER):
+        raise ArtifactError(f"{path} is not a kit artifact: it begins with {magic!r}, expected {MAGIC!r}")
     if len(data) < 8 + CHECKSUM or hashlib.sha256(data[:-CHECKSUM]).digest() != data[-CHECKSUM:]:
         raise ArtifactError(f"{path} is damaged (its checksum does not match): copy or write it again")
     length = struct.unpack("<I", data[4:8])[0]
@@ -217,67 +263,78 @@ def _read(path) -> tuple[dict, Iterator[bytes]]:
         header = json.loads(zlib.decompress(data[8 : 8 + length]))
         sizes = [size for entry in header["tensors"] for size in entry["sizes"]]
         header["model"], header["modules"]
-        coded = any(entry["layout"] in ("entropy", "gaps") or entry.keys() & {"composed", "ordered"} for entry in header["tensors"])
     except (zlib.error, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} has no readable header ({error}): write it again with kit.artifact.save") from None
-    if coded and data[:4] in EARLIER:
-        raise ArtifactError(f"{path} was range-coded by an earlier version of the kit: make it again with this one")
-    if 8 + length + sum(sizes) + CHECKSUM != len(data) or any(size < 0 for size in sizes):
-        held = len(data) - 8 - length - CHECKSUM
+        raise ArtifactError(f"{path} has no readable header ({error}): write it again") from None
+    held = len(data) - 8 - length - CHECKSUM
+    if sum(sizes) != held or any(size < 0 for size in sizes):
         raise ArtifactError(f"{path} announces {sum(sizes)} bytes of tensors but holds {held}")
     offsets = np.cumsum([8 + length, *sizes]).tolist()
-    return header, (data[a:b] for a, b in zip(offsets, offsets[1:]))
+    blobs = [data[a:b] for a, b in zip(offsets, offsets[1:])]
+    if magic == EARLIER:
+        header, blobs = kit3.upgraded(header, blobs)
+    return header, iter(blobs)
+
+
+def _decode(entry: dict, weight: Weight, read: Reader, made: list[Step], trainable: bool, parts) -> None:
+    """Fills a weight with its stored value and puts its steps on, or what they compute in place."""
+    entries = entry.get("steps", [])
+    for kind, _ in entries:
+        if kind != SAME and kind not in STEPS:
+            raise ValueError(f"this version of the kit has no step {kind!r}")
+    kinds = [made[settings] if kind == SAME else STEPS[kind] for kind, settings in entries]
+    carrier, leading = _leading([(kind.carries, kind.projection) for kind in kinds], weight.name)
+    stored = read.tensor(weight.original.shape, _dtype(entry)) if carrier is None else None
+    steps: list = [None] * len(entries)
+    for i in sorted(range(len(entries)), key=lambda i: i != carrier):
+        kind, settings = entries[i]
+        if kind == SAME:
+            steps[i] = made[settings]
+            continue
+        steps[i], value = STEPS[kind].decode(settings, read, weight, stored, parts)
+        stored = value if i == carrier else stored
+        made.append(steps[i])
+    for step in [] if trainable else steps[leading:]:
+        stored = step(stored)
+    weight.assign(stored)
+    if trainable and steps:
+        weight.set_steps(steps)
 
 
 def _rebuild(header: dict, path) -> nn.Module:
     stated = header["model"]
     if stated is None:
-        raise ArtifactError(f"{path} holds a model that is not the kit's own: pass load(path, model=...) an instance")
+        raise ArtifactError(f"{path} holds a model that is not the kit's own: pass load(path, model=...)")
     with torch.device("meta"):
         skeleton = build_model(stated["class"], stated["config"])
     shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
     stored = {entry["name"]: tuple(entry["shape"]) for entry in header["tensors"]}
     if any(stored.get(name, shape) != shape for name, shape in shapes.items()):
-        raise ArtifactError(f"{path} contradicts itself: its config and its tensors have different shapes")
+        raise ArtifactError(f"{path} contradicts itself: its config and its tensors differ in shape")
     with torch.random.fork_rng(devices=[]):
         return build_model(stated["class"], stated["config"])
 
 
-def _restore_modules(model: nn.Module, modules: dict, path) -> None:
-    for name, settings in modules.items():
+def _restore_modules(model: nn.Module, header: dict, path) -> None:
+    for name, settings in header["modules"].items():
         kind = settings.pop("class")
         if kind not in ACTIVATION_MODULES:
-            raise ArtifactError(f"{path} needs a module {kind!r}, which this version of the kit does not have")
+            raise ArtifactError(f"{path} needs a module {kind!r}, which this version of the kit lacks")
         model.set_submodule(name, ACTIVATION_MODULES[kind].from_settings(settings))
+    for name, state in header.get("extra", {}).items():
+        model.get_submodule(name).set_extra_state(state)
 
 
-def _restore_steps(model: nn.Module, entries: list[dict], grids: dict, after: dict[str, list[nn.Module]]) -> None:
-    entries = {entry["name"]: entry for entry in entries}
-    for name, module, attribute in list(named_weights(model)):
-        entry, weight, steps = entries[name], getattr(module, attribute).detach(), []
-        if entry.get("masked"):
-            steps.append(Mask(weight != 0))
-        if "format" in entry or entry.get("half"):
-            format = format_of(entry) if "format" in entry else HALF
-            shape = shape_of(entry) if "format" in entry else matrix_shape(module, weight.shape)
-            quantizer = FakeQuantize(weight, shape, format, entry.get("learned", False))
-            if name in grids and (quantizer.scale is not None or not torch.equal(quantizer(weight), weight)):
-                quantizer.set_grid(*grids[name])  # also where rounded weights would not give their own range again
-            steps.append(quantizer)
-        if steps := steps + after[name]:
-            set_steps(model, module, attribute, steps)
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.named_parameters()) | dict(_buffers(model))
-
-
-def _check_shapes(header: dict, targets: dict[str, Tensor], path) -> None:
+def _check_names(header: dict, targets: dict[str, Weight | Tensor], path) -> None:
     stored = {entry["name"]: tuple(entry["shape"]) for entry in header["tensors"]}
     for name in stored.keys() ^ targets.keys():
         where = "the file but not in the model" if name in stored else "the model but not in the file"
-        raise ArtifactError(f"{path} does not fit {name!r}: it is in {where}; load into a model of the same config")
-    for name, shape in stored.items():
-        if shape != tuple(targets[name].shape):
-            raise ArtifactError(f"{path} holds {name!r} with shape {shape}, the model expects "
-                                f"{tuple(targets[name].shape)}")
+        raise ArtifactError(f"{path} does not fit {name!r}: it is in {where}; use a model of the same config")
+    for entry in header["tensors"]:
+        target = targets[entry["name"]]
+        tensor = target.original if isinstance(target, Weight) else target
+        ours, theirs = tuple(tensor.shape), tuple(entry["shape"])
+        if ours != theirs:
+            raise ArtifactError(f"{path} holds {entry['name']!r} with shape {theirs}, the model expects {ours}")
+        if _dtype(entry) != tensor.dtype and not header.get("earlier"):
+            dtypes = f"{_dtype(entry)}, the model expects {tensor.dtype}"
+            raise ArtifactError(f"{path} holds {entry['name']!r} as {dtypes}: convert the model first")

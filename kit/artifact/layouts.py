@@ -1,161 +1,237 @@
-"""One tensor as bytes and back, in whichever layout is smallest.
+"""How the entries of a tensor become bytes: a class a layout, of which the smallest is taken.
 
-dense     every value: codes at their bit width, floats as they are
-bitmap    one bit a value for "not zero", then the values that are not
-gaps      the range-coded distances between values that are not zero, then those values
+dense     every entry: codes at their bit width, anything else as it is
+bitmap    one bit an entry for "not zero", then the entries that are not
+gaps      the entries that are not zero, and the range-coded distances between them
 entropy   all codes range-coded (kit.core.range_coder); codes only
-
-A tensor is described by an entry of plain JSON and a list of byte strings.
 """
 
-import dataclasses
 import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kit.core import range_coder as coding
-from kit.quantization import formats
-from kit.quantization.fake import FakeQuantize
-from kit.quantization.formats import Format
-from kit.quantization.packing import pack, unpack
-
-LAYOUTS = ("dense", "bitmap", "gaps", "entropy")
-DEFAULT_FORMAT = dataclasses.asdict(Format())
+from kit.core import range_coder
+from kit.quantization.packing import pack, packed_bytes, unpack
 
 
-def encode_float(tensor: Tensor, layouts: tuple[str, ...] = LAYOUTS) -> tuple[dict, list[bytes]]:
-    """A tensor of any dtype, in its own dtype."""
-    entry = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-    values = tensor.detach().cpu().reshape(-1)
-    candidates = {"dense": [_raw(values)]}
-    nonzero = (values != 0).numpy()
-    if not nonzero.all():
-        kept = _raw(values[torch.from_numpy(nonzero)])
-        candidates |= {"bitmap": [_bitmap(nonzero), kept], "gaps": [_gaps(nonzero), kept]}
-    return _smallest(entry, candidates, nonzero, layouts)
+class ArtifactError(ValueError):
+    """A file that is no artifact, is damaged, or does not fit the model it is loaded into."""
 
 
-def encode_codes(weight: Tensor, quantizer: FakeQuantize,
-                 layouts: tuple[str, ...] = LAYOUTS) -> tuple[dict, list[bytes]]:
-    """The integer codes, scales and zero points of a weight under its quantizer."""
-    format = quantizer.format
-    codes, scale, zero = (None if t is None else t.cpu() for t in quantizer.codes(weight))
-    centred = codes.int() if zero is None else _shift(codes.int(), -zero, format)
-    nonzero = (centred != 0).reshape(-1).numpy()
-    kept = pack(codes.reshape(-1).numpy()[nonzero], format.bits)
-    candidates = {"dense": [pack(codes.numpy(), format.bits)], "entropy": [coding.encode(centred.numpy())],
-                  "bitmap": [_bitmap(nonzero), kept], "gaps": [_gaps(nonzero), kept]}
-    changed = {k: v for k, v in dataclasses.asdict(format).items() if v != DEFAULT_FORMAT[k]}
-    entry = {"shape": list(weight.shape), "rows": quantizer.shape[0], "format": changed}
-    entry, parts = _smallest(entry, candidates, nonzero, layouts)
-    parts.append(_encode_scale(scale, format))
-    return entry, parts if zero is None else [*parts, zero.to(torch.int8).numpy().tobytes()]
+@dataclass(frozen=True)
+class Raw:
+    """Entries of any dtype as they are in memory."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    def nbytes(self, count: int) -> int:
+        return count * self.dtype.itemsize
+
+    def nonzero(self, values: np.ndarray) -> np.ndarray:
+        return values.any(1)  # a negative zero is none
+
+    def array(self, tensor: Tensor) -> np.ndarray:
+        """(count, bytes of an entry) uint8."""
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        return flat.view(torch.uint8).numpy().reshape(self.count, -1)
+
+    def pack(self, values: np.ndarray) -> bytes:
+        return values.tobytes()
+
+    def unpack(self, data: bytes, count: int) -> np.ndarray:
+        return np.frombuffer(data, np.uint8).reshape(count, self.dtype.itemsize)
+
+    def zeros(self) -> np.ndarray:
+        return np.zeros((self.count, self.dtype.itemsize), np.uint8)
+
+    def tensor(self, values: np.ndarray) -> Tensor:
+        if not self.count:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.from_numpy(values.reshape(-1).copy()).view(self.dtype).reshape(self.shape)
 
 
-def decode(entry: dict, parts: list[bytes]) -> Tensor:
-    """The tensor that was encoded: floats exactly; codes dequantized, exactly as the fake quantizer does
-    it.
-    """
-    return _decode_codes(entry, list(parts)) if "format" in entry else _decode_float(entry, list(parts))
+@dataclass(frozen=True)
+class Codes:
+    """A matrix of integers of `bits`; `origin`, an integer each, is the code that means zero."""
+
+    shape: tuple[int, int]
+    bits: int | str
+    origin: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    def nbytes(self, count: int) -> int:
+        return packed_bytes(count, self.bits)
+
+    def nonzero(self, values: np.ndarray) -> np.ndarray:
+        return values != self.zeros()
+
+    def array(self, codes: Tensor) -> np.ndarray:
+        return codes.cpu().numpy().astype(np.int32).reshape(-1)
+
+    def pack(self, values: np.ndarray) -> bytes:
+        return pack(values, self.bits)
+
+    def unpack(self, data: bytes, count: int) -> np.ndarray:
+        return unpack(data, count, self.bits)
+
+    def zeros(self) -> np.ndarray:
+        zero = np.zeros(self.count, np.int32)
+        return zero if self.origin is None else self.origin.cpu().numpy().reshape(-1).astype(np.int32)
+
+    def tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.astype(np.int32)).reshape(self.shape)
 
 
-def decode_grid(entry: dict, parts: list[bytes]) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point (blocks, 1) of an encoded weight, the zero point None if its format is
-    symmetric.
-    """
-    format, shape = format_of(entry), shape_of(entry)
-    if format.symmetric:
-        return _decode_scale(parts[-1], format, shape), None
-    return _decode_scale(parts[-2], format, shape), _from_raw(parts[-1], torch.int8).float()[:, None]
+class Dense:
+    letter = "d"
+
+    def encode(self, kind: Raw | Codes, values: np.ndarray) -> bytes:
+        return kind.pack(values)
+
+    def decode(self, kind: Raw | Codes, data: bytes) -> np.ndarray:
+        _expect(len(data), kind.nbytes(kind.count))
+        return kind.unpack(data, kind.count)
 
 
-def shape_of(entry: dict) -> tuple[int, int]:
-    """How the codes of an encoded weight are laid out, as (rows, columns)."""
-    rows = entry["rows"]
-    return rows, math.prod(entry["shape"]) // rows if rows else 0
+class Bitmap:
+    letter = "b"
+
+    def encode(self, kind: Raw | Codes, values: np.ndarray) -> bytes:
+        nonzero = kind.nonzero(values)
+        return np.packbits(nonzero).tobytes() + kind.pack(values[nonzero])
+
+    def decode(self, kind: Raw | Codes, data: bytes) -> np.ndarray:
+        length = -(-kind.count // 8)
+        bits = np.unpackbits(np.frombuffer(data[:length], np.uint8))[: kind.count].astype(bool)
+        _expect(len(data), length + kind.nbytes(int(bits.sum())))
+        values = kind.zeros()
+        values[bits] = kind.unpack(data[length:], int(bits.sum()))
+        return values
 
 
-def format_of(entry: dict) -> Format:
-    return Format(**entry["format"])
+class Gaps:
+    letter = "g"
+
+    def encode(self, kind: Raw | Codes, values: np.ndarray) -> bytes:
+        at = np.flatnonzero(kind.nonzero(values))
+        gaps = range_coder.encode(np.diff(at, prepend=-1)[None] - 1)
+        return struct.pack("<I", len(at)) + kind.pack(values[at]) + gaps
+
+    def decode(self, kind: Raw | Codes, data: bytes) -> np.ndarray:
+        (count,) = struct.unpack("<I", data[:4].ljust(4, b"\0"))
+        end = 4 + kind.nbytes(count)
+        _expect(min(len(data), end), end)
+        gaps = range_coder.decode(data[end:], (1, min(count, kind.count)))[0].astype(np.int64)
+        at, values = np.cumsum(gaps + 1) - 1, kind.zeros()
+        if count > kind.count or (len(at) and not 0 <= at.min() <= at.max() < kind.count):
+            raise ArtifactError("its sparse entries lie outside their tensor")
+        values[at] = kind.unpack(data[4:end], count)
+        return values
 
 
-def _smallest(entry, candidates, nonzero, layouts):
-    allowed = {k: v for k, v in candidates.items() if k in layouts} or {"dense": candidates["dense"]}
-    layout, parts = min(allowed.items(), key=lambda item: sum(map(len, item[1])))
-    if layout == "gaps":
-        entry["nonzero"] = int(nonzero.sum())
-    return {**entry, "layout": layout}, list(parts)
+class Entropy:
+    letter = "e"
+
+    def encode(self, kind: Raw | Codes, values: np.ndarray) -> bytes | None:
+        if isinstance(kind, Raw):
+            return None
+        return range_coder.encode((values - kind.zeros()).reshape(kind.shape))
+
+    def decode(self, kind: Codes, data: bytes) -> np.ndarray:
+        return range_coder.decode(data, kind.shape).reshape(-1) + kind.zeros()
 
 
-def _raw(values: Tensor) -> bytes:
-    return values.contiguous().view(torch.uint8).numpy().tobytes() if values.numel() else b""
+def _bits(shape: Sequence[int]) -> Codes:
+    """Booleans as codes of one bit, 0 and -1."""
+    first = shape[0] if len(shape) > 1 else 1
+    return Codes((first, math.prod(shape) // max(first, 1)), 1)
 
 
-def _from_raw(data: bytes, dtype: torch.dtype) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+LAYOUTS = {"dense": Dense(), "bitmap": Bitmap(), "gaps": Gaps(), "entropy": Entropy()}
+LETTERS = {layout.letter: layout for layout in LAYOUTS.values()}
+INTEGERS = "i"  # range-coded numbers of no particular width
 
 
-def _bitmap(nonzero: np.ndarray) -> bytes:
-    return np.packbits(nonzero).tobytes()
+def _expect(found: int, expected: int) -> None:
+    if found != expected:
+        raise ArtifactError(f"it holds {found} bytes where {expected} belong")
 
 
-def _gaps(nonzero: np.ndarray) -> bytes:
-    return coding.encode(np.diff(np.flatnonzero(nonzero), prepend=-1)[None] - 1)
+class Writer:
+    """Collects the tensors of a file as bytes, and `letters` that tell each one's layout."""
+
+    def __init__(self, layouts: Sequence[str] = tuple(LAYOUTS)):
+        self.layouts = [layout for name, layout in LAYOUTS.items() if name in layouts]
+        self.blobs, self.letters = [], ""
+
+    def tensor(self, tensor: Tensor) -> None:
+        if tensor.dtype == torch.bool:
+            self._smallest(_bits(tensor.shape), -tensor.int())
+        else:
+            self._smallest(Raw(tuple(tensor.shape), tensor.dtype), tensor)
+
+    def codes(self, codes: Tensor, bits: int | str, origin: Tensor | None = None) -> None:
+        """codes: (rows, columns) integers of `bits`; origin: the codes that mean zero, if not 0."""
+        self._smallest(Codes(tuple(codes.shape), bits, origin), codes)
+
+    def integers(self, values: np.ndarray) -> None:
+        """Integers (n,) of any size below 2**31, best when most are small."""
+        self._add(INTEGERS, range_coder.encode(values[:, None]))
+
+    def _smallest(self, kind: Raw | Codes, tensor: Tensor) -> None:
+        values, found = kind.array(tensor), []
+        for layout in self.layouts or [LAYOUTS["dense"]]:
+            data = layout.encode(kind, values)
+            if data is not None:
+                found.append((len(data), layout.letter, data))
+        if not found:
+            found = [(0, "d", LAYOUTS["dense"].encode(kind, values))]
+        _, letter, data = min(found, key=lambda candidate: candidate[0])
+        self._add(letter, data)
+
+    def _add(self, letter: str, data: bytes) -> None:
+        self.letters += letter
+        self.blobs.append(data)
 
 
-def _nonzero(entry: dict, data: bytes) -> np.ndarray:
-    count = math.prod(entry["shape"])
-    if entry["layout"] == "bitmap":
-        return np.unpackbits(np.frombuffer(data, np.uint8), count=count).astype(bool)
-    mask = np.zeros(count, bool)
-    mask[np.cumsum(coding.decode(data, (1, entry["nonzero"]))[0].astype(np.int64) + 1) - 1] = True
-    return mask
+class Reader:
+    """Gives the tensors back in the order in which a Writer took them."""
 
+    def __init__(self, letters: str, blobs: Sequence[bytes]):
+        self._left = list(zip(letters, blobs, strict=True))
 
-def _shift(codes: Tensor, zero: Tensor, format: Format) -> Tensor:
-    return formats.from_blocks(formats.to_blocks(codes, format) + zero.int(), tuple(codes.shape), format)
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if dtype == torch.bool:
+            return (self._read(_bits(shape)) != 0).reshape(tuple(shape))
+        return self._read(Raw(tuple(shape), dtype))
 
+    def codes(self, shape: tuple[int, int], bits: int | str, origin: Tensor | None = None) -> Tensor:
+        return self._read(Codes(shape, bits, origin))
 
-def _decode_float(entry: dict, parts: list[bytes]) -> Tensor:
-    dtype = getattr(torch, entry["dtype"])
-    if entry["layout"] == "dense":
-        return _from_raw(parts[0], dtype).reshape(entry["shape"])
-    values = torch.zeros(math.prod(entry["shape"]), dtype=dtype)
-    values[torch.from_numpy(_nonzero(entry, parts[0]))] = _from_raw(parts[1], dtype)
-    return values.reshape(entry["shape"])
+    def integers(self, count: int) -> np.ndarray:
+        _, data = self._next()
+        return range_coder.decode(data, (count, 1))[:, 0].astype(np.int64)
 
+    def _read(self, kind: Raw | Codes) -> Tensor:
+        letter, data = self._next()
+        if letter not in LETTERS:
+            raise ArtifactError(f"its layout {letter!r} is unknown")
+        return kind.tensor(LETTERS[letter].decode(kind, data))
 
-def _decode_codes(entry: dict, parts: list[bytes]) -> Tensor:
-    format, shape = format_of(entry), shape_of(entry)
-    scale, zero = decode_grid(entry, parts)
-    if entry["layout"] == "dense":
-        codes = torch.from_numpy(unpack(parts[0], math.prod(shape), format.bits)).reshape(shape)
-    elif entry["layout"] == "entropy":
-        codes = torch.from_numpy(coding.decode(parts[0], shape))
-        codes = codes if zero is None else _shift(codes, zero, format)
-    else:
-        nonzero = torch.from_numpy(_nonzero(entry, parts[0]))
-        codes = torch.zeros(shape, dtype=torch.int32)
-        codes = (codes if zero is None else _shift(codes, zero, format)).reshape(-1)
-        codes[nonzero] = torch.from_numpy(unpack(parts[1], int(nonzero.sum()), format.bits)).int()
-        codes = codes.reshape(shape)
-    values = formats.dequantize(formats.to_blocks(codes, format), scale, zero)
-    return formats.from_blocks(values, shape, format).reshape(entry["shape"])
-
-
-def _encode_scale(scale: Tensor, format: Format) -> bytes:
-    if format.scale == "log8":
-        codes, largest = formats.log_scale_codes(scale)
-        return codes.numpy().tobytes() + _raw(largest.reshape(1))
-    return _raw(scale.reshape(-1).half() if format.scale == "float16" else scale.reshape(-1))
-
-
-def _decode_scale(data: bytes, format: Format, shape: tuple[int, int]) -> Tensor:
-    count = formats.block_count(shape, format)
-    if format.scale == "log8":
-        scale = formats.log_scale_values(_from_raw(data[:count], torch.uint8), _from_raw(data[count:], torch.float32))
-    else:
-        scale = _from_raw(data, torch.float16 if format.scale == "float16" else torch.float32).float()
-    return scale[:, None]
+    def _next(self) -> tuple[str, bytes]:
+        if not self._left:
+            raise ArtifactError("a tensor has fewer parts than its steps need")
+        return self._left.pop(0)

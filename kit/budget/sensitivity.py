@@ -1,89 +1,108 @@
-"""What each weight's bits cost in loss: one cached scan, and the formats that suit a byte budget best."""
+"""What pruning or rounding one weight costs in loss: one cached scan, and the choice that suits a byte
+budget best."""
 
-import copy
-import dataclasses
-import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kit import artifact
-from kit.training.evaluation import evaluate
-from kit.artifact.layouts import encode_codes
-from kit.core.weights import bake, find_step, named_weights, original_of, weight_matrices
 from kit.budget.allocation import allocate
-from kit.quantization.fake import FakeQuantize, quantize_weights
-from kit.quantization.formats import HALF, Format
-from kit.core.store import write_json
+from kit.core.store import digest, write_json
+from kit.core.weights import copy_model, materialize, weights
+from kit.pruning.criteria import check_sparsity
+from kit.pruning.magnitude import MagnitudePruner
+from kit.quantization import HALF, Format, quantize_weights
+from kit.training.evaluation import evaluate
+
+SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 
 
-def scan(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], formats: Mapping[str, Format], *,
-         cache: str | Path | None = None) -> pd.DataFrame:
-    """Loss with one weight matrix at a time in each format, all else as it is.
+def scan(
+    model: nn.Module, batches: Sequence, choices: Mapping[str, Format] | Sequence[float] = SPARSITIES,
+    tensors: str | Iterable[str] = "*", *, cache: str | Path | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """Loss with one weight matrix at a time rounded or pruned, all else as it is.
 
     Args:
         batches: (inputs, targets) of the validation split, a list.
-        formats: label -> format, such as {"4": Format(4)}.
-        cache: folder; a scan of the same weights, batches and formats is then only read.
-    Returns a row a tensor and format: tensor, format (the label), loss (nats a token), increase over the unquantized
-    loss, bytes of the tensor in the artifact (codes and scales, in its smallest layout). The model is untouched.
+        choices: label -> format, such as {"4": Format(4)}; or sparsities for magnitude pruning.
+        tensors: shell patterns of the weights to try.
+        cache: folder; a scan of the same weights, batches and choices is then only read.
+    Returns a row a tensor and choice: tensor, format (the label) or sparsity, loss (nats a token),
+    increase over the untouched loss, bytes of the tensor in the artifact. The model is untouched.
+    Raises ValueError for a sparsity outside [0, 1) or a pattern that matches nothing.
     """
-    baked = bake(model)
-    file = None
+    rounding, model = isinstance(choices, Mapping), copy_model(model)
+    if not rounding:
+        choices = sorted({0.0, *map(check_sparsity, choices)})
+    found, file = weights(model, tensors, matrices=True), None
     if cache is not None:
-        file = Path(cache) / f"bits-{_digest(baked, batches, formats)}.json"
+        settings = [list(choices), list(choices.values()) if rounding else [], [w.name for w in found]]
+        file = Path(cache) / f"scan-{digest(model, list(batches), settings)}.json"
         if file.exists():
             return pd.DataFrame(json.loads(file.read_text()))
-    dense, rows = evaluate(baked, batches).loss, []
-    for name, module, attribute in list(weight_matrices(baked)):
-        for label, format in formats.items():
-            quantize_weights(baked, {name: format})
-            loss = evaluate(baked, batches).loss
-            rows.append({"tensor": name, "format": label, "loss": loss, "increase": loss - dense,
-                         "bytes": tensor_bytes(module, attribute)})
-            quantize_weights(baked, {name: None})
+    untouched, rows = evaluate(model, batches).loss, []
+    for weight in found:
+        steps, value = weight.steps, weight.value.detach().clone()
+        for choice in choices:
+            if rounding:
+                quantize_weights(model, {weight.name: choices[choice]})
+            else:
+                MagnitudePruner(model, weight.name).prune(choice)
+            changed = not torch.equal(weight.value, value)
+            loss = evaluate(model, batches).loss if changed else untouched
+            rows.append((weight.name, choice, loss, loss - untouched, artifact.tensor_bytes(weight)))
+            weight.set_steps(steps)
+    column = "format" if rounding else "sparsity"
+    table = pd.DataFrame(rows, columns=["tensor", column, "loss", "increase", "bytes"])
     if file is not None:
-        write_json(file, rows)
-    return pd.DataFrame(rows)
+        write_json(file, table.to_dict("records"))
+    return table
 
 
-def tensor_bytes(module: nn.Module, attribute: str) -> int:
-    """Bytes that a quantized weight's codes, scales and zero points take in an artifact."""
-    quantizer = find_step(module, attribute, FakeQuantize)
-    return sum(len(part) for part in encode_codes(original_of(module, attribute), quantizer)[1])
+def _options(table: pd.DataFrame) -> dict[str, list[tuple[int, float]]]:
+    """(bytes, increase) of each choice, by tensor."""
+    groups = table.groupby("tensor", sort=False)
+    return {name: list(zip(rows["bytes"], rows["increase"])) for name, rows in groups}
 
 
-def _digest(model: nn.Module, batches: Sequence, formats: Mapping[str, Format]) -> str:
-    settings = {label: dataclasses.asdict(format) for label, format in formats.items()}
-    sha = hashlib.sha256(json.dumps([settings, str(model)]).encode())
-    for tensor in [*model.state_dict().values(), *(part for batch in batches for part in batch)]:
-        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()[:16]
+def _chosen(table: pd.DataFrame, column: str, budget: int) -> dict:
+    groups = {name: rows[column].tolist() for name, rows in table.groupby("tensor", sort=False)}
+    return {name: groups[name][at] for name, at in allocate(_options(table), budget).items()}
 
 
-def plan_for_budget(model: nn.Module, table: pd.DataFrame, formats: Mapping[str, Format],
-                    budget: int, convert: Callable = quantize_weights) -> dict[str, Format]:
-    """A plan for `quantize_weights` whose artifact has at most `budget` bytes, header, vectors (float16) and checksum
-    included, and whose summed loss increase is least; the increases of single tensors are taken to add up.
+def sparsities_for_budget(table: pd.DataFrame, budget: int) -> dict[str, float]:
+    """One sparsity a tensor such that all of them fit `budget` bytes and the summed loss increase is
+    least; the increases of single tensors are taken to add up.
 
-    table: from `scan` with the same `formats`.
-    convert: (model, plan) -> the model that is saved, which the budget is kept for: codes of other values, as GPTQ's,
-        take other bytes where they are range-coded.
+    table: from `scan`. Returns tensor -> sparsity, for `MagnitudePruner.prune`.
+    Raises ValueError if even the highest sparsities scanned do not fit.
+    """
+    return _chosen(table, "sparsity", budget)
+
+
+def plan_for_budget(
+    model: nn.Module, table: pd.DataFrame, formats: Mapping[str, Format], budget: int,
+    convert: Callable = quantize_weights,
+) -> dict[str, Format]:  # fmt: skip
+    """A plan for `quantize_weights` whose artifact has at most `budget` bytes, header, vectors (float16)
+    and checksum included, and whose summed loss increase is least.
+
+    Args:
+        table: from `scan` with the same `formats`.
+        convert: (model, plan) -> the model that is saved, which the budget is kept for: codes of other
+            values, as GPTQ's, take other bytes where they are range-coded.
     Raises ValueError if no choice of formats fits.
     """
-    labels = {name: rows["format"].tolist() for name, rows in table.groupby("tensor", sort=False)}
-    options = {name: list(rows[["bytes", "increase"]].itertuples(index=False, name=None))
-               for name, rows in table.groupby("tensor", sort=False)}
-    dense, room = bake(model), budget
+    dense, room = materialize(model), budget
     for _ in range(8):
-        chosen = allocate(options, room)
-        plan = {name: formats[labels[name][position]] for name, position in chosen.items()}
-        plan |= {name: HALF for name, _, _ in named_weights(dense) if name not in plan}
-        size = artifact.nbytes(convert(copy.deepcopy(dense), plan))
+        plan = {name: formats[label] for name, label in _chosen(table, "format", room).items()}
+        plan |= {weight.name: HALF for weight in weights(dense) if weight.name not in plan}
+        size = artifact.nbytes(convert(copy_model(dense), plan))
         if size <= budget:
             return plan
         room -= max(size - budget, 16)

@@ -8,7 +8,7 @@ go stale, and the view of any weight as a matrix whose rows are outputs.
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
@@ -54,6 +54,17 @@ class MatrixView:
             groups, inputs, outputs, *rest = self.split
             matrix = matrix.reshape(groups, outputs, inputs, *rest).transpose(1, 2)
         return matrix.reshape(self.shape)
+
+    def like(self, shape: Sequence[int]) -> "MatrixView":
+        """The same way of seeing for a tensor that has lost entries."""
+        shape = tuple(shape)
+        if len(shape) < 2:
+            split = (1, *shape, 1) if self.split[-1] == 1 else (1, 1, *shape)
+        elif len(self.split) > len(shape):  # groups of a convolution share the first axis
+            split = (self.split[0], shape[0] // self.split[0], *shape[1:])
+        else:
+            split = (math.prod(shape[:-2]), *shape[-2:])
+        return MatrixView(shape, split, self.transposed)
 
     def stack(self, tensor: Tensor) -> Tensor:
         """(groups, rows of a group, columns), from a tensor of `shape`."""
@@ -123,14 +134,13 @@ class Weight:
         """The step of a class, or None."""
         return next((step for step in self.steps if isinstance(step, kind)), None)
 
-    def seen_by(self, step: Step) -> Tensor:
-        """What a step of this weight is applied to."""
+    def before(self, rank: int) -> Tensor:
+        """What a step of this rank is applied to: the trained values after the steps before it."""
         x = self.original
-        for present in self.steps:
-            if present is step:
-                return x
-            x = present(x)
-        raise ValueError(f"{self.name!r} does not carry this {type(step).__name__}: take it from `find`")
+        for step in self.steps:
+            if step.rank < rank:
+                x = step(x)
+        return x
 
     def put(self, step: Step) -> None:
         """Adds a step in its place by rank; one of the same rank is replaced."""
@@ -203,6 +213,19 @@ def weight_of(module: nn.Module, attribute: str = "weight", model: nn.Module | N
     if attribute not in module._parameters and attribute not in getattr(module, "parametrizations", {}):
         raise ValueError(f"{type(module).__name__} has no parameter {attribute!r}")
     return Weight(model or module, module, attribute, attribute)
+
+
+def class_of(module: nn.Module) -> type:
+    """A module's class, without the one that torch generates for modules whose weights carry steps."""
+    return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+
+
+def is_plain(module: nn.Module, kind: type) -> bool:
+    """Whether a module computes what its class says: exactly this class, its own forward, no hooks, so
+    that another layer can take its place."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    changed = "forward" in vars(module) or getattr(module, "max_norm", None) is not None
+    return class_of(module) is kind and not hooks and not changed
 
 
 def original_of(module: nn.Module, attribute: str) -> nn.Parameter:
@@ -282,6 +305,18 @@ def materialize(model: nn.Module) -> nn.Module:
     return model
 
 
+
+def gradients(model: nn.Module, batches: Iterable, loss: Callable) -> Iterator[dict[str, Tensor]]:
+    """For each batch the gradients of loss(model, batch) in the trained values of every weight that has
+    one, by name; the model's own gradients are cleared before and after."""
+    for batch in batches:
+        model.zero_grad(set_to_none=True)
+        loss(model, batch).backward()
+        found = {weight.name: weight.original.grad for weight in weights(model)}
+        model.zero_grad(set_to_none=True)
+        yield {name: grad for name, grad in found.items() if grad is not None}
+
+
 # TEMPORARY: the old names, until every room uses Weight. Delete.
 
 
@@ -308,12 +343,3 @@ def matching(model, patterns):
 
 
 bake = materialize
-
-
-def gradients(model, batches, loss):
-    for batch in batches:
-        model.zero_grad(set_to_none=True)
-        loss(model, batch).backward()
-        found = {w.name: w.original.grad for w in weights(model)}
-        model.zero_grad(set_to_none=True)
-        yield {name: grad for name, grad in found.items() if grad is not None}

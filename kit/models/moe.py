@@ -7,7 +7,7 @@ from torch import nn
 RESIDUAL_SCALE = 0.25  # of the first output weights of a block, so that it begins close to the identity
 
 
-class _Permute(torch.autograd.Function):
+class Permute(torch.autograd.Function):
     """Rows of x in a new order; the backward is a gather too, where index_select's would be a scatter-add."""
 
     @staticmethod
@@ -31,12 +31,12 @@ def grouped_experts(x, expert, w_in, b_in, w_out, b_out) -> torch.Tensor:
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
     counts = torch.bincount(expert, minlength=w_in.shape[0]).tolist()
-    rows = _Permute.apply(x, order, inverse).split(counts)
+    rows = Permute.apply(x, order, inverse).split(counts)
     outputs = [
         torch.addmm(c_out, F.gelu(torch.addmm(c_in, row, a.t())), b.t())
         for row, a, c_in, b, c_out in zip(rows, w_in.unbind(), b_in.unbind(), w_out.unbind(), b_out.unbind())
     ]
-    return _Permute.apply(torch.cat(outputs), inverse, order)
+    return Permute.apply(torch.cat(outputs), inverse, order)
 
 
 def all_experts(x, w_in, b_in, w_out, b_out) -> torch.Tensor:

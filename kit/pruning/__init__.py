@@ -6,12 +6,11 @@ from kit.pruning.experts import (PrunedMoELayer, expert_scores, prune_unused_exp
 from kit.pruning.magnitude import MagnitudePruner, rewind
 from kit.pruning.mask import Mask, copy_model, get_mask, remove_masks, set_mask
 from kit.pruning.progressive import ProgressivePruningScheduler
-from kit.budget.pruning_sensitivity import scan, sparsities_for_budget
 from kit.pruning.sparsegpt import prune_sparsegpt, sparsegpt
 from kit.pruning.structured import prune_bk_channels, prune_channels, prune_hidden_units
 
 __all__ = ["MagnitudePruner", "Mask", "ProgressivePruningScheduler", "PrunedMoELayer", "copy_model",
            "expert_scores", "get_mask", "input_norms", "prune_bk_channels", "prune_channels",
            "prune_hidden_units",
-           "prune_sparsegpt", "prune_unused_experts", "reduce_experts", "remove_masks", "rewind", "scan",
-           "set_mask", "sparsegpt", "sparsities_for_budget", "track_experts"]
+           "prune_sparsegpt", "prune_unused_experts", "reduce_experts", "remove_masks", "rewind",
+           "set_mask", "sparsegpt", "track_experts"]

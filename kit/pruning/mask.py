@@ -10,14 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kit.core.steps import Step, register_step
 from kit.core.weights import copy_model, find_step, matching, named_weights, original_of, set_steps, steps_of
 from kit.quantization.fake import matrix_shape
 
 
-class Mask(nn.Module):
+@register_step("mask")
+class Mask(Step):
     """Parametrization that keeps the entries of a weight where `mask` (bool, shape of the weight) is true."""
 
     mask: Tensor
+    rank, projection = 0, True
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
@@ -26,8 +29,18 @@ class Mask(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return torch.where(self.mask, weight, 0.0)
 
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        return weight
+    def encode(self, x: Tensor, stored: Tensor, write) -> dict:
+        if torch.equal(self.mask, stored != 0):
+            return {}
+        write.tensor(self.mask)
+        return {"explicit": 1}
+
+    @classmethod
+    def decode(cls, entry: dict, read, weight, stored: Tensor, parts):
+        return cls(read.tensor(stored.shape, torch.bool) if entry else stored != 0), None
+
+    def resized(self, select, before: Tensor):
+        return Mask(select(self.mask))
 
 
 def get_mask(module: nn.Module, name: str = "weight") -> Tensor | None:

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterable
-from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from kit.core.protocols import run
 from kit.quantization import formats
 from kit.quantization.formats import Format
 
@@ -139,38 +139,20 @@ class ComplexQuantizer(nn.Module):
 ACTIVATION_MODULES = {"ActivationQuantizer": ActivationQuantizer, "ComplexQuantizer": ComplexQuantizer}
 
 
-@contextmanager
-def _observing(model: nn.Module):
-    quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
-    modes = {module: module.training for module in model.modules()}
-    for quantizer in quantizers:
-        quantizer.observing = True
-    try:
-        yield quantizers
-    finally:
-        for quantizer in quantizers:
-            quantizer.observing = False
-        for module, training in modes.items():
-            module.training = training
-
-
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable) -> nn.Module:
     """Fixes every activation quantizer's range from `batches`, in evaluation mode; returns the model.
 
-    batches: inputs, or tuples whose first item is the input. Ranges found before are forgotten.
-    Raises ValueError if there is no batch.
+    batches: what `kit.core.protocols.call_of` takes: inputs, tuples that end with targets, mappings.
+    Ranges found before are forgotten. Raises ValueError if there is no batch.
     """
-    with _observing(model) as quantizers:
+    quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
+    for quantizer in quantizers:
+        quantizer.reset()
+        quantizer.observing = True
+    try:
+        run(model, batches)
+    finally:
         for quantizer in quantizers:
-            quantizer.reset()
-        model.eval()
-        device = next((p.device for p in model.parameters()), None)
-        count = 0
-        for batch in batches:
-            inputs = (batch[0] if isinstance(batch, (tuple, list)) else batch).to(device)
-            model.hidden(inputs) if hasattr(model, "hidden") else model(inputs)
-            count += 1
-    if count == 0:
-        raise ValueError("calibration got no batch: expected at least one to measure activation ranges on")
+            quantizer.observing = False
     return model

@@ -1,4 +1,4 @@
-"""Fake quantization of weights: a parametrization that rounds in the forward pass and is straight-through behind."""
+"""Fake quantization of weights: a step that rounds in the forward pass and is straight-through behind."""
 
 import math
 from collections.abc import Mapping
@@ -7,51 +7,46 @@ from fnmatch import fnmatch
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.modules.conv import _ConvNd
 
-from kit.core.weights import (bake, find_step, matching, named_weights, original_of, set_steps, steps_of,
-                                 weight_matrices)
+from kit.core.steps import Step, register_step
+from kit.core.weights import MatrixView, Weight, column_view, matrix_view, weights
 from kit.quantization import formats
-from kit.quantization.formats import Format
-
+from kit.quantization.formats import DEFAULT, Format
 
 FIRST_STEP = 1 / 4  # a power of two, as any other should be, so that units are exact
 
 
-def matrix_shape(module: nn.Module, shape: torch.Size) -> tuple[int, int]:
-    """How a weight is viewed as (rows, columns): a convolution's row is one output channel, any other tensor's row
-    runs along its last dimension (so each expert's output unit of an (E, out, in) stack is a row); a vector is a row.
-    """
-    if len(shape) < 2:
-        return 1, math.prod(shape)
-    rows = shape[0] if isinstance(module, _ConvNd) else math.prod(shape[:-1])
-    return rows, math.prod(shape) // rows if rows else 0
+@register_step("fake_quantize")
+class FakeQuantize(Step):
+    """Weight -> the nearest values of `format`, same shape and dtype; gradients straight through.
 
-
-class FakeQuantize(nn.Module):
-    """Parametrization: weight -> the nearest values of `format`, same shape and dtype; gradients straight through.
-
-    A "minmax" range follows the weight at every step. "percentile" and "mse" ranges are fixed from `weight` when
-    the quantizer is made, because searching at each step is slow. With `learned` the step starts there and is trained
-    (LSQ, arXiv:1902.08153), as |scale| * unit with scale at first `first_step`, because optimizers like Adam move a parameter
-    by the learning rate however small it is: an INT8 step of 0.001 would be gone at once.
+    A "minmax" range follows the weight at every step. "percentile" and "mse" ranges are fixed from
+    `weight` when the quantizer is made, because searching at each step is slow. With `learned` the
+    step size starts there and is trained (LSQ, arXiv:1902.08153), as |scale| * unit with scale at first
+    `first_step`, because optimizers like Adam move a parameter by the learning rate however small it
+    is: an INT8 step of 0.001 would be gone at once.
 
     Args:
         weight: the tensor to be quantized, which fixes shape and ranges.
-        shape: (rows, columns) to view it as.
-        first_step: the larger, the slower a learned step moves.
+        view: how it is seen as a matrix; by default its rows run along the last dimension.
+        first_step: the larger, the slower a learned step size moves.
+        grid: scale and zero point (blocks, 1), to be kept instead of finding a range.
     Raises ValueError when the weight is complex, NaN or infinite.
     """
 
-    def __init__(self, weight: Tensor, shape: tuple[int, int], format: Format, learned: bool = False,
-                 first_step: float = FIRST_STEP):
+    rank, projection, carries = 10, True, True
+
+    def __init__(
+        self, weight: Tensor, format: Format, view: MatrixView | None = None, learned: bool = False,
+        first_step: float = FIRST_STEP, grid: tuple[Tensor, Tensor | None] | None = None,
+    ):  # fmt: skip
         super().__init__()
         formats.check_weights(weight, "weight")
-        self.format, self.shape, self.first_step = format, shape, first_step
-        self.learned = learned and format.bits != 16
-        scale = zero = None
-        if format.bits != 16 and (self.learned or format.range != "minmax"):
-            scale, zero = formats.choose_grid(self.blocks(weight, fill=math.nan), format)
+        self.format, self.view = format, view or matrix_view(weight.shape)
+        self.first_step, self.learned = first_step, learned and format.bits != 16
+        if grid is None and format.bits != 16 and (self.learned or format.range != "minmax"):
+            grid = formats.choose_grid(self.blocks(weight, fill=math.nan), format)
+        scale, zero = grid or (None, None)
         self.register_buffer("zero", zero)
         if self.learned:
             self.register_buffer("unit", scale / first_step)
@@ -59,13 +54,18 @@ class FakeQuantize(nn.Module):
         else:
             self.register_buffer("scale", scale)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the weight as a matrix."""
+        return self.view.rows, self.view.columns
+
     def blocks(self, weight: Tensor, fill: float = 0.0) -> Tensor:
         """The weight as (blocks, length), a block a scale."""
-        return formats.to_blocks(weight.reshape(self.shape), self.format, fill)
+        return formats.to_blocks(self.view.matrix(weight), self.format, fill)
 
     def spread(self, part: Tensor) -> Tensor:
         """A scale or zero point (blocks, 1) as (rows, columns): the one of each weight."""
-        length = self.blocks(part.new_empty(()).expand(self.shape)).shape[1]
+        length = self.blocks(part.new_empty(()).expand(self.view.shape)).shape[1]
         return formats.from_blocks(part.expand(-1, length), self.shape, self.format)
 
     def grid(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -79,7 +79,7 @@ class FakeQuantize(nn.Module):
 
     @torch.no_grad()
     def set_grid(self, scale: Tensor, zero: Tensor | None = None) -> None:
-        """Overwrites a fixed or learned grid, or fixes one that followed the weight; both of shape (blocks, 1)."""
+        """Overwrites a fixed or learned grid, or fixes one that followed the weight; (blocks, 1)."""
         scale = formats.round_scale(scale, self.format.scale)
         if self.scale is None:
             self.scale, self.zero = scale, zero
@@ -96,16 +96,97 @@ class FakeQuantize(nn.Module):
             return _half(weight)
         scale, zero = self.grid(weight)
         blocks = self.blocks(weight)
-        gradient = 1 / math.sqrt(max(blocks.shape[1], 1) * self.format.qmax) if self.learned else 0.0
+        length = max(blocks.shape[1], 1)
+        gradient = 1 / math.sqrt(length * self.format.qmax) if self.learned else 0.0
         values = formats.fake_quantize(blocks.float(), scale, zero, self.format, gradient)
-        return formats.from_blocks(values, self.shape, self.format).reshape(weight.shape).to(weight.dtype)
+        matrix = formats.from_blocks(values, self.shape, self.format)
+        return self.view.tensor(matrix).to(weight.dtype)
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes int8 (rows, columns), scale and zero point (blocks, 1): what `forward` multiplies out again."""
+        """Codes int8 (rows, columns), scale and zero point (blocks, 1): what `forward` multiplies."""
         scale, zero = self.grid(weight)
         codes = formats.quantize(self.blocks(weight), scale, zero, self.format)
         return formats.from_blocks(codes, self.shape, self.format), scale.detach(), zero
+
+    def encode(self, x: Tensor, stored: Tensor, write) -> dict:
+        entry = {"format": self.format.changes()} if self.format != DEFAULT else {}
+        natural = matrix_view(stored.shape)
+        if self.view.rows != natural.rows or self.view.transposed:
+            entry["rows"] = -self.view.rows if self.view.transposed else self.view.rows
+        if self.format.bits == 16:
+            write.tensor(stored.half())
+            return entry
+        if self.learned:
+            entry["learned"] = self.first_step
+        elif self.format.range == "minmax" and (self.scale is not None or not torch.equal(self(stored), stored)):
+            entry["fixed"] = 1
+        codes, scale, zero = (None if t is None else t.cpu() for t in self.codes(x))
+        for part in formats.stored_scale(scale, self.format.scale):
+            write.tensor(part)
+        if zero is not None:
+            write.tensor(zero.to(torch.int8))
+            zero = self.spread(zero).to(torch.int32)
+        write.codes(codes, self.format.bits, zero)
+        return entry
+
+    @classmethod
+    def decode(cls, entry: dict, read, weight: Weight, stored: None, parts) -> tuple["FakeQuantize", Tensor]:
+        format, view = Format(**entry.get("format", {})), _stored_view(entry, weight)
+        dtype = weight.original.dtype
+        if format.bits == 16:
+            value = read.tensor(view.shape, torch.float16).to(dtype)
+            return cls(value, format, view), value
+        count = formats.block_count((view.rows, view.columns), format)
+        parts = [read.tensor(*part) for part in formats.scale_parts(count, format.scale)]
+        scale, zero = formats.restored_scale(parts, format.scale)[:, None], None
+        if not format.symmetric:
+            zero = read.tensor((count,), torch.int8).float()[:, None]
+        learned = entry.get("learned", 0)
+        made = cls(torch.zeros(()), format, view, bool(learned), learned or FIRST_STEP, (scale, zero))
+        origin = None if zero is None else made.spread(zero).to(torch.int32)
+        codes = read.codes(made.shape, format.bits, origin)
+        blocks = formats.dequantize(formats.to_blocks(codes, format), scale, zero)
+        value = view.tensor(formats.from_blocks(blocks, made.shape, format)).to(dtype)
+        if format.range == "minmax" and not learned and "fixed" not in entry:
+            made.scale = made.zero = None
+            if not torch.equal(made(value), value):
+                made.scale, made.zero = scale, zero
+        return made, value
+
+    def resized(self, select, before: Tensor) -> "FakeQuantize":
+        view = self.view.like(before.shape)
+        if self.scale is None:
+            return type(self)(before, self.format, view)
+
+        def selected(part: Tensor | None) -> Tensor | None:
+            if part is None:
+                return None
+            spread = view.matrix(select(self.view.tensor(self.spread(part.detach()))))
+            blocks = formats.to_blocks(spread, self.format, math.nan)
+            return blocks[:, :1] if ((blocks == blocks[:, :1]) | blocks.isnan()).all() else blocks[:0]
+
+        scale, zero, unit = map(selected, (self.scale, self.zero, self.unit if self.learned else None))
+        if not len(scale):  # entries that shared no scale have come to share one: its range is found anew
+            return type(self)(before, self.format, view, self.learned, self.first_step)
+        grid = (scale if unit is None else scale * unit, zero)
+        made = type(self)(before, self.format, view, self.learned, self.first_step, grid)
+        if self.learned:
+            made.scale.data.copy_(scale), made.unit.copy_(unit)
+        return made
+
+
+def _stored_view(entry: dict, weight: Weight) -> MatrixView:
+    """The view that a file means by its number of rows, negative if the weight is held transposed."""
+    shape = tuple(weight.original.shape)
+    rows, transposed = abs(entry.get("rows", 0)), entry.get("rows", 0) < 0
+    flat = MatrixView(shape, (1, *shape)) if len(shape) > 1 else column_view(shape)
+    if not rows:
+        return matrix_view(shape)
+    for view in (weight.view, flat, matrix_view(shape)):
+        if (view.rows, view.transposed) == (rows, transposed):
+            return view
+    raise ValueError(f"{weight.name!r} of shape {shape} cannot be seen as {rows} rows")
 
 
 class _Half(torch.autograd.Function):
@@ -121,52 +202,55 @@ class _Half(torch.autograd.Function):
 _half = _Half.apply
 
 
-def quantize_weights(model: nn.Module, plan: Format | Mapping[str, Format | None], learned: bool = False) -> nn.Module:
+def quantize_weights(
+    model: nn.Module, plan: Format | Mapping[str, Format | None], learned: bool = False
+) -> nn.Module:
     """Fake-quantizes weights of the model, in place, and returns it.
 
-    plan: one format for every weight of two or more dimensions (stacked biases are none), or shell patterns of dotted
-        names to formats, of which a weight takes the first that matches (None: leave it in float32).
-    A weight that is quantized already gets the new format; masks stay in front.
-    Raises ValueError for a pattern without a match and for weights that are not finite.
+    Args:
+        plan: one format for every weight of two or more dimensions (stacked biases are none), or shell
+            patterns of dotted names to formats, of which a weight takes the first that matches (None:
+            leave it in float32).
+    A weight that is quantized already gets the new format; masks stay in front of it, transforms of
+    token tables behind it. Raises ValueError for a pattern without a match and for weights that are
+    not finite; the model is untouched then.
 
-    >>> model = quantize_weights(nn.Sequential(nn.Linear(8, 4)), Format(4, granularity="group", group_size=4))
-    >>> len(model[0].weight.unique()) <= 16 * 8
+    >>> model = quantize_weights(nn.Sequential(nn.Linear(8, 4)), Format(4))
+    >>> len(model[0].weight.unique()) <= 16 * 4
     True
     """
     if isinstance(plan, Format):
-        chosen = [(w, plan) for w in weight_matrices(model)]
+        chosen = [(weight, plan) for weight in weights(model, matrices=True)]
     else:
-        weights = matching(model, plan)
-        chosen = [(w, next(f for p, f in plan.items() if fnmatch(w[0], p))) for w in weights]
+        found = weights(model, plan)
+        chosen = [(w, next(f for p, f in plan.items() if fnmatch(w.name, p))) for w in found]
     if not chosen:
-        raise ValueError(f"{type(model).__name__} has no weight to quantize: expected parameters of two or more "
-                         "dimensions")
-    for (name, module, attribute), _ in chosen:
-        formats.check_weights(original_of(module, attribute), name)
-    for (name, module, attribute), format in chosen:
-        keep = [step for step in steps_of(module, attribute) if not isinstance(step, FakeQuantize)]
-        set_steps(model, module, attribute, keep)
-        if format is not None:
-            weight = getattr(module, attribute).detach()
-            step = FakeQuantize(weight, matrix_shape(module, weight.shape), format, learned)
-            set_steps(model, module, attribute, [*keep, step])
+        raise ValueError(
+            f"{type(model).__name__} has no weight to quantize: expected parameters of two or more "
+            "dimensions"
+        )
+    for weight, _ in chosen:
+        formats.check_weights(weight.original, weight.name)
+    for weight, format in chosen:
+        if format is None:
+            weight.drop(FakeQuantize)
+        else:
+            before = weight.before(FakeQuantize.rank).detach()
+            weight.put(FakeQuantize(before, format, weight.view, learned))
     return model
-
-
-def seen_by(quantizer: FakeQuantize, module: nn.Module, attribute: str) -> Tensor:
-    """The tensor that a fake quantizer rounds: the trained values after the steps before it, such as a mask."""
-    weight = original_of(module, attribute)
-    for step in steps_of(module, attribute):
-        if step is quantizer:
-            return weight
-        weight = step(weight)
-    raise ValueError(f"{type(module).__name__}.{attribute} does not carry this quantizer: take it from find_step")
 
 
 def quantizers(model: nn.Module) -> dict[str, FakeQuantize]:
     """The fake quantizer of each quantized weight, by dotted name."""
-    found = {name: find_step(module, attribute, FakeQuantize) for name, module, attribute in named_weights(model)}
+    found = {weight.name: weight.find(FakeQuantize) for weight in weights(model)}
     return {name: step for name, step in found.items() if step is not None}
 
 
-remove_compression = bake
+# TEMPORARY
+def matrix_shape(module, shape):
+    view = matrix_view(shape, module)
+    return view.rows, view.columns
+
+
+def seen_by(quantizer, module, attribute):
+    return Weight(module, module, attribute, attribute).before(quantizer.rank)

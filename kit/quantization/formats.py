@@ -6,8 +6,10 @@ on blocks, shape (blocks, length), with scale and zero point of shape (blocks, 1
 (arXiv:1712.05877), eq. 1: x = scale * (code - zero).
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -62,8 +64,13 @@ class Format:
     def qmax(self) -> int:
         return 1 if self.bits == "ternary" else 2 ** (self.bits - 1) - 1
 
+    def changes(self) -> dict:
+        """The fields that differ from those of `Format()`: `Format(**changes)` is this format."""
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if value != getattr(DEFAULT, name)}
 
-HALF = Format(16)
+
+HALF, DEFAULT = Format(16), Format()
 
 
 def to_blocks(matrix: Tensor, format: Format, fill: float = 0.0) -> Tensor:
@@ -114,6 +121,26 @@ def log_scale_codes(scale: Tensor) -> tuple[Tensor, Tensor]:
 
 def log_scale_values(codes: Tensor, largest: Tensor) -> Tensor:
     return largest * _log_table().to(largest.device)[codes.long()]
+
+
+def stored_scale(scale: Tensor, kind: str) -> list[Tensor]:
+    """The tensors that hold a scale (blocks, 1) in a file."""
+    if kind == "log8":
+        codes, largest = log_scale_codes(scale.reshape(-1))
+        return [codes, largest.reshape(1)]
+    return [scale.reshape(-1).half() if kind == "float16" else scale.reshape(-1)]
+
+
+def scale_parts(count: int, kind: str) -> list[tuple[tuple[int], torch.dtype]]:
+    """Shapes and dtypes of the tensors of `stored_scale` for `count` blocks."""
+    if kind == "log8":
+        return [((count,), torch.uint8), ((1,), torch.float32)]
+    return [((count,), torch.float16 if kind == "float16" else torch.float32)]
+
+
+def restored_scale(parts: Sequence[Tensor], kind: str) -> Tensor:
+    """The scale (blocks,), float32, of the tensors of `stored_scale`."""
+    return log_scale_values(*parts) if kind == "log8" else parts[0].float()
 
 
 def _half_above(scale: Tensor) -> Tensor:

@@ -1,0 +1,323 @@
+"""Token tables in few bits: rows composed of the rows of the tokens that byte-pair encoding merged, in
+a basis that suits the loss, and ordered by frequency.
+
+Composition. A token is two shorter tokens side by side ("compression" from "com" and "pression"), so
+its row is predicted by theirs and only a residual r_i is trained and stored (predictive coding along
+the tree of merges; subword sums as in fastText, Bojanowski et al. 2017, arXiv:1607.04606):
+
+    c_i = r_i + a * c_left(i) + b * c_right(i)        (elementwise; two learned vectors a table)
+
+Rows of the table are c_i B. Codes share one step over all columns, which is right where an error
+costs the same in each and no column tells of another (Goyal 2001, "Theoretical foundations of
+transform coding"). So B undoes two changes of coordinates: by F^1/2, with F the columns' factor of the
+Fisher information (Martens and Grosse 2015, arXiv:1503.05671), and onto the principal axes.
+
+Order. What an error in a row costs goes with the token's frequency, so rows of like frequency share a
+step and are coded together. Rows are kept by class, log4 of the token's frequency, within a class in
+the tokenizer's order. Where the merges are known the classes are nearly told by them: a token occurs
+as often as it was merged, less the merges that took it into longer ones,
+
+    n_i = m_i - sum over j made of i of m_j,
+
+and merges come in falling order of m, a smooth curve of which a few points suffice. What is stored is
+the difference from the class so expected, in integers, so that a file is read alike everywhere.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from kit.core.weights import Weight, gradients, weights
+from kit.core.steps import Step, register_step
+from kit.models.moe import Permute
+from kit.quantization import kernels
+from kit.quantization.fake import FakeQuantize
+from kit.quantization.formats import Format
+
+BASIS = Format(4)  # residuals are taken in the rounded basis, so that it may be coarse
+LEAST_CURVATURE = 1e-2  # of a direction, relative to the mean: flatter ones are not flat further away
+LEAST_SENSITIVITY = 1e-8  # relative to the largest: rows that no gradient reached
+LEVEL = 0.15  # power of the sensitivity by which a and b fit a row: the many rare ones live on their parts
+MOST = 2**31 - 1  # that the coder takes
+
+
+def compose_by_levels(residual: Tensor, left: Tensor, right: Tensor, levels) -> Tensor:
+    """`kernels.compose` on any device, the shortest tokens first."""
+    rows = residual.clone()
+    for at, first, second in levels:
+        rows[at] += left * rows[first] + right * rows[second]
+    return rows
+
+
+def compose_by_levels_backward(rows: Tensor, left: Tensor, right: Tensor, levels, grad: Tensor) -> tuple:
+    """Its adjoint, the longest tokens first."""
+    grad, d_left, d_right = grad.clone(), torch.zeros_like(left), torch.zeros_like(right)
+    for at, first, second in reversed(levels):
+        g = grad[at]
+        d_left += (g * rows[first]).sum(0)
+        d_right += (g * rows[second]).sum(0)
+        grad.index_add_(0, first, left * g).index_add_(0, second, right * g)
+    return grad, d_left, d_right
+
+
+class _Compose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, residual, left, right, composition):
+        ctx.composition = composition
+        if residual.device.type == "cpu":
+            rows = kernels.compose(residual, left, right, composition.parts)
+        else:
+            rows = compose_by_levels(residual, left, right, composition.levels)
+        ctx.save_for_backward(rows, left, right)
+        return rows
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        if grad.device.type == "cpu":
+            return *kernels.compose_backward(*ctx.saved_tensors, ctx.composition.parts, grad), None
+        return *compose_by_levels_backward(*ctx.saved_tensors, ctx.composition.levels, grad), None
+
+
+def checksum(parts: np.ndarray) -> int:
+    """CRC-32 of the parts, by which a file tells whether it was given the right ones."""
+    return zlib.crc32(np.ascontiguousarray(parts, np.int32).tobytes())
+
+
+def _check_parts(entry: dict, parts: np.ndarray | None) -> None:
+    if parts is None:
+        raise ValueError("it is made of the tokenizer's merges: pass load(path, parts=tokenizer.parts)")
+    if checksum(parts) != entry["parts"]:
+        raise ValueError("it was made with another tokenizer's merges than the parts given: use its own")
+
+
+@register_step("composition")
+class Composition(Step):
+    """Residuals (V, D) -> rows (V, D), float32. The basis (D, D) begins as the identity, is not trained.
+
+    Args:
+        parts: int (V, 2), the two tokens that each token is made of, both before it, or -1 twice
+            (`BPETokenizer.parts`).
+        width: D.
+    Raises ValueError for parts that do not precede their token.
+    """
+
+    rank = 30
+
+    def __init__(self, parts: np.ndarray, width: int):
+        super().__init__()
+        self.parts = np.ascontiguousarray(parts, np.int32)
+        if self.parts.ndim != 2 or (self.parts.max(1) >= np.arange(len(self.parts))).any():
+            raise ValueError("a token's parts must come before it: pass the `parts` of a BPETokenizer")
+        depth = np.zeros(len(self.parts), np.int64)
+        for token in np.flatnonzero(self.parts[:, 0] >= 0):
+            depth[token] = 1 + depth[self.parts[token]].max()
+        at = [np.flatnonzero(depth == d) for d in range(1, depth.max() + 1)]
+        self.levels = [tuple(map(torch.from_numpy, (i, *self.parts[i].T.astype(np.int64)))) for i in at]
+        self.left, self.right = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        self.register_buffer("basis", torch.eye(width))
+        self.rounding = FakeQuantize(self.basis, BASIS)
+
+    def _apply(self, function, recurse: bool = True):
+        self.levels = [tuple(function(x) for x in level) for level in self.levels]
+        return super()._apply(function, recurse)
+
+    def forward(self, residual: Tensor) -> Tensor:
+        rows = _Compose.apply(residual, _half(self.left), _half(self.right), self)
+        return rows @ self.rounding(self.basis)
+
+    def encode(self, x: Tensor, stored: Tensor, write) -> dict:
+        for factor in (self.left, self.right):
+            write.tensor(factor.half())
+        basis = self.rounding.encode(self.basis, self.rounding(self.basis), write)
+        return {"parts": checksum(self.parts), "basis": basis}
+
+    @classmethod
+    def decode(cls, entry: dict, read, weight: Weight, stored: Tensor, parts) -> tuple["Composition", None]:
+        _check_parts(entry, parts)
+        made = cls(parts, stored.shape[1])
+        for factor in (made.left, made.right):
+            factor.data.copy_(read.tensor(factor.shape, torch.float16))
+        square = Weight(made, nn.Linear(*made.basis.shape, bias=False), "weight", "basis")
+        made.rounding, basis = FakeQuantize.decode(entry["basis"], read, square, None, None)
+        made.basis.copy_(basis)
+        return made, None
+
+    @torch.no_grad()
+    def fit(self, rows: Tensor, sensitivity: Tensor, curvature: Tensor) -> Tensor:
+        """Sets basis, a and b, and returns the residuals of `rows` (V, D).
+
+        sensitivity (V,) and curvature (D, D): Kronecker factors of the table's Fisher information.
+        """
+        importance = (sensitivity / sensitivity.max()).clamp(min=LEAST_SENSITIVITY)
+        residual = self._factors(rows, importance**LEVEL)
+        scale, axes = torch.linalg.eigh(curvature)
+        scale = (scale / scale.mean()).clamp(min=LEAST_CURVATURE).sqrt()
+        weighed = residual @ (axes * scale)
+        _, turn = torch.linalg.eigh(weighed.T @ (importance.sqrt()[:, None] * weighed))
+        # so that the learning rate meets weights of a usual size
+        size = (weighed.square().mean() / residual.square().mean()).sqrt()
+        self.basis.copy_(size * turn.flip(1).T @ (axes / scale).T)
+        inverse = torch.linalg.inv(self.rounding(self.basis))
+        return self._factors(rows @ inverse, importance**LEVEL)
+
+    @torch.no_grad()
+    def _factors(self, rows: Tensor, importance: Tensor) -> Tensor:
+        """Sets a and b by least squares, each row weighted (V,), and returns the residuals (V, D)."""
+        at, first, second = (torch.cat(x) for x in zip(*self.levels))
+        y, x = rows[at], torch.stack([rows[first], rows[second]], -1)
+        w = importance[at][:, None, None]
+        gram = torch.einsum("ndi,ndj->dij", w * x, x)
+        damping = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean()
+        gram += damping * torch.eye(2, device=x.device)
+        solution = torch.linalg.solve(gram, torch.einsum("ndi,nd->di", w * x, y))
+        self.left.copy_(solution[:, 0]), self.right.copy_(solution[:, 1])
+        residual = rows.clone()
+        residual[at] -= _half(self.left) * rows[first] + _half(self.right) * rows[second]
+        return residual
+
+
+def _half(x: Tensor) -> Tensor:
+    """Rounded to half precision, as the file holds it, with the gradient straight through."""
+    return x + (x.half().float() - x).detach()
+
+
+def _tables(model: nn.Module, size: int, matrices: bool, allowed: type | None) -> list[Weight]:
+    """The weights with an entry for each of `size` tokens, on which nothing but `allowed` steps is."""
+    found = [w for w in weights(model) if w.original.shape[:1] == (size,)]
+    found = [w for w in found if w.original.ndim == 2 or not matrices]
+    if not found:
+        raise ValueError(
+            f"no weight of {type(model).__name__} has the {size:,} rows of a token table: pass what "
+            "belongs to the vocabulary it was trained with"
+        )
+    for weight in found:
+        for step in weight.steps:
+            if allowed is None or not isinstance(step, allowed):
+                raise ValueError(f"{weight.name!r} carries a {step.kind} step: arrange tables before that")
+    return found
+
+
+def compose_tables(model: nn.Module, parts: np.ndarray, batches: Iterable, loss: Callable) -> nn.Module:
+    """Puts a `Composition` on every matrix with a row for each token (embedding, output layer), in
+    place, and returns the model. What it computes stays the same.
+
+    Args:
+        loss: loss(model, batch) -> scalar, whose gradients on `batches` say what an error in a row or
+            a column costs.
+    Raises ValueError when no matrix has as many rows as `parts`, and for one that carries steps.
+    """
+    tables = {weight.name: weight for weight in _tables(model, len(parts), True, None)}
+    factors = dict.fromkeys(tables, (0.0, 0.0))
+    for grads in gradients(model, batches, loss):
+        for name in tables:
+            rows, columns = factors[name]
+            factors[name] = rows + grads[name].square().mean(1), columns + grads[name].T @ grads[name]
+    for name, weight in tables.items():
+        composition = Composition(parts, weight.original.shape[1]).to(weight.original.device)
+        weight.assign(composition.fit(weight.original.detach(), *factors[name]))
+        weight.put(composition)
+    return model
+
+
+def frequency_classes(counts: np.ndarray, top: int) -> np.ndarray:
+    """round(log4((top + 1) / (count + 1))) for counts (V,): int64, 0 for the most frequent, halves up."""
+    return sum((top + 1) >> (2 * j + 1) >= counts + 1 for j in range(16)).astype(np.int64)
+
+
+def _points(size: int) -> np.ndarray:
+    """Tokens whose merges the file tells: eight in each doubling, and the last."""
+    octaves = range(size.bit_length() + 1)
+    return np.unique([min(size - 1, 2**o + 2**o * i // 8) for o in octaves for i in range(8)])
+
+
+def merge_curve(counts: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Largest count, and how often the tokens of `_points` were merged (0 for single bytes), from counts
+    (V,) and parts (V, 2)."""
+    merged = np.array(counts, np.int64)
+    for token in range(len(parts) - 1, -1, -1):
+        for part in parts[token]:
+            if part >= 0:
+                merged[part] += merged[token]
+    points = _points(len(parts))
+    told = np.where(parts[points, 0] >= 0, merged[points], 0)
+    return np.minimum([max(counts), *told], MOST)
+
+
+def expected_classes(curve: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Class of each token as far as `merge_curve` and parts tell; m times the token's number is linear
+    between points."""
+    (top, *merged), ids, points = curve, np.arange(len(parts)), _points(len(parts))
+    right = np.searchsorted(points, np.maximum(ids, 1)).clip(1)
+    (a, b), (m_a, m_b) = ((x[right - 1], x[right]) for x in (points, np.array(merged)))
+    m = (m_a * a * (b - ids) + m_b * b * (ids - a)) // ((b - a) * np.maximum(ids, 1))
+    m[parts[:, 0] < 0] = 0
+    left = m.copy()
+    for column in parts.T:
+        np.subtract.at(left, column[column >= 0], m[column >= 0])
+    return frequency_classes(left.clip(0), top)
+
+
+@register_step("row_order")
+class RowOrder(Step):
+    """Rows by class, (V, ...) -> rows by token, the same shape and dtype.
+
+    classes: int64 (V,), of each token; parts: int (V, 2), what it was merged from, and curve, from
+    `merge_curve`, or None.
+    """
+
+    rank = 20
+
+    def __init__(self, classes: np.ndarray, parts: np.ndarray | None = None, curve=None):
+        super().__init__()
+        self.classes, self.parts, self.curve = classes, parts, curve
+        tokens = torch.from_numpy(classes.argsort(kind="stable"))
+        self.register_buffer("tokens", tokens)  # of each row
+        self.register_buffer("rows", tokens.argsort())  # of each token
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return Permute.apply(rows, self.rows, self.tokens)
+
+    def encode(self, x: Tensor, stored: Tensor, write) -> dict:
+        if self.parts is None:
+            write.integers(self.classes)
+            return {}
+        surprise = self.classes - expected_classes(self.curve, self.parts)
+        write.integers(np.concatenate([self.curve, surprise]))
+        return {"parts": checksum(self.parts)}
+
+    @classmethod
+    def decode(cls, entry: dict, read, weight: Weight, stored: Tensor, parts) -> tuple["RowOrder", None]:
+        count = len(stored)
+        if "parts" not in entry:
+            return cls(read.integers(count)), None
+        _check_parts(entry, parts)
+        size = 1 + len(_points(count))
+        values = read.integers(size + count)
+        curve = values[:size]
+        return cls(values[size:] + expected_classes(curve, parts), parts, curve), None
+
+
+def order_rows(model: nn.Module, counts: np.ndarray) -> nn.Module:
+    """Puts one `RowOrder` on every weight with an entry for each token (embedding, output layer and its
+    bias), in place, and returns the model. What it computes stays the same.
+
+    counts: (V,), how often each token occurs in the training data.
+    Raises ValueError when no weight has as many rows, and for one that carries other steps than a
+    composition.
+    """
+    counts = np.asarray(counts, np.int64)
+    tables = _tables(model, len(counts), False, Composition)
+    composed = [step for weight in tables for step in weight.steps]
+    parts = composed[0].parts if composed else None
+    curve = None if parts is None else merge_curve(counts, parts)
+    order = RowOrder(frequency_classes(counts, counts.max()), parts, curve)
+    order.to(tables[0].original.device)
+    for weight in tables:
+        weight.assign(weight.original.detach()[order.tokens])
+        weight.put(order)
+    return model
