@@ -2,6 +2,8 @@ import hashlib
 import random
 import re
 import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow
@@ -10,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kit.data import cache_dir, corpus, docs, load_corpus, wikitext
 from kit.core.store import atomic
-from kit.data.tokenization import BPETokenizer, WordTokenizer, _pieces
+from kit.data import cache_dir, docs, load_corpus, register_corpus, wikitext
+from kit.data.corpus import CORPORA
+from kit.data.tokenization import BPETokenizer, _pieces
 
 SPLITS = ("train", "validation", "test")
 
@@ -25,7 +28,9 @@ def cache(tmp_path, monkeypatch):
 
 def lines(count, seed=0):
     draw = random.Random(seed)
-    words = "the resolvent of a chain is a continued fraction and each level pays one division".split()
+    words = (
+        "the resolvent of a chain is a continued fraction and each level pays one division".split()
+    )
     return "".join(" ".join(draw.choices(words, k=12)) + ".\n" for _ in range(count))
 
 
@@ -47,11 +52,19 @@ def test_bpe_gives_back_any_text(text):
     assert tokens.dtype == np.int32 and BPE.decode(tokens) == text
 
 
-@given(st.text("ab .é\n\t'"), st.integers(1, 8))
+@given(st.text("abs .!1é\n\t\r\x1c\x85\xa0'"), st.integers(1, 8))
 def test_pieces_tokenize_as_the_whole(text, size):
     assert "".join(_pieces(text, size)) == text
     parts = [i for piece in _pieces(text, size) for i in BPE._backend.encode(piece).ids]
     assert parts == BPE._backend.encode(text).ids
+
+
+@pytest.mark.parametrize("long", ["xy" * 5000, "x " * 5000])
+def test_no_piece_of_a_long_line_is_long(long):
+    pieces = list(_pieces(long, 100, 1000))
+    assert "".join(pieces) == long
+    assert max(map(len, pieces)) == (1000 if " " not in long else 101)
+    assert BPE.decode(np.concatenate([BPE.encode(piece) for piece in pieces])) == long
 
 
 def test_bpe_learns_the_most_frequent_pair_first():
@@ -64,17 +77,8 @@ def test_bpe_reloads_from_json():
     assert (again.encode(lines(3)) == BPE.encode(lines(3))).all()
 
 
-def test_words_follow_the_wikitext_convention():
-    words = WordTokenizer.train(" b a \n \n b c\n", 4)
-    assert words.words == ["<unk>", "<eos>", "b", "a"]
-    tokens = words.encode(" b a \n \n b c\n")
-    assert tokens.tolist() == [2, 3, 1, 1, 2, 0, 1] and tokens.dtype == np.int32
-    assert words.decode(tokens) == "b a\n\nb <unk>\n"
-    assert words.encode("").size == 0
-    assert WordTokenizer.from_json(words.to_json()).words == words.words
-
-
 # ---- text:
+
 
 def test_a_file_is_cut_in_contiguous_blocks_at_line_ends(text, cache):
     loaded = load_corpus(f"text:{text}", 300)
@@ -107,7 +111,10 @@ def test_the_tokenizer_learns_from_the_training_split_alone(tmp_path, cache):
 
 
 def test_train_bytes_shortens_all_splits(text, cache):
-    whole, short = load_corpus(f"text:{text}", 300), load_corpus(f"text:{text}", 300, train_bytes=5000)
+    whole, short = (
+        load_corpus(f"text:{text}", 300),
+        load_corpus(f"text:{text}", 300, train_bytes=5000),
+    )
     assert short.utf8_bytes["train"] == 5000
     assert short.utf8_bytes["test"] == min(625, whole.utf8_bytes["test"])
     assert short.sha256 != whole.sha256
@@ -123,11 +130,41 @@ def test_tokens_come_from_the_cache_the_second_time(text, cache, monkeypatch):
     first = load_corpus(f"text:{text}", 300)
     monkeypatch.setattr(BPETokenizer, "train", None)
     again = load_corpus(f"text:{text}", 300)
-    assert (again.train == first.train).all() and again.tokenizer.to_json() == first.tokenizer.to_json()
-    assert {path.suffix for path in cache.rglob("*") if path.is_file()} == {".npz"}
+    assert (
+        again.train == first.train
+    ).all() and again.tokenizer.to_json() == first.tokenizer.to_json()
+    files = [path for path in cache.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".npz", ".lock"}
     text.write_text(lines(400, seed=1))
     with pytest.raises(TypeError):
         load_corpus(f"text:{text}", 300)
+
+
+def test_of_two_that_need_the_same_tokens_one_makes_them(text, cache, monkeypatch):
+    made, train = [], BPETokenizer.train
+
+    def slow(*args):
+        made.append(args)
+        time.sleep(0.2)
+        return train(*args)
+
+    monkeypatch.setattr(BPETokenizer, "train", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: load_corpus(f"text:{text}", 300), range(2))
+    assert len(made) == 1 and (first.train == second.train).all()
+
+
+def test_a_new_corpus_is_one_function(cache, monkeypatch):
+    monkeypatch.setattr("kit.data.corpus.CORPORA", dict(CORPORA))
+    splits = {split: lines(100, seed) for seed, split in enumerate(SPLITS)}
+    register_corpus("chains")(lambda: splits)
+    register_corpus("repeat:")(lambda place: {split: lines(100) + place for split in SPLITS})
+    loaded = load_corpus("chains", 300)
+    assert [loaded.tokenizer.decode(getattr(loaded, split)) for split in SPLITS] == [
+        *splits.values()
+    ]
+    again = load_corpus("repeat:this: and that", 300)
+    assert again.tokenizer.decode(again.test).endswith("this: and that")
 
 
 def test_a_failed_write_leaves_nothing(cache):
@@ -138,8 +175,9 @@ def test_a_failed_write_leaves_nothing(cache):
 
 
 BAD = [
-    ("wikitext-3", {}, "Unknown corpus 'wikitext-3'.*docs, wikitext-2 and text:"),
+    ("wikitext-3", {}, "Unknown corpus 'wikitext-3'.*docs, text:, wikitext-2"),
     (None, {}, "Unknown corpus None"),
+    ("docs:pandas", {}, "Unknown corpus 'docs:pandas'"),
     ("text:{folder}/no.txt", {}, "no.txt' matches no file"),
     ("text:{folder}/*.nothing", {}, r"\*.nothing' matches no file"),
     ("text:{folder}/bare", {}, "bare' holds no .txt file"),
@@ -147,10 +185,11 @@ BAD = [
     ("text:{folder}/short.txt", {}, "split of corpus .*short.txt' is empty"),
     ("text:{folder}/latin.txt", {}, "latin.txt is not UTF-8 .byte 0xe9 at 3."),
     ("text:{folder}/good.txt", {"vocab_size": 256}, "vocab_size=256 is too small.*257"),
-    ("text:{folder}/good.txt", {"vocab_size": 30000}, r"vocab_size=30000 is larger.*reaches \d+ tokens"),
-    ("text:{folder}/good.txt", {"vocab_size": 300, "tokenizer": "word"}, r"=300 is larger.* at most \d\d or"),
-    ("text:{folder}/good.txt", {"vocab_size": 2, "tokenizer": "word"}, "vocab_size=2 is too small"),
-    ("text:{folder}/good.txt", {"tokenizer": "char"}, "Unknown tokenizer 'char'.*bpe, word"),
+    (
+        "text:{folder}/good.txt",
+        {"vocab_size": 30000},
+        r"vocab_size=30000 is larger.*reaches \d+ tokens",
+    ),
     ("text:{folder}/good.txt", {"train_bytes": 0}, "train_bytes=0 must be 1 or more"),
 ]
 
@@ -176,28 +215,30 @@ def test_what_the_text_supports_is_named_and_works(text, cache):
 
 # ---- wikitext-2
 
+
 @pytest.fixture
 def hub(tmp_path, cache, monkeypatch):
-    rows = {split: ["", " = chain = \n", "", *lines(120, seed).splitlines(keepends=True)]
-            for seed, split in enumerate(SPLITS)}
+    rows = {
+        split: ["", " = chain = \n", "", *lines(120, seed).splitlines(keepends=True)]
+        for seed, split in enumerate(SPLITS)
+    }
     (tmp_path / "hub").mkdir()
     sha256 = {}
     for split in SPLITS:
         path = tmp_path / "hub" / f"{split}-00000-of-00001.parquet"
         pyarrow.parquet.write_table(pyarrow.table({"text": rows[split]}), path)
         sha256[split] = hashlib.sha256(path.read_bytes()).hexdigest()
-    made = wikitext.Hub((tmp_path / "hub").as_uri(), sha256)
-    monkeypatch.setattr(wikitext, "WIKITEXT2", made)
-    return made
+    monkeypatch.setattr(wikitext, "SHA256", sha256)
+    monkeypatch.setattr(wikitext, "FOLDER", (tmp_path / "hub").as_uri())
 
 
 def test_wikitext_is_fetched_once_and_keeps_its_lines(hub, tmp_path):
-    loaded = load_corpus("wikitext-2", 16, tokenizer="word")
-    assert loaded.tokenizer.decode(loaded.test[:5]) == "\n<unk> chain <unk>\n"
-    assert (loaded.test == 1).sum() == 123  # a line a row, blank ones too
+    loaded = load_corpus("wikitext-2", 280)
+    text = loaded.tokenizer.decode(loaded.test)
+    assert text.startswith(" \n = chain = \n \n") and text.count("\n") == 123  # a line a row
     for path in (tmp_path / "hub").iterdir():
         path.unlink()
-    assert load_corpus("wikitext-2", 300).sha256 == loaded.sha256
+    assert load_corpus("wikitext-2", 290).sha256 == loaded.sha256
 
 
 def test_wikitext_offline_says_which_file_goes_where(hub, tmp_path, cache):
@@ -205,19 +246,24 @@ def test_wikitext_offline_says_which_file_goes_where(hub, tmp_path, cache):
     name = "test-00000-of-00001.parquet"
     with pytest.raises(FileNotFoundError) as error:
         load_corpus("wikitext-2")
-    assert str(error.value).endswith(f"put the file {hub.url}/{name} at {cache / 'wikitext-2' / name}.")
+    assert str(error.value).endswith(
+        f"put the file {wikitext.FOLDER}/{name} at {cache / 'wikitext-2' / name}."
+    )
     assert "\n" not in str(error.value)
 
 
 def test_wikitext_with_other_bytes_is_refused(hub, cache):
-    wikitext.read(hub)
+    wikitext.texts()
     path = cache / "wikitext-2" / "validation-00000-of-00001.parquet"
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(ValueError, match=f"validation-.* expected {hub.sha256['validation']}: delete it"):
+    with pytest.raises(
+        ValueError, match=f"validation-.* expected {wikitext.SHA256['validation']}: delete it"
+    ):
         load_corpus("wikitext-2")
 
 
 # ---- docs
+
 
 def test_strings_of_a_source():
     source = textwrap.dedent('''
@@ -235,8 +281,14 @@ def test_strings_of_a_source():
         print("""Not a doc.""")
         C.f.__doc__ = """Applies f.""" + "to {x}"
         ''')
-    assert list(docs.strings(source)) == ["Module.\n\nkept  indent", "About x.", "Of f.", "Of C f.\nMore.",
-                                          "Applies f.", "to {x}"]
+    assert list(docs.strings(source)) == [
+        "Module.\n\nkept  indent",
+        "About x.",
+        "Of f.",
+        "Of C f.\nMore.",
+        "Applies f.",
+        "to {x}",
+    ]
     assert list(docs.strings('def f[T](: """No python."""')) == []
 
 
@@ -244,7 +296,9 @@ def test_near_duplicates_are_seen():
     seen = docs.Seen()
     text = "Returns the resolvent of a tridiagonal matrix, one value per site, in {} operations."
     assert seen.is_new(text.format("O(N)")) and not seen.is_new(text.format("O(N^2)"))
-    assert not seen.is_new(text.upper()) and seen.is_new("The bandwidth of a matrix decides its spectrum.")
+    assert not seen.is_new(text.upper()) and seen.is_new(
+        "The bandwidth of a matrix decides its spectrum."
+    )
     assert seen.is_new("1 2 3") and seen.is_new("1 2 4") and not seen.is_new(" 1  2 4")
 
 
@@ -256,13 +310,15 @@ def test_a_source_is_in_one_split_with_the_shares_meant():
 
 def test_docs_name_the_package_that_is_missing(cache, monkeypatch):
     monkeypatch.setattr(docs, "PACKAGES", ("numpy", "no_such_package"))
-    with pytest.raises(ModuleNotFoundError, match="'docs' reads 'no_such_package', which is not installed"):
+    with pytest.raises(
+        ModuleNotFoundError, match="'docs' reads 'no_such_package', which is not installed"
+    ):
         load_corpus("docs")
 
 
 @pytest.fixture(scope="module")
 def docs_texts():
-    return corpus._docs()  # in the cache of the session: building takes half a minute
+    return docs.texts()  # in the cache of the session: building takes half a minute
 
 
 def test_docs_are_about_ten_megabytes_of_documentation(docs_texts):
@@ -275,7 +331,7 @@ def test_docs_are_about_ten_megabytes_of_documentation(docs_texts):
 
 
 def test_no_near_duplicate_paragraph_crosses_the_splits_of_docs(docs_texts):
-    """Jaccard similarity of word 5-grams, sampled held-out paragraphs against all of the training text."""
+    """Jaccard similarity of 5-grams of words: held-out paragraphs (a sample) against all training text."""
     held_out = docs.paragraphs(docs_texts["validation"]) + docs.paragraphs(docs_texts["test"])
     sample = random.Random(0).sample(held_out, 500)
     grams = [docs.shingles(docs.normalized(paragraph)) for paragraph in sample]

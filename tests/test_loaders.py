@@ -47,11 +47,14 @@ def test_evaluating_leaves_the_global_generator_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("batch_size, seq_len, message", [
-    (1, 1000, "seq_len=1000 is longer than the training text of 'tokens', 1000 tokens"),
-    (32, 100, "batch_size=32 is more than the 9 windows of seq_len=100"),
-    (0, 10, "batch_size=0 and seq_len=10 must both be 1 or more"),
-])
+@pytest.mark.parametrize(
+    "batch_size, seq_len, message",
+    [
+        (1, 1000, "seq_len=1000 is longer than the training text of 'tokens', 1000 tokens"),
+        (32, 100, "batch_size=32 is more than the 9 windows of seq_len=100"),
+        (0, 10, "batch_size=0 and seq_len=10 must both be 1 or more"),
+    ],
+)
 def test_too_long_a_sequence_is_told(batch_size, seq_len, message):
     with pytest.raises(ValueError, match=message):
         token_loaders(Tokens, batch_size, seq_len)
@@ -59,11 +62,20 @@ def test_too_long_a_sequence_is_told(batch_size, seq_len, message):
 
 def test_digits():
     loaders = load_digits(batch_size=64)
-    splits = {split: [torch.cat(part) for part in zip(*getattr(loaders, split))] for split in SPLITS}
+    splits = {
+        split: [torch.cat(part) for part in zip(*getattr(loaders, split))] for split in SPLITS
+    }
     for images, labels in splits.values():
-        assert images.shape[1:] == (1, 8, 8) and images.dtype == torch.float32 and labels.dtype == torch.int64
+        assert (
+            images.shape[1:] == (1, 8, 8)
+            and images.dtype == torch.float32
+            and labels.dtype == torch.int64
+        )
         assert images.min() == 0 and images.max() == 1 and len(labels.unique()) == 10
     assert [len(splits[split][1]) for split in SPLITS] == [22 * 64, 180, 180]
-    assert max(labels.bincount().max() - labels.bincount().min() for _, labels in splits.values()) <= 10
-    with pytest.raises(ValueError, match="batch_size=5000 must be between 1 and the 1437"):
+    assert (
+        max(labels.bincount().max() - labels.bincount().min() for _, labels in splits.values())
+        <= 10
+    )
+    with pytest.raises(ValueError, match="batch_size=5000 must be between 1 and 1437"):
         load_digits(5000)

@@ -1,8 +1,7 @@
-"""Corpora: named texts in three splits, tokenized, cached."""
+"""Corpora: named texts in three splits, tokenized; texts and tokens are kept in `cache_dir()`."""
 
-import glob
 import hashlib
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,138 +9,103 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from . import docs, tokenization, wikitext
-from kit.core.store import atomic, cache_dir, digest
-from .tokenization import TOKENIZERS
+from kit.core.store import atomic, cache_dir, code_digest, digest, lock
+from kit.data.tokenization import BPETokenizer
 
 SPLITS = ("train", "validation", "test")
-SHARES = (0.90, 0.95)  # where validation and test begin in a file of `text:`
+Texts = dict[str, str]  # a text a split
+CORPORA: dict[str, Callable[..., Texts]] = {}
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """A tokenized text.
+    """A tokenized text: int32 (tokens,) a split.
 
-    ``train``, ``validation``, ``test``: int32 (tokens,). ``tokenizer``: `BPETokenizer` or `WordTokenizer`.
-    ``utf8_bytes``: bytes of the text behind each split's tokens. ``sha256``: of the three texts.
+    utf8_bytes: bytes of the text behind each split's tokens. sha256: of the three texts.
     """
 
     name: str
-    tokenizer: object
+    tokenizer: BPETokenizer
     train: np.ndarray
     validation: np.ndarray
     test: np.ndarray
-    utf8_bytes: dict
+    utf8_bytes: dict[str, int]
     sha256: str
 
     @cached_property
-    def token_counts(self):
+    def token_counts(self) -> np.ndarray:
         """Occurrences of each token in the training split: int64 (vocab_size,)."""
         return np.bincount(self.train, minlength=self.tokenizer.vocab_size)
 
 
-def load_corpus(name="docs", vocab_size=4096, tokenizer="bpe", train_bytes=None):
-    """Read, split and tokenize a text; texts and tokens are kept in `cache_dir()`.
+def register_corpus(name: str) -> Callable[[Callable], Callable]:
+    """Decorator: the function returns the texts of the corpus `name`, one for each of SPLITS. It is
+    given what the user writes after the colon if the name ends in one."""
 
-    name: ``"docs"``, the documentation inside the kit's dependencies, split by source file; ``"wikitext-2"``;
-    or ``"text:<UTF-8 file, folder or glob>"``, the first 90 % of each file for training, then 5 % and 5 %
-    (a folder stands for the ``.txt`` files in it, at any depth).
-    tokenizer: ``"bpe"`` (byte-level) or ``"word"``, learned from the training text alone.
-    train_bytes: use about this much of the training text (its beginning), and at most an eighth of it of each
-        other split: for trials, since figures on other lengths are not comparable.
+    def register(texts: Callable[..., Texts]) -> Callable:
+        CORPORA[name] = texts
+        return texts
 
-    Raises ValueError or FileNotFoundError: unknown name or tokenizer, no such file, text that is empty or not
-    UTF-8, vocab_size under the tokenizer's least or over what the text supports.
+    return register
+
+
+def load_corpus(
+    name: str = "docs", vocab_size: int = 4096, train_bytes: int | None = None
+) -> Corpus:
+    """Reads, splits and tokenizes a text. The tokenizer learns from the training text alone.
+
+    Args:
+        name: `"docs"`, the documentation inside the kit's dependencies; `"wikitext-2"`;
+            `"text:<UTF-8 file, folder or glob>"`; or a name given to `register_corpus`.
+        train_bytes: use about this much of the training text (its beginning), and at most an eighth
+            of it of each other split: for trials, since figures on other lengths do not compare.
+
+    Raises ValueError or FileNotFoundError: unknown name, no such file, text that is empty or not
+    UTF-8, vocab_size under 257 or over what the text supports.
     """
-    read = _reader(name)
-    if tokenizer not in TOKENIZERS:
-        raise ValueError(f"Unknown tokenizer {tokenizer!r}: the known ones are {', '.join(TOKENIZERS)}.")
-    TOKENIZERS[tokenizer].check(vocab_size)
+    kind, colon, place = str(name).partition(":")
+    if kind + colon not in CORPORA:
+        known = ", ".join(CORPORA)
+        raise ValueError(f"Unknown corpus {name!r}: the known ones are {known} (text:<file>).")
+    BPETokenizer.check(vocab_size)
     if train_bytes is not None and train_bytes < 1:
-        raise ValueError(f"train_bytes={train_bytes} must be 1 or more, or None for the whole training text.")
-    texts = read()
+        raise ValueError(f"train_bytes={train_bytes} must be 1 or more, or None for all the text.")
+    texts = CORPORA[kind + colon](place) if colon else CORPORA[kind]()
     if train_bytes is not None:
-        limits = {"train": train_bytes, "validation": train_bytes // 8, "test": train_bytes // 8}
-        texts = {split: text.encode()[:limits[split]].decode(errors="ignore") for split, text in texts.items()}
+        most = {"train": train_bytes, "validation": train_bytes // 8, "test": train_bytes // 8}
+        texts = {s: texts[s].encode()[: most[s]].decode(errors="ignore") for s in SPLITS}
     for split in SPLITS:
         if not texts[split].strip():
-            raise ValueError(f"The {split} split of corpus {name!r} is empty: "
-                             "give a text of some thousand characters.")
+            raise ValueError(f"The {split} split of corpus {name!r} is empty: give more text.")
     encoded = {split: texts[split].encode() for split in SPLITS}
     sha256 = hashlib.sha256(b"\0".join(encoded.values())).hexdigest()
-    learned, tokens = _tokens(texts, sha256, tokenizer, vocab_size)
-    return Corpus(name, learned, **tokens, utf8_bytes={s: len(encoded[s]) for s in SPLITS}, sha256=sha256)
+    tokenizer, tokens = _tokens(texts, sha256, vocab_size)
+    utf8_bytes = {split: len(encoded[split]) for split in SPLITS}
+    return Corpus(name, tokenizer, **tokens, utf8_bytes=utf8_bytes, sha256=sha256)
 
 
-def _reader(name):
-    """The function that gives the texts of a corpus; tells an unknown name before anything is read."""
-    known = {"docs": _docs, "wikitext-2": lambda: wikitext.read(wikitext.WIKITEXT2)}
-    if name in known:
-        return known[name]
-    if isinstance(name, str) and name.startswith("text:"):
-        files = _files(name[len("text:"):])
-        return lambda: _blocks(files)
-    raise ValueError(f"Unknown corpus {name!r}: the known ones are {', '.join(known)} and "
-                     "text:<file, folder or glob>.")
-
-
-def _docs():
-    path = cache_dir() / "texts" / f"docs-{digest(**docs.settings())}.json"
+def built(path: Path, build: Callable[[Path], object]) -> Path:
+    """The path of a file that `build(temporary path)` writes unless it is there already. Of several
+    processes one builds and the others wait."""
     if not path.exists():
-        texts = docs.build()
-        with atomic(path) as temporary:
-            temporary.write_text(json.dumps(texts), encoding="utf-8")
-    return json.loads(path.read_text(encoding="utf-8"))
+        with lock(path):
+            if not path.exists():
+                with atomic(path) as temporary:
+                    build(temporary)
+    return path
 
 
-def _files(place):
-    path = Path(place).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        files, wanted = sorted(path.rglob("*.txt")), "holds no .txt file: name its files by a glob"
-    else:
-        files = sorted(Path(found) for found in glob.glob(str(path), recursive=True) if Path(found).is_file())
-        wanted = "matches no file: give a UTF-8 text file, a folder of .txt files, or a glob"
-    if not files:
-        raise FileNotFoundError(f"'text:{place}' {wanted} (looked in {Path.cwd()}).")
-    return files
+def _tokens(texts: Texts, sha256: str, vocab_size: int) -> tuple[BPETokenizer, dict]:
+    """The tokenizer and each split's tokens: learned and encoded, or from the cache in one file."""
 
+    def build(temporary: Path) -> None:
+        tokenizer = BPETokenizer.train(texts["train"], vocab_size)
+        arrays = {split: tokenizer.encode(texts[split]) for split in SPLITS}
+        arrays["tokenizer"] = np.frombuffer(tokenizer.to_json().encode(), np.uint8)
+        np.savez(temporary, **arrays)
 
-def _blocks(files):
-    """Each file's first 90 %, next 5 % and last 5 %, cut at line ends, put together split by split."""
-    parts = {split: [] for split in SPLITS}
-    for file in files:
-        text = _utf8(file)
-        cuts = [text.rfind("\n", 0, int(share * len(text))) + 1 or int(share * len(text)) for share in SHARES]
-        for split, start, end in zip(SPLITS, (0, *cuts), (*cuts, len(text))):
-            parts[split].append(text[start:end])
-    return {split: "".join(blocks) for split, blocks in parts.items()}
-
-
-def _utf8(file):
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}): "
-                         "convert it first, for example with iconv.") from error
-    if not text.strip():
-        raise ValueError(f"{file} is empty: leave it out, or give a file with text.")
-    return text if text.endswith("\n") else text + "\n"
-
-
-def _tokens(texts, sha256, kind, vocab_size):
-    """(tokenizer, {split: tokens}), learned and encoded or from the cache: one file holds both."""
-    recipe = hashlib.sha256(Path(tokenization.__file__).read_bytes()).hexdigest()
-    key = digest(sha256=sha256, kind=kind, vocab_size=vocab_size, recipe=recipe,
-                 library=tokenizers.__version__)
-    path = cache_dir() / "tokens" / f"{key}.npz"
-    if not path.exists():
-        learned = TOKENIZERS[kind].train(texts["train"], vocab_size)
-        arrays = {split: learned.encode(texts[split]) for split in SPLITS}
-        saved = np.frombuffer(learned.to_json().encode(), np.uint8)
-        with atomic(path) as temporary:
-            np.savez(temporary, tokenizer=saved, **arrays)
-    with np.load(path) as arrays:
-        learned = TOKENIZERS[kind].from_json(arrays["tokenizer"].tobytes().decode())
-        return learned, {split: arrays[split] for split in SPLITS}
+    recipe = code_digest(["data/tokenization.py"]), tokenizers.__version__
+    path = cache_dir() / "tokens" / f"{digest(sha256, vocab_size, *recipe)}.npz"
+    with np.load(built(path, build)) as arrays:
+        tokenizer = BPETokenizer.from_json(arrays["tokenizer"].tobytes().decode())
+        return tokenizer, {split: arrays[split] for split in SPLITS}

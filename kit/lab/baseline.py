@@ -53,7 +53,7 @@ class Baseline:
         return evaluate(model, self.loaders.validation).loss
 
 
-def load_or_train(*, corpus: str = "docs", vocab_size: int = 4096, tokenizer: str = "bpe", train_bytes: int | None = None,
+def load_or_train(*, corpus: str = "docs", vocab_size: int = 4096, train_bytes: int | None = None,
                   batch_size: int = 16, seq_len: int = 128, steps: int = 600, lr: float = 1e-2, patience: int | None = 3,
                   precision: str | None = None, weight_decay: float = 0.01, final_lr: float = 0.05, seed: int = 0,
                   model: str = "ResNetBK", log: bool = True, device: str = "cpu", **shape) -> Baseline:
@@ -65,7 +65,7 @@ def load_or_train(*, corpus: str = "docs", vocab_size: int = 4096, tokenizer: st
     killed. The test split is measured once, on the model reloaded from its file.
     Raises ValueError for settings that the data or the model cannot have, before any training.
     """
-    text = load_corpus(corpus, vocab_size, tokenizer, train_bytes)
+    text = load_corpus(corpus, vocab_size, train_bytes)
     loaders = token_loaders(text, batch_size, seq_len)
     precision = precision or ("bfloat16" if has_fast_bfloat16(device) else "float32")
     training = TrainConfig(steps=steps, lr=lr, weight_decay=weight_decay, final_lr=final_lr, patience=patience,
@@ -73,7 +73,7 @@ def load_or_train(*, corpus: str = "docs", vocab_size: int = 4096, tokenizer: st
     torch.manual_seed(seed)
     dense = build_model(model, {**shape, "vocab_size": text.tokenizer.vocab_size}).to(device)
     settings = {"model": model, "shape": dataclasses.asdict(dense.config), "training": dataclasses.asdict(training), "seq_len": seq_len,
-                "batch_size": batch_size, "text": text.sha256, "vocab_size": vocab_size, "tokenizer": tokenizer,
+                "batch_size": batch_size, "text": text.sha256, "vocab_size": vocab_size,
                 "device": device, "sources": code_digest(SOURCES)}
     folder = cache_dir() / "baselines" / f"{model}-{digest(**settings)}"
     if not (folder / "record.json").exists():
