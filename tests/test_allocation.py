@@ -78,8 +78,8 @@ def test_scan_measures_each_tensor_alone_and_is_cached(scanned, monkeypatch):
 
 
 def artifact_copy(model):
-    from kit.core.weights import bake
-    return bake(model)
+    from kit.core.weights import materialize
+    return materialize(model)
 
 
 @pytest.mark.parametrize("share", [0.16, 0.2, 0.3])

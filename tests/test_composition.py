@@ -12,9 +12,9 @@ from kit.data.tokenization import BPETokenizer
 from kit.distillation import DistillationTrainer
 from kit.training.losses import next_token_loss
 from kit.models import build_model
-from kit.core.weights import find_step, original_of
+from kit.core.weights import weight_of
 from kit.quantization import kernels
-from kit.quantization.composition import (Composition, _Compose, compose_by_levels, compose_by_levels_backward,
+from kit.quantization.token_tables import (Composition, _Compose, compose_by_levels, compose_by_levels_backward,
                                           compose_tables)
 from kit.quantization.formats import Format
 from kit.budget.rate import RateLoss, row_sensitivity, set_rate_formats
@@ -88,14 +88,14 @@ def test_distillation_composes_a_tied_table_once_and_with_the_same_gradients(tok
     model, teacher = model_of(tokenizer, tied=True), model_of(tokenizer, tied=True)
     compose_tables(model, tokenizer.parts, [batch(tokenizer)], next_token_loss)
     distill, found = DistillationTrainer(teacher, model, temperature=1.0, alpha=0.5), []
-    composition = find_step(model.embedding, "weight", Composition)
+    composition = weight_of(model.embedding).find(Composition)
     for context in (parametrize.cached, nullcontext):
         monkeypatch.setattr(parametrize, "cached", context)
         calls = []
         hook = composition.register_forward_hook(lambda *_: calls.append(1))
         distill(model, batch(tokenizer)).backward()
         hook.remove()
-        found.append((len(calls), original_of(model.embedding, "weight").grad.clone()))
+        found.append((len(calls), weight_of(model.embedding).original.grad.clone()))
         model.zero_grad()
     (once, one), (twice, two) = found
     assert (once, twice) == (1, 2) and (one - two).norm() < 1e-6 * two.norm()
@@ -151,7 +151,7 @@ def test_file_gives_the_model_back(tokenizer, tmp_path, tied):
 
 def test_bad_input(tokenizer, tmp_path):
     model = model_of(tokenizer)
-    with pytest.raises(ValueError, match="no matrix of ResNetBK has the 289 rows"):
+    with pytest.raises(ValueError, match="no weight of ResNetBK has the 289 rows"):
         compose_tables(model, tokenizer.parts[:289], [batch(tokenizer)], next_token_loss)
     with pytest.raises(ValueError, match="parts must come before"):
         Composition(np.array([[-1, -1], [2, 0], [-1, -1]]), 4)

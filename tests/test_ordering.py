@@ -12,11 +12,12 @@ from kit import artifact
 from kit.data.tokenization import BPETokenizer
 from kit.training.losses import next_token_loss
 from kit.models import build_model
-from kit.models.moe import _Permute
-from kit.core.weights import gradients, original_of
-from kit.quantization.composition import compose_tables
-from kit.quantization.ordering import RowOrder, expected_classes, frequency_classes, merge_curve, order_rows
-from kit.budget.rate import RateLoss, row_sensitivity, set_rate_formats
+from kit.models.moe import Permute
+from kit.artifact.layouts import Reader, Writer
+from kit.core.weights import gradients, weight_of
+from kit.quantization.token_tables import compose_tables
+from kit.quantization.token_tables import RowOrder, expected_classes, frequency_classes, merge_curve, order_rows
+from kit.budget.rate import RateLoss, RateSettings, row_sensitivity, set_rate_formats
 
 PARTS = np.full((300, 2), -1, np.int32)
 PARTS[200:] = np.random.default_rng(1).integers(0, 200, (100, 2))
@@ -32,6 +33,21 @@ def model_of(tied):
 def batch():
     tokens = torch.randint(300, (4, 17), generator=torch.Generator().manual_seed(0))
     return tokens[:, :-1], tokens[:, 1:]
+
+
+def written(order):
+    write = Writer()
+    return order.encode(None, None, write), write
+
+
+def coded(order):
+    return written(order)[1].blobs[0]
+
+
+def classes_of(order, parts=None):
+    entry, write = written(order)
+    stored = torch.zeros(len(order.classes))
+    return RowOrder.decode(entry, Reader(write.letters, write.blobs), None, stored, parts)[0].classes
 
 
 def test_a_class_is_a_factor_of_four():
@@ -54,19 +70,19 @@ def test_merges_tell_the_classes_and_classes_survive_merges_that_do_not():
     classes, curve = frequency_classes(counts, counts.max()), merge_curve(counts, tokenizer.parts)
     made = tokenizer.parts[:, 0] >= 0
     assert (expected_classes(curve, tokenizer.parts) == classes)[made].mean() > 0.8
-    informed, plain = RowOrder(classes, tokenizer.parts, curve).encode(), RowOrder(classes).encode()
-    assert len(informed) < 0.8 * len(plain)
-    for data, parts in ((informed, tokenizer.parts), (plain, None)):
-        assert np.array_equal(RowOrder.decode(data, 1000, parts).classes, classes)
+    informed, plain = RowOrder(classes, tokenizer.parts, curve), RowOrder(classes)
+    assert len(coded(informed)) < 0.8 * len(coded(plain))
+    for order, parts in ((informed, tokenizer.parts), (plain, None)):
+        assert np.array_equal(classes_of(order, parts), classes)
     other = rng.permutation(classes)
-    assert np.array_equal(RowOrder.decode(RowOrder(other, tokenizer.parts, curve).encode(), 1000, tokenizer.parts).classes, other)
+    assert np.array_equal(classes_of(RowOrder(other, tokenizer.parts, curve), tokenizer.parts), other)
 
 
 def test_gradient():
     order = RowOrder(np.array([2, 0, 1, 0]))
     assert order.tokens.tolist() == [1, 3, 2, 0]
     rows = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: _Permute.apply(x, order.rows, order.tokens), rows)
+    assert torch.autograd.gradcheck(lambda x: Permute.apply(x, order.rows, order.tokens), rows)
 
 
 @pytest.mark.parametrize("tied, composed", [(True, False), (False, True)])
@@ -74,12 +90,12 @@ def test_model_computes_the_same_and_rows_go_by_class(tied, composed):
     model, (inputs, targets) = model_of(tied), batch()
     if composed:
         compose_tables(model, PARTS, [(inputs, targets)], next_token_loss)
-    before, table = model(inputs), original_of(model.embedding, "weight").detach().clone()
+    before, table = model(inputs), weight_of(model.embedding).original.detach().clone()
     expected = next(gradients(model, [(inputs, targets)], next_token_loss))
     order_rows(model, COUNTS)
     assert torch.equal(model(inputs), before)
     by_class = np.lexsort((np.arange(300), CLASSES))
-    assert torch.equal(original_of(model.embedding, "weight"), table[by_class])
+    assert torch.equal(weight_of(model.embedding).original, table[by_class])
     found = next(gradients(model, [(inputs, targets)], next_token_loss))
     for name, grad in expected.items():
         assert torch.allclose(found[name], grad[by_class] if len(grad) == 300 else grad, rtol=1e-4, atol=1e-7)
@@ -99,7 +115,7 @@ def test_file_gives_the_model_back_and_holds_the_order_once(tied, composed, tmp_
     assert (tmp_path / "a.kit").read_bytes() == (tmp_path / "b.kit").read_bytes()
     table = artifact.describe(tmp_path / "a.kit").set_index("tensor")
     curve = None if parts is None else merge_curve(COUNTS, parts)
-    assert table.loc["(order of tokens)", "bytes"] == len(RowOrder(CLASSES, parts, curve).encode())
+    assert table.loc["(order of tokens)", "bytes"] == len(coded(RowOrder(CLASSES, parts, curve)))
     assert table["bytes"].sum() == (tmp_path / "a.kit").stat().st_size
 
 
@@ -126,7 +142,7 @@ def test_frequent_rows_are_nearer_at_the_same_bytes():
         return ((counts / counts.sum()).sqrt()[:, None] * signs * model.rows).sum()
 
     def error(model):
-        set_rate_formats(model, row_sensitivity(model, [torch.ones(4096, 16)], loss), size, exponent=0.5)
+        set_rate_formats(model, row_sensitivity(model, [torch.ones(4096, 16)], loss), size, RateSettings(exponent=0.5))
         return (counts[:, None] * (model.rows - rows).square()).sum().item()
 
     size = 8000
@@ -135,5 +151,5 @@ def test_frequent_rows_are_nearer_at_the_same_bytes():
 
 
 def test_counts_of_another_vocabulary_are_refused():
-    with pytest.raises(ValueError, match="no tensor of ResNetBK has the 299 rows"):
+    with pytest.raises(ValueError, match="no weight of ResNetBK has the 299 rows"):
         order_rows(model_of(True), COUNTS[:299])

@@ -5,10 +5,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from kit import artifact
 from kit.training.evaluation import evaluate
 from kit.models import DigitsMLP
-from kit.core.weights import bake
-from kit.pruning import MagnitudePruner, scan, sparsities_for_budget
-from kit.budget import pruning_sensitivity as sensitivity
-from kit.pruning.mask import copy_model, select
+from kit.budget import scan, sensitivity, sparsities_for_budget
+from kit.core.weights import copy_model, materialize, weights
+from kit.pruning import MagnitudePruner
 from kit.quantization import Format, quantize_weights
 
 
@@ -26,7 +25,7 @@ def batches():
 
 def test_each_cell_is_the_loss_with_one_tensor_pruned():
     dense = model()
-    table = scan(dense, batches(), ["1.weight", "3.weight"], (0.5, 0.9))
+    table = scan(dense, batches(), (0.5, 0.9), ["1.weight", "3.weight"])
     assert list(table.sparsity) == [0.0, 0.5, 0.9] * 2 and list(table.increase[::3]) == [0, 0]
     for row in table.itertuples():
         alone = MagnitudePruner(copy_model(dense), row.tensor).prune(row.sparsity)
@@ -42,8 +41,8 @@ def test_bytes_are_those_in_the_file(bits, tmp_path):
     MagnitudePruner(pruned).prune(0.8)
     artifact.save(pruned, tmp_path / "model.kit")
     table = artifact.describe(tmp_path / "model.kit").set_index("tensor")
-    for name, slot in select(pruned).items():
-        assert sensitivity.tensor_bytes(slot) == table.bytes[name]
+    for weight in weights(pruned, matrices=True):
+        assert artifact.tensor_bytes(weight) == table.bytes[weight.name]
 
 
 def test_a_scan_is_read_again_only_for_the_same_weights_and_batches(tmp_path, monkeypatch):
@@ -66,11 +65,11 @@ def test_budget_is_kept_and_used():
     budget = int(table[table.sparsity == 0.8].bytes.sum())
     plan = sparsities_for_budget(table, budget)
     pruned = MagnitudePruner(dense).prune(plan)
-    spent = sum(sensitivity.tensor_bytes(slot) for slot in select(pruned).values())
+    spent = sum(map(artifact.tensor_bytes, weights(pruned, matrices=True)))
     assert 0.8 * budget < spent <= budget
     predicted = sum(table.set_index(["tensor", "sparsity"]).increase[list(plan.items())])
     uniform = table[table.sparsity == 0.8].increase.sum()
     assert predicted <= uniform
     with pytest.raises(ValueError, match="budget of 10 bytes is too small"):
         sparsities_for_budget(table, 10)
-    assert bake(pruned)[1].weight.count_nonzero() < dense[1].parametrizations.weight.original.numel()
+    assert materialize(pruned)[1].weight.count_nonzero() < dense[1].parametrizations.weight.original.numel()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kit.models import MoE, build_model
-from kit.core.weights import bake, find_step, named_weights, original_of
+from kit.core.weights import materialize, matrix_view, weight_of, weights
 from kit.quantization import (HALF, ActivationQuantizer, ComplexQuantizer, FakeQuantize, Format, PerChannelQuantizedBKCore,
                               QuantizedBKCore, calibrate, original_mix, quantize_bk_core, quantize_weights)
 from kit.quantization import formats, kernels
@@ -29,7 +29,7 @@ shapes = st.tuples(st.integers(0, 7), st.integers(0, 11))
 
 
 def fake(x, format):
-    return FakeQuantize(x, tuple(x.shape), format)
+    return FakeQuantize(x, format)
 
 
 def matrix(shape, seed, magnitude=0.0):
@@ -172,7 +172,7 @@ def test_lsq_gradient_is_that_of_the_rounded_value_with_codes_held(symmetric):
 def test_learned_steps_train_and_are_what_is_stored():
     torch.manual_seed(0)
     layer = quantize_weights(nn.Sequential(nn.Linear(16, 8)), Format(2, range="mse"), learned=True)
-    step = find_step(layer[0], "weight", FakeQuantize)
+    step = weight_of(layer[0]).find(FakeQuantize)
     before = step.scale.detach().clone()
     optimizer = torch.optim.Adam(layer.parameters(), 1e-3)
     for _ in range(5):
@@ -180,7 +180,7 @@ def test_learned_steps_train_and_are_what_is_stored():
         layer(torch.randn(32, 16)).square().mean().backward()
         optimizer.step()
     assert not torch.equal(step.scale, before)
-    codes, scale, zero = step.codes(original_of(layer[0], "weight"))
+    codes, scale, zero = step.codes(weight_of(layer[0]).original)
     assert torch.equal(scale, scale.half().float())
     assert torch.equal(formats.dequantize(codes, scale, zero), layer[0].weight)
 
@@ -202,9 +202,9 @@ def test_tied_tensors_are_quantized_together():
     model["b"].weight = model["a"].weight
     quantize_weights(model, Format(2))
     assert torch.equal(model["a"].weight, model["b"].weight) and len(model["a"].weight[0].unique()) <= 4
-    assert original_of(model["a"], "weight") is original_of(model["b"], "weight")
-    assert len(list(named_weights(model))) == 1
-    baked = bake(model)
+    assert weight_of(model["a"]).original is weight_of(model["b"]).original
+    assert len(weights(model)) == 1
+    baked = materialize(model)
     assert torch.equal(baked["b"].weight, model["b"].weight)
 
 
@@ -213,33 +213,33 @@ def test_recurrent_layers_compute_with_their_rounded_weights():
     rounded = copy.deepcopy(lstm)
     quantize_weights(nn.Sequential(lstm), Format(2))
     with torch.no_grad():
-        for _, module, attribute in list(named_weights(rounded)):
-            getattr(module, attribute).copy_(getattr(lstm, attribute))
+        for weight in weights(rounded):
+            weight.assign(getattr(lstm, weight.attribute))
     assert torch.equal(lstm(x)[0], rounded(x)[0])
     lstm(x)[0].sum().backward()
-    assert original_of(lstm, "weight_hh_l1").grad.abs().sum() > 0
+    assert weight_of(lstm, "weight_hh_l1").original.grad.abs().sum() > 0
     copied = copy.deepcopy(lstm)
-    assert torch.equal(copied(x)[0], lstm(x)[0]) and torch.equal(bake(copied)(x)[0], lstm(x)[0])
+    assert torch.equal(copied(x)[0], lstm(x)[0]) and torch.equal(materialize(copied)(x)[0], lstm(x)[0])
 
 
 def test_a_copy_can_be_changed_without_touching_the_original():
     model = quantize_weights(nn.Sequential(nn.Linear(6, 6), MoE(6, 8, 2)), {"*weight": Format(4)})
-    before = [getattr(m, a).clone() for _, m, a in named_weights(model)]
+    before = [w.value.clone() for w in weights(model)]
     copied = copy.deepcopy(model)
     quantize_weights(copied, Format(2))
     quantize_weights(copied, {"*": None})
-    bake(model)
-    assert all(torch.equal(getattr(m, a), b) for (_, m, a), b in zip(named_weights(model), before))
+    materialize(model)
+    assert all(torch.equal(w.value, b) for w, b in zip(weights(model), before))
 
 
 def test_a_plan_takes_the_first_pattern_that_matches():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     quantize_weights(model, {"0.weight": None, "*.weight": Format(2), "*.bias": HALF})
-    assert find_step(model[0], "weight", FakeQuantize) is None
-    assert find_step(model[1], "weight", FakeQuantize).format.bits == 2
-    assert torch.equal(model[1].bias, original_of(model[1], "bias").half().float())
+    assert weight_of(model[0]).find(FakeQuantize) is None
+    assert weight_of(model[1]).find(FakeQuantize).format.bits == 2
+    assert torch.equal(model[1].bias, weight_of(model[1], "bias").original.half().float())
     quantize_weights(model, {"1.weight": Format(8)})
-    assert find_step(model[1], "weight", FakeQuantize).format.bits == 8
+    assert weight_of(model[1]).find(FakeQuantize).format.bits == 8
 
 
 # Bad input
@@ -376,7 +376,7 @@ def test_packing_is_exact_and_as_small_as_it_says(values, bits):
 def test_group_wise_quantizer_gives_the_values_of_the_fake_quantizer(bits, granularity):
     x, format = matrix((5, 7, 19), 3), Format(bits, bits == "ternary" or granularity == "rows", granularity, 8)
     packed = GroupWiseQuantizer(format).encode(x)
-    assert torch.equal(packed(), FakeQuantize(x, (35, 19), format)(x))
+    assert torch.equal(packed(), FakeQuantize(x, format)(x))
     scales = formats.block_count((35, 19), format) * (2 if format.symmetric else 3)
     assert packed.nbytes == packed_bytes(x.numel(), bits) + scales
 
@@ -422,7 +422,7 @@ def test_integer_products_stay_within_the_stated_bound(format):
     bound = x.abs().amax(-1, keepdim=True) / 254 * weight.abs().sum(1)
     difference = (packed.integer(x) - exact).abs()
     assert 0 < difference.max() and (difference <= bound * 1.0001 + 1e-5).all()
-    seconds = packed.tune((1, 8), repeats=3)
+    seconds = packed.tune((1, 8), seconds=0.01)
     assert set(seconds) == {1, 8} and (packed(x) - exact).abs().max() <= bound.max() * 1.0001 + 1e-5
 
 
@@ -461,8 +461,8 @@ def test_hqq_lowers_its_own_norm(bits, symmetric):
 
 def test_hqq_fixes_the_grid_of_a_model():
     model = hqq(nn.Sequential(nn.Linear(32, 8)), Format(3))
-    step = find_step(model[0], "weight", FakeQuantize)
-    assert torch.equal(step.scale, hqq_grid(original_of(model[0], "weight"), Format(3))[0])
+    step = weight_of(model[0]).find(FakeQuantize)
+    assert torch.equal(step.scale, hqq_grid(weight_of(model[0]).original, Format(3))[0])
 
 
 @pytest.mark.parametrize("bits", [8, 3, 2, "ternary"])

@@ -6,8 +6,9 @@ from torch import nn
 
 from kit.quantization.fake import FakeQuantize
 from kit.quantization.formats import Format
-from kit.budget.rate import (MOST_ERROR, PROPORTIONAL, RateLoss, code_bits, coded_bytes, geometric_bits, rate_quantizers,
-                                   row_sensitivity, set_rate_formats)
+from kit.budget.rate import (RateLoss, RateSettings, code_bits, coded_bytes, geometric_bits, row_sensitivity,
+                             set_rate_formats)
+from kit.core.weights import weights
 
 
 @pytest.mark.parametrize("theta", [0.05, 0.3, 0.8])
@@ -22,7 +23,7 @@ def test_entropy_of_the_geometric_distribution(theta):
 def test_estimate_is_near_the_coder(step):
     torch.manual_seed(0)
     weight = torch.distributions.Laplace(0, 1).sample((600, 48)) * torch.linspace(0.3, 2, 48)
-    quantizer = FakeQuantize(weight, (600, 48), Format(8, granularity="rows", group_size=100), learned=True)
+    quantizer = FakeQuantize(weight, Format(8, granularity="rows", group_size=100), learned=True)
     quantizer.set_grid(torch.full((6, 1), step))
     assert code_bits(weight, quantizer).item() / 8 == pytest.approx(coded_bytes(weight, quantizer), rel=0.08)
 
@@ -30,7 +31,7 @@ def test_estimate_is_near_the_coder(step):
 def test_rate_pulls_weights_to_zero_and_widens_steps():
     torch.manual_seed(0)
     weight = torch.randn(64, 32, requires_grad=True)
-    quantizer = FakeQuantize(weight, (64, 32), Format(8, granularity="tensor"), learned=True)
+    quantizer = FakeQuantize(weight, Format(8, granularity="tensor"), learned=True)
     quantizer.set_grid(torch.full((1, 1), 0.2))
     code_bits(weight, quantizer).backward()
     assert (weight.grad * weight >= 0).all() and weight.grad.count_nonzero() > 1000
@@ -66,7 +67,7 @@ def test_row_sensitivity_is_the_mean_squared_gradient(regression):
 def test_start_has_the_size_asked_for(regression):
     model, batches = regression
     set_rate_formats(model, row_sensitivity(model, batches, loss), 1500)
-    assert sum(coded_bytes(m.parametrizations[a].original, s) for m, a, s in rate_quantizers(model)) == pytest.approx(1500, rel=0.02)
+    assert RateLoss(loss, model, 4000, batches).coded() == pytest.approx(1500, rel=0.02)
 
 
 def test_a_bias_over_classes_has_finer_steps_for_the_frequent_ones():
@@ -75,7 +76,7 @@ def test_a_bias_over_classes_has_finer_steps_for_the_frequent_ones():
     batches = [(torch.randn(2200, 8), targets)]
     classes = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])
     set_rate_formats(model, row_sensitivity(model, batches, classes), 1500)
-    steps = {a: s.grid(s.blocks(model.parametrizations[a].original))[0].flatten() for _, a, s in rate_quantizers(model)}
+    steps = {w.attribute: w.find(FakeQuantize).grid(w.original)[0].flatten() for w in weights(model)}
     assert all(len(s) == 16 and s[:1] < 0.5 * s[2:].min() for s in steps.values()), steps
 
 
@@ -131,7 +132,7 @@ def test_lambda_does_not_jump_when_the_size_does(regression):
         rate(model, batches[0])
         before = rate.state[1].item()
         rate.step(step, 600, model)
-        assert before < rate.state[1] <= rate.state[0] <= rate.state[1] + PROPORTIONAL * MOST_ERROR + 1e-6
+        assert before < rate.state[1] <= rate.state[0] <= rate.state[1] + RateSettings.proportional * RateSettings.most_error + 1e-6
     assert rate.state[1] < first + 0.3
 
 

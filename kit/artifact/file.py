@@ -39,7 +39,7 @@ def save(model: nn.Module, path: str | os.PathLike, layouts: Sequence[str] = tup
 
     Quantized weights are stored as codes, other tensors in their own dtype. Models of kit.models can
     be loaded without further help; any other model needs an instance of the same shapes to load into.
-    The file is written whole or not at all. Raises ValueError for a module whose extra state is not
+    Transforms of token tables that are not quantized are multiplied out. The file is written whole or not at all. Raises ValueError for a module whose extra state is not
     plain JSON.
     """
     data = serialized(model, layouts)
@@ -173,6 +173,8 @@ def _encode(weight: Weight, write: Writer, written: dict[Step, int]) -> dict:
     if weight.original.dtype != torch.float32:
         entry["dtype"] = _name(weight.original.dtype)
     if carrier is None:
+        if leading < len(steps):  # transforms of floats save no bytes: what they compute is stored
+            steps, stored = [], x
         write.tensor(stored)
     entries: list = [None] * len(steps)
     for i in sorted(range(len(steps)), key=lambda i: i != carrier):
@@ -252,9 +254,7 @@ def _read(path: str | os.PathLike) -> tuple[dict, Iterator[bytes]]:
     """Header and an iterator over the blobs of a file that is whole."""
     data = Path(path).read_bytes()
     magic = data[:4]
-    if magic in OTHER_CODERS:
-        raise ArtifactError(f"{path} is from an earlier version of the kit ({magic.decode()}): make it again")
-    if magic not in (MAGIC, EARLIER):
+    if magic not in (MAGIC, EARLIER, *OTHER_CODERS):
         raise ArtifactError(f"{path} is not a kit artifact: it begins with {magic!r}, expected {MAGIC!r}")
     if len(data) < 8 + CHECKSUM or hashlib.sha256(data[:-CHECKSUM]).digest() != data[-CHECKSUM:]:
         raise ArtifactError(f"{path} is damaged (its checksum does not match): copy or write it again")
@@ -263,14 +263,17 @@ def _read(path: str | os.PathLike) -> tuple[dict, Iterator[bytes]]:
         header = json.loads(zlib.decompress(data[8 : 8 + length]))
         sizes = [size for entry in header["tensors"] for size in entry["sizes"]]
         header["model"], header["modules"]
+        other_coder = magic in OTHER_CODERS and kit3.is_range_coded(header)
     except (zlib.error, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} has no readable header ({error}): write it again") from None
+    if other_coder:
+        raise ArtifactError(f"{path} was range-coded by an earlier version of the kit: make it again")
     held = len(data) - 8 - length - CHECKSUM
     if sum(sizes) != held or any(size < 0 for size in sizes):
         raise ArtifactError(f"{path} announces {sum(sizes)} bytes of tensors but holds {held}")
     offsets = np.cumsum([8 + length, *sizes]).tolist()
     blobs = [data[a:b] for a, b in zip(offsets, offsets[1:])]
-    if magic == EARLIER:
+    if magic != MAGIC:
         header, blobs = kit3.upgraded(header, blobs)
     return header, iter(blobs)
 

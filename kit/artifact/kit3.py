@@ -8,6 +8,12 @@ from kit.quantization.formats import Format
 LETTERS = {"dense": "d", "bitmap": "b", "gaps": "g", "entropy": "e"}
 
 
+def is_range_coded(header: dict) -> bool:
+    """Whether a file needs the range coder of its own version."""
+    tables = {"composed", "ordered"}
+    return any(e["layout"] in ("entropy", "gaps") or tables & e.keys() for e in header["tensors"])
+
+
 def upgraded(header: dict, blobs: list[bytes]) -> tuple[dict, list[bytes]]:
     """Header and blobs as KIT4 has them; the codes stay as they are, to the byte."""
     tensors, made, source, steps = [], [], iter(blobs), _Count()

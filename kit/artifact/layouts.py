@@ -43,7 +43,7 @@ class Raw:
     def array(self, tensor: Tensor) -> np.ndarray:
         """(count, bytes of an entry) uint8."""
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        return flat.view(torch.uint8).numpy().reshape(self.count, -1)
+        return flat.view(torch.uint8).numpy().reshape(self.count, self.dtype.itemsize)
 
     def pack(self, values: np.ndarray) -> bytes:
         return values.tobytes()

@@ -40,7 +40,8 @@ class MatrixView:
 
     @property
     def columns(self) -> int:
-        return math.prod(self.shape) // self.rows if self.rows else 0
+        _, outputs, *inputs = self.split
+        return math.prod([outputs, *inputs[1:]] if self.transposed else inputs)
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """(rows, columns), from a tensor of `shape`."""
