@@ -9,10 +9,11 @@ from kit import artifact
 from kit.data.loaders import Windows
 from kit.training.evaluation import evaluate
 from kit.models import build_model
-from kit.core.weights import copy_model
+from kit.core.weights import copy_model, weight_of
 from kit.pipeline import CompressionPipeline, _rewind
 from kit.pruning.experts import keep_experts
 from kit.training import TrainConfig, train
+from kit.training.losses import AUXILIARY_WEIGHT
 
 
 SHAPE = dict(vocab_size=64, d_model=32, layers=1, d_ff=64, channels=16)
@@ -77,7 +78,7 @@ def test_given_model_is_unchanged(trained, finished):
 def test_student_of_few_bits_sees_no_dropout(trained):
     model, batches = build_model("ResNetBK", {**SHAPE, "dropout": 0.9}), list(trained[1])[:2]
     pipeline = CompressionPipeline(model, 6.0, stages=["distillation"], log=False)
-    student = pipeline._distillation(copy_model(model), model.eval(), batches, None)[0].train()
+    student = pipeline._distillation(None, model.eval(), batches).model.train()
     tokens = batches[0][0]
     assert torch.equal(student(tokens), student(tokens)) and not torch.equal(model.train()(tokens), model(tokens))
 
@@ -150,6 +151,22 @@ def test_classifiers(tmp_path):
     _, metrics = CompressionPipeline(model, 8.0, log=False).run_pipeline(data, data, 1, 1, 2, tmp_path)
     assert 0 <= metrics["stage_metrics"]["distillation"]["final_accuracy"] <= 1
     assert metrics["target_met"]
+
+
+def test_the_distillation_stage_starts_from_the_teachers_values_and_learns_mostly_from_labels(trained, finished):
+    teacher, batches = copy_model(trained[0]).eval(), list(trained[1])[:2]
+    pipeline = CompressionPipeline(teacher, 12.0, log=False)
+    stage = pipeline._distillation(finished[0] / "pruning.kit", teacher, batches)
+    pruned = artifact.load(finished[0] / "pruning.kit")
+    for name in ("mixer.input", "mixer.output"):
+        start = weight_of(stage.model.layers[0].get_submodule(name)).original
+        assert torch.equal(start, teacher.layers[0].get_submodule(name).weight)
+        assert not torch.equal(start, pruned.layers[0].get_submodule(name).weight)
+    distill = stage.loss.loss
+    total, soft, hard = distill(stage.model, batches[0]), *(distill.parts[key] for key in ("soft", "hard"))
+    total = total - AUXILIARY_WEIGHT * stage.model.auxiliary_loss()
+    share = ((total - hard) / (soft - hard)).item()
+    assert 0.1 < share < 0.5
 
 
 def test_distillation_starts_over_from_the_uncompressed_values_where_shapes_allow(trained):

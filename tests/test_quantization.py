@@ -115,7 +115,7 @@ def test_mse_range_is_near_the_best_of_all_clippings(bits, symmetric):
     error = (fake(x, format)(x) - x).square().sum()
     best = math.inf
     for clip in torch.linspace(0.02, 1, 2000):
-        grid = formats._grid(x.min(1, True).values.clamp(max=0) * clip, x.max(1, True).values * clip, format)
+        grid = formats.grid_of_range(x.min(1, True).values.clamp(max=0) * clip, x.max(1, True).values * clip, format)
         best = min(best, (formats.dequantize(formats.quantize(x, *grid, format), *grid) - x).square().sum().item())
     assert best <= error * 1.000001 and error <= 1.03 * best
     minmax = fake(x, Format(bits, symmetric, "tensor", scale="float32"))
@@ -246,7 +246,7 @@ def test_a_plan_takes_the_first_pattern_that_matches():
 
 @pytest.mark.parametrize("build, text", [
     (lambda: Format(7), "bits=7 is not a format"),
-    (lambda: Format(4, granularity="group", group_size=0), "group_size=0 must be at least 1"),
+    (lambda: Format(4, granularity="group", group_size=0), "group_size=0 must be an integer of at least 1"),
     (lambda: Format("ternary", symmetric=False), "ternary format is symmetric"),
     (lambda: fake(torch.tensor([[1.0, math.nan]]), Format(8)), "1 NaN or infinite"),
     (lambda: fake(torch.tensor([[1.0, math.inf]]), Format(8)), "1 NaN or infinite"),

@@ -136,6 +136,41 @@ def test_lambda_does_not_jump_when_the_size_does(regression):
     assert rate.state[1] < first + 0.3
 
 
+def test_lambda_answers_at_once_and_in_proportion(regression):
+    model, batches = regression
+    set_rate_formats(model, row_sensitivity(model, batches, loss), 2500)
+    rate, settings = RateLoss(loss, model, 1000, batches), RateSettings()
+    rate(model, batches[0])
+    rate.step(400, 600, model)  # two and a half times the bytes wanted
+    at_once = rate.state[0] - rate.state[1]
+    assert at_once.item() == pytest.approx(settings.proportional * settings.most_error, rel=1e-5) and at_once > 1
+
+
+class Table(nn.Module):
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = nn.Parameter(rows.clone())
+
+
+def test_steps_go_with_a_power_of_the_sensitivity_that_suits_few_bits():
+    """At half a bit a weight the error that counts is smaller with the default power than with one
+    near 1 or near 0."""
+    generator = torch.Generator().manual_seed(0)
+    importance = 1 / (1 + torch.arange(4096.0))
+    rows = torch.randn(4096, 16, generator=generator)
+
+    def weighed(model, signs):  # its squared gradient in a row is the row's importance
+        return (importance.sqrt()[:, None] * signs * model.rows).sum()
+
+    def error(settings):
+        model = Table(rows)
+        set_rate_formats(model, row_sensitivity(model, [torch.ones(4096, 16)], weighed), 4096, settings)
+        return (importance[:, None] * (model.rows - rows).square()).sum().item()
+
+    usual = error(RateSettings())
+    assert usual < 0.9 * error(RateSettings(exponent=0.9)) and usual < 0.9 * error(RateSettings(exponent=0.05))
+
+
 def test_what_is_over_the_budget_goes_code_by_code(tmp_path):
     """Also where most rows have no gradient in the few batches that say what an error costs."""
     from kit import artifact

@@ -322,7 +322,7 @@ def _restore_modules(model: nn.Module, header: dict, path) -> None:
         kind = settings.pop("class")
         if kind not in ACTIVATION_MODULES:
             raise ArtifactError(f"{path} needs a module {kind!r}, which this version of the kit lacks")
-        model.set_submodule(name, ACTIVATION_MODULES[kind].from_settings(settings))
+        model.set_submodule(name, ACTIVATION_MODULES[kind](**settings))
     for name, state in header.get("extra", {}).items():
         model.get_submodule(name).set_extra_state(state)
 

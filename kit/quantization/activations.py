@@ -1,4 +1,5 @@
-"""Quantization of what flows between layers, real or complex: calibrate on batches, then round with fixed ranges."""
+"""Quantization of what flows between layers, real or complex: calibrate on batches, then round with
+fixed ranges."""
 
 import math
 from collections.abc import Iterable
@@ -11,36 +12,35 @@ from kit.core.protocols import run
 from kit.quantization import formats
 from kit.quantization.formats import Format
 
+MODES = ("separate", "joint", "polar")
+
 
 class ActivationQuantizer(nn.Module):
-    """Rounds a real tensor to `bits`-wide integers times a scale fixed by calibration; gradients straight through.
+    """Rounds a real tensor to `bits`-wide integers times a scale fixed by calibration; gradients
+    straight through.
 
-    Ranges are kept per tensor, or per channel of the last dimension. While `observing`, the input passes unchanged and
-    the running minimum and maximum over all batches are updated; otherwise it is fake-quantized.
+    Ranges are kept per tensor, or per channel of the last dimension. While `observing`, the input passes
+    unchanged and the running minimum and maximum are updated; otherwise it is fake-quantized.
 
     Args:
         channels: length of the last dimension for a range per channel; None for one range.
         bounds: (low, high) of what is bounded by definition, such as an angle; calibration leaves them.
-    Raises ValueError for a complex input, when used before calibration, and for NaN or infinite values in calibration.
+    Raises ValueError for a complex input, when used before calibration, and for NaN or infinite values
+    in calibration.
     """
 
-    def __init__(self, bits: int = 8, symmetric: bool = True, channels: int | None = None,
-                 bounds: tuple[float, float] | None = None):
+    def __init__(self, bits: int = 8, symmetric: bool = True, channels: int | None = None, bounds=None):
         super().__init__()
         self.format = Format(bits, symmetric, "channel", scale="float32")
-        self.channels, self.bounds = channels, bounds
-        self.observing = False
+        self.channels, self.bounds, self.observing = channels, bounds, False
         self.register_buffer("low", torch.empty(channels or 1))
         self.register_buffer("high", torch.empty(channels or 1))
         self.reset()
 
     def settings(self) -> dict:
-        return {"bits": self.format.bits, "symmetric": self.format.symmetric, "channels": self.channels,
-                "bounds": self.bounds}
-
-    @classmethod
-    def from_settings(cls, settings: dict) -> "ActivationQuantizer":
-        return cls(**settings)
+        """The arguments that made it."""
+        bits, symmetric = self.format.bits, self.format.symmetric
+        return {"bits": bits, "symmetric": symmetric, "channels": self.channels, "bounds": self.bounds}
 
     def reset(self) -> None:
         """Forgets the range: nothing seen yet."""
@@ -48,30 +48,34 @@ class ActivationQuantizer(nn.Module):
         self.low.fill_(low)
         self.high.fill_(high)
 
+    def select(self, channels: Tensor) -> None:
+        """Keeps the ranges of `channels`, int64."""
+        self.channels, self.low, self.high = len(channels), self.low[channels], self.high[channels]
+
     def grid(self) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point, shape (channels,) or (1,), the zero point None if symmetric.
 
         Raises ValueError before calibration.
         """
         if (self.low > self.high).any():
-            raise ValueError("an activation quantizer was used before calibration: run kit.quantization.calibrate first")
-        return formats._grid(self.low.clamp(max=0), self.high.clamp(min=0), self.format)
+            raise ValueError("an activation quantizer was used before calibration: run kit.quantization.calibrate")
+        return formats.grid_of_range(self.low.clamp(max=0), self.high.clamp(min=0), self.format)
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        flat = x.detach().reshape(-1, x.shape[-1]) if self.channels else x.detach().reshape(-1, 1)
+        """Widens the range to hold x."""
+        flat = x.detach().reshape(-1, x.shape[-1] if self.channels else 1)
         if self.bounds or not len(flat):
             return
         low, high = torch.aminmax(flat, dim=0)
         if not (torch.isfinite(low) & torch.isfinite(high)).all():
-            raise ValueError("calibration met NaN or infinite activations: check the batches and the model's weights")
+            raise ValueError("calibration met NaN or infinite activations: check the batches and the weights")
         self.low.copy_(torch.minimum(self.low, low))
         self.high.copy_(torch.maximum(self.high, high))
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes, int8, shape of x."""
-        scale, zero = self.grid()
-        return formats.quantize(x, scale, zero, self.format)
+        return formats.quantize(x, *self.grid(), self.format)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_complex():
@@ -79,39 +83,31 @@ class ActivationQuantizer(nn.Module):
         if self.observing:
             self.observe(x)
             return x
-        scale, zero = self.grid()
-        return formats.fake_quantize(x.float(), scale, zero, self.format).to(x.dtype)
+        return formats.fake_quantize(x.float(), *self.grid(), self.format).to(x.dtype)
 
 
 class ComplexQuantizer(nn.Module):
     """Rounds a complex tensor to pairs of integers, per tensor or per channel of the last dimension.
 
-    mode "separate": real and imaginary parts have ranges of their own, from the smallest to the largest value (the
-    imaginary part of a resolvent is positive, so half of a symmetric grid would be idle). "joint": they share one
-    symmetric scale, so that the grid is square and phase is kept as well as modulus. "polar": modulus and phase are
-    rounded, uniformly in each, the phase on a fixed grid over [-pi, pi].
-    Calibrated like ActivationQuantizer. Dtype and shape are kept; the gradient is straight through in both parts.
+    mode "separate": real and imaginary parts have ranges of their own, from the smallest to the largest
+    value (the imaginary part of a resolvent is positive, so half of a symmetric grid would be idle).
+    "joint": they share one symmetric scale, so that the grid is square and phase is kept as well as
+    modulus. "polar": modulus and phase are rounded, uniformly in each, the phase over [-pi, pi].
+    Calibrated like ActivationQuantizer. Dtype and shape are kept; gradients are straight through.
     """
 
     def __init__(self, bits: int = 8, channels: int | None = None, mode: str = "separate"):
         super().__init__()
-        if mode not in ("separate", "joint", "polar"):
-            raise ValueError(f"mode={mode!r} is not a complex quantization: choose 'separate', 'joint' or 'polar'")
-        self.mode = mode
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r} is not a complex quantization: choose one of {', '.join(MODES)}")
         circle = (-math.pi, math.pi) if mode == "polar" else None
+        self.mode = mode
         self.first = ActivationQuantizer(bits, mode == "joint", channels)
         self.second = ActivationQuantizer(bits, mode != "separate", channels, circle)
 
     def settings(self) -> dict:
+        """The arguments that made it."""
         return {"bits": self.first.format.bits, "channels": self.first.channels, "mode": self.mode}
-
-    @classmethod
-    def from_settings(cls, settings: dict) -> "ComplexQuantizer":
-        return cls(**settings)
-
-    @property
-    def observing(self) -> bool:
-        return self.first.observing
 
     def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
         return (z.abs(), z.angle()) if self.mode == "polar" else (z.real, z.imag)
@@ -125,7 +121,7 @@ class ComplexQuantizer(nn.Module):
         if not z.is_complex():
             raise ValueError(f"ComplexQuantizer expects a complex tensor, not {z.dtype}: use ActivationQuantizer")
         first, second = self._split(z)
-        if self.mode == "joint" and self.observing:
+        if self.mode == "joint" and self.first.observing:
             for part in (first, second):
                 self.first.observe(part)
                 self.second.observe(part)
@@ -136,7 +132,7 @@ class ComplexQuantizer(nn.Module):
         return torch.complex(first, second)
 
 
-ACTIVATION_MODULES = {"ActivationQuantizer": ActivationQuantizer, "ComplexQuantizer": ComplexQuantizer}
+ACTIVATION_MODULES = {cls.__name__: cls for cls in (ActivationQuantizer, ComplexQuantizer)}
 
 
 @torch.no_grad()

@@ -12,10 +12,9 @@ from kit.quantization.activations import ActivationQuantizer, ComplexQuantizer
 class QuantizedBKCore(nn.Module):
     """The causal BK-core between two quantizers: v (B, N, C) -> rounded -> G -> rounded, complex (B, N, C).
 
-    G is rounded as its reflection coefficient (`staggered_reflection`), which lies in the unit disc and is what the
-    mixer passes on.
-    Rounds to `bits` with ranges fixed by `kit.quantization.calibrate`; straight-through in training. `codes` gives the
-    integers that a deployment would keep.
+    G is rounded as its reflection coefficient (`staggered_reflection`), which lies in the unit disc and
+    is what the mixer passes on. Ranges are fixed by `kit.quantization.calibrate`; straight-through in
+    training. `codes` gives the integers that a deployment would keep.
 
     Args:
         channels: C for one range a channel; None for one range a tensor.
@@ -25,16 +24,17 @@ class QuantizedBKCore(nn.Module):
     def __init__(self, bits: int = 8, channels: int | None = None, mode: str = "separate"):
         super().__init__()
         self.quantize_v = ActivationQuantizer(bits, symmetric=False, channels=channels)
-        self.quantize_g = ComplexQuantizer(bits, channels=channels, mode=mode)
+        self.quantize_g = ComplexQuantizer(bits, channels, mode)
 
     def forward(self, v: Tensor, energy: Tensor, hopping: Tensor, eta: Tensor) -> Tensor:
         """v (B, N, C), energy (C,), hopping (B, N, C) >= 0, eta (C,) > 0 -> G as r (B, N, C) complex."""
         return self.quantize_g(self._reflection(v, energy, hopping, eta))
 
     @torch.no_grad()
-    def codes(self, v: Tensor, energy: Tensor, hopping: Tensor, eta: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def codes(self, v: Tensor, energy: Tensor, hopping: Tensor, eta: Tensor) -> tuple[Tensor, tuple]:
         """int8 codes of v and of the two parts of G as r."""
-        return self.quantize_v.codes(v), self.quantize_g.codes(self._reflection(v, energy, hopping, eta))
+        reflection = self._reflection(v, energy, hopping, eta)
+        return self.quantize_v.codes(v), self.quantize_g.codes(reflection)
 
     def _reflection(self, v: Tensor, energy: Tensor, hopping: Tensor, eta: Tensor) -> Tensor:
         return staggered_reflection(self.quantize_v(v) - energy, hopping, eta)
@@ -51,11 +51,12 @@ class PerChannelQuantizedBKCore(QuantizedBKCore):
         super().__init__(bits, channels, mode)
 
 
-def quantize_bk_core(model: nn.Module, bits: int = 8, per_channel: bool = False, mode: str = "separate") -> nn.Module:
-    """Gives every BK mixer of the model quantizers for v and G, in place; calibrate before use. Returns the model.
-
-    A model without BK mixers is returned as it is.
-    """
+def quantize_bk_core(
+    model: nn.Module, bits: int = 8, per_channel: bool = False, mode: str = "separate"
+) -> nn.Module:
+    """Gives every BK mixer of the model quantizers for v and G, in place; calibrate before use. Returns
+    the model, as it is if it has no BK mixers."""
     for mixer in [m for m in model.modules() if isinstance(m, BKMixer)]:
-        QuantizedBKCore(bits, len(mixer.energy) if per_channel else None, mode).to(mixer.energy.device).attach(mixer)
+        core = QuantizedBKCore(bits, len(mixer.energy) if per_channel else None, mode)
+        core.to(mixer.energy.device).attach(mixer)
     return model

@@ -138,8 +138,8 @@ class FakeQuantize(Step):
             value = read.tensor(view.shape, torch.float16).to(dtype)
             return cls(value, format, view), value
         count = formats.block_count((view.rows, view.columns), format)
-        parts = [read.tensor(*part) for part in formats.scale_parts(count, format.scale)]
-        scale, zero = formats.restored_scale(parts, format.scale)[:, None], None
+        parts = [read.tensor(*part) for part in formats.stored_shapes(count, format.scale)]
+        scale, zero = formats.restored_scale(parts, format.scale), None
         if not format.symmetric:
             zero = read.tensor((count,), torch.int8).float()[:, None]
         learned = entry.get("learned", 0)

@@ -1,15 +1,16 @@
 """Number formats and the arithmetic of uniform quantization, as pure functions of tensors.
 
-A tensor is viewed as a matrix (rows, columns), and the matrix as blocks that share one scale: the whole tensor, a row
-("channel"), `group_size` neighbours in a row ("group") or `group_size` whole rows ("rows"). Every function below works
-on blocks, shape (blocks, length), with scale and zero point of shape (blocks, 1). Quantization follows Jacob et al. 2018
-(arXiv:1712.05877), eq. 1: x = scale * (code - zero).
+A tensor is viewed as a matrix (rows, columns), and the matrix as blocks that share one scale: the
+whole tensor, a row ("channel"), `group_size` neighbours in a row ("group") or `group_size` whole rows
+("rows"). Every function below works on blocks, shape (blocks, length), with scale and zero point of
+shape (blocks, 1). Quantization follows Jacob et al. 2018 (arXiv:1712.05877), eq. 1:
+x = scale * (code - zero).
 """
 
 import dataclasses
 import math
-from dataclasses import dataclass
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -18,21 +19,29 @@ from torch import Tensor
 
 from kit.quantization import kernels
 
-BITS = (2, 3, 4, 5, 6, 8, 16, "ternary")
-SCALES = ("float32", "float16", "log8")
+CHOICES = {
+    "bits": (2, 3, 4, 5, 6, 8, 16, "ternary"),
+    "granularity": ("tensor", "channel", "group", "rows"),
+    "range": ("minmax", "percentile", "mse"),
+    "scale": ("float32", "float16", "log8"),
+}
 SMALLEST_SCALE = {"float32": 1e-30, "float16": 2.0**-24, "log8": 1e-30}
+SHRINKAGES = 65  # ranges that "mse" tries
 
 
 @dataclass(frozen=True)
 class Format:
     """How numbers are stored.
 
-    bits: 2, 3, 4, 5, 6 or 8 for integer codes, "ternary" for {-1, 0, 1}, 16 for IEEE half precision (no scale).
-    symmetric: zero point 0 and scale = max|x| / qmax; otherwise the range [min, max], widened to contain 0.
-    granularity: what shares a scale: "tensor", "channel" (a row), "group" (`group_size` neighbours in a row) or
-        "rows" (`group_size` rows); the last group may be shorter.
-    range: "minmax", "percentile" (99.9 % of |x|, clipped beyond) or "mse" (the clipping of least squared error).
-    scale: how a scale is stored: "float32", "float16" or "log8" (8 bits, 16 steps an octave below the largest).
+    bits: 2, 3, 4, 5, 6 or 8 for integer codes, "ternary" for {-1, 0, 1}, 16 for IEEE half precision.
+    symmetric: zero point 0 and scale = max|x| / qmax; otherwise the range [min, max], widened to
+        contain 0.
+    granularity: what shares a scale: "tensor", "channel" (a row), "group" (`group_size` neighbours in a
+        row) or "rows" (`group_size` rows); the last group may be shorter.
+    range: "minmax", "percentile" (99.9 % of |x|, clipped beyond) or "mse" (the clipping of least
+        squared error).
+    scale: how a scale is stored: "float32", "float16" or "log8" (8 bits, 16 steps an octave below the
+        largest).
 
     >>> Format(4, granularity="group", group_size=64).qmax
     7
@@ -46,13 +55,12 @@ class Format:
     scale: str = "float16"
 
     def __post_init__(self):
-        choices = {"bits": BITS, "granularity": ("tensor", "channel", "group", "rows"), "scale": SCALES,
-                   "range": ("minmax", "percentile", "mse")}
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field}={getattr(self, field)!r} is not a format: choose one of {allowed}")
-        if self.group_size < 1:
-            raise ValueError(f"group_size={self.group_size} must be at least 1")
+        for field, allowed in CHOICES.items():
+            value = getattr(self, field)
+            if isinstance(value, bool) or value not in allowed:
+                raise ValueError(f"{field}={value!r} is not a format: choose one of {allowed}")
+        if type(self.group_size) is not int or self.group_size < 1:
+            raise ValueError(f"group_size={self.group_size!r} must be an integer of at least 1")
         if self.bits == "ternary" and not self.symmetric:
             raise ValueError("a ternary format is symmetric by definition: drop symmetric=False")
 
@@ -82,7 +90,8 @@ def to_blocks(matrix: Tensor, format: Format, fill: float = 0.0) -> Tensor:
         return matrix
     if format.granularity == "rows":
         size = min(format.group_size, max(rows, 1))
-        return F.pad(matrix, (0, 0, 0, -rows % size), value=fill).reshape(-(-rows // size), size * columns)
+        padded = F.pad(matrix, (0, 0, 0, -rows % size), value=fill)
+        return padded.reshape(-(-rows // size), size * columns)
     size = min(format.group_size, max(columns, 1))
     return F.pad(matrix, (0, -columns % size), value=fill).reshape(-1, size)
 
@@ -100,11 +109,13 @@ def from_blocks(blocks: Tensor, shape: tuple[int, int], format: Format) -> Tenso
 def block_count(shape: tuple[int, int], format: Format) -> int:
     """How many scales a matrix of `shape` needs."""
     rows, columns = shape
-    if format.granularity == "tensor":
-        return 1
-    if format.granularity == "rows":
-        return math.ceil(rows / format.group_size)
-    return rows * (1 if format.granularity == "channel" else math.ceil(columns / format.group_size))
+    groups = {
+        "tensor": 1,
+        "rows": -(-rows // format.group_size),
+        "channel": rows,
+        "group": rows * -(-columns // format.group_size),
+    }
+    return groups[format.granularity]
 
 
 @cache
@@ -112,26 +123,18 @@ def _log_table() -> Tensor:
     return torch.exp2(-torch.arange(256, dtype=torch.float64) / 16).float()
 
 
-def log_scale_codes(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales as (uint8 codes, largest scale float32): scale = largest * 2**(-code / 16), rounded up."""
-    largest = scale.max().clamp(min=SMALLEST_SCALE["log8"]).float()
-    codes = torch.floor(-16 * torch.log2(scale.double() / largest.double()) + 1e-3).clamp(0, 255)
-    return codes.to(torch.uint8), largest
-
-
-def log_scale_values(codes: Tensor, largest: Tensor) -> Tensor:
-    return largest * _log_table().to(largest.device)[codes.long()]
-
-
 def stored_scale(scale: Tensor, kind: str) -> list[Tensor]:
-    """The tensors that hold a scale (blocks, 1) in a file."""
-    if kind == "log8":
-        codes, largest = log_scale_codes(scale.reshape(-1))
-        return [codes, largest.reshape(1)]
-    return [scale.reshape(-1).half() if kind == "float16" else scale.reshape(-1)]
+    """The tensors that hold a scale (blocks, 1) in a file: for "log8" codes (blocks,) uint8 and the
+    largest scale (1,), so that scale = largest * 2**(-code / 16), rounded up."""
+    scale = scale.reshape(-1)
+    if kind != "log8":
+        return [scale.half() if kind == "float16" else scale]
+    largest = scale.max().clamp(min=SMALLEST_SCALE[kind]).float()
+    codes = torch.floor(-16 * torch.log2(scale.double() / largest.double()) + 1e-3).clamp(0, 255)
+    return [codes.to(torch.uint8), largest.reshape(1)]
 
 
-def scale_parts(count: int, kind: str) -> list[tuple[tuple[int], torch.dtype]]:
+def stored_shapes(count: int, kind: str) -> list[tuple[tuple[int], torch.dtype]]:
     """Shapes and dtypes of the tensors of `stored_scale` for `count` blocks."""
     if kind == "log8":
         return [((count,), torch.uint8), ((1,), torch.float32)]
@@ -139,51 +142,43 @@ def scale_parts(count: int, kind: str) -> list[tuple[tuple[int], torch.dtype]]:
 
 
 def restored_scale(parts: Sequence[Tensor], kind: str) -> Tensor:
-    """The scale (blocks,), float32, of the tensors of `stored_scale`."""
-    return log_scale_values(*parts) if kind == "log8" else parts[0].float()
-
-
-def _half_above(scale: Tensor) -> Tensor:
-    """The smallest float16 that is not below a positive scale, so that a range rounded to it is still covered."""
-    half = scale.half()
-    return (half.view(torch.int16) + (half.float() < scale)).view(torch.float16)
+    """The scale (blocks, 1), float32, of the tensors of `stored_scale`."""
+    if kind == "log8":
+        codes, largest = parts
+        return (largest * _log_table().to(largest.device)[codes.long()])[:, None]
+    return parts[0].float()[:, None]
 
 
 def round_scale(scale: Tensor, kind: str) -> Tensor:
-    """The float32 value that `scale` has after being stored as `kind`, up rather than down."""
+    """The float32 value that `scale` (blocks, 1) has after being stored as `kind`, up rather than down,
+    so that a range is still covered. Raises ValueError for a scale beyond float16's range."""
     if scale.numel() == 0:
         return scale.float()
+    if kind == "log8":
+        return restored_scale(stored_scale(scale, kind), kind)
     if kind == "float16":
         if scale.max() > 65504:
             raise ValueError(f"a scale of {scale.max():.3g} exceeds float16 (65504): use Format(scale='float32')")
-        return _half_above(scale.float()).float().clamp(min=SMALLEST_SCALE[kind])
-    if kind == "log8":
-        return log_scale_values(*log_scale_codes(scale))
+        half = scale.float().half()
+        scale = (half.view(torch.int16) + (half.float() < scale)).view(torch.float16)
     return scale.float().clamp(min=SMALLEST_SCALE[kind])
 
 
 def check_weights(x: Tensor, what: str = "tensor") -> None:
-    """Raises ValueError for what no real quantizer can hold: complex, integer, NaN or infinite values."""
+    """Raises ValueError for what no real quantizer can hold: complex, integer, NaN or infinite."""
     if x.is_complex():
-        raise ValueError(f"{what} is complex ({x.dtype}): a real quantizer would drop the imaginary part; "
-                         "use ComplexQuantizer")
+        raise ValueError(
+            f"{what} is complex ({x.dtype}): a real quantizer would drop the imaginary part; use ComplexQuantizer"
+        )
     if not x.is_floating_point():
         raise ValueError(f"{what} has dtype {x.dtype}: quantization expects floating point values")
     if not torch.isfinite(x).all():
-        raise ValueError(f"{what} holds {(~torch.isfinite(x)).sum().item()} NaN or infinite values: "
-                         "restore a finite checkpoint before quantizing")
+        count = (~torch.isfinite(x)).sum().item()
+        raise ValueError(f"{what} holds {count} NaN or infinite values: restore a finite checkpoint first")
 
 
-def _minmax(blocks: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-    if blocks.shape[1] == 0:
-        zero = blocks.new_zeros(len(blocks), 1)
-        return zero, zero
-    low, high = torch.aminmax(blocks, dim=1, keepdim=True)
-    return low.clamp(max=0), high.clamp(min=0)
-
-
-def _grid(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of the range [low, high]; the zero point is None for a symmetric format."""
+def grid_of_range(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of the range [low, high], low <= 0 <= high; None for a symmetric format."""
     if format.symmetric:
         return round_scale(torch.maximum(-low, high) / format.qmax, format.scale), None
     scale = round_scale((high - low) / (format.qmax - format.qmin), format.scale)
@@ -191,35 +186,37 @@ def _grid(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor | N
 
 
 def _percentile(x: Tensor, share: float) -> Tensor:
-    """The value (blocks, 1) that `share` of a block does not exceed, NaN left out; torch.quantile stops at 2**24 values."""
+    """The value (blocks, 1) that `share` of a block does not exceed, NaN left out; torch.quantile stops
+    at 2**24 values."""
     ordered, count = x.sort(dim=1).values, (~x.isnan()).sum(1, keepdim=True)
     return ordered.gather(1, (torch.ceil(share * count).long() - 1).clamp(min=0))
 
 
 def choose_grid(blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-    """Scale (blocks, 1) float32, as it will be stored, and zero point (blocks, 1) or None, by `format.range`.
-
-    Blocks may be padded with NaN, which no rule counts.
-    """
+    """Scale (blocks, 1) float32, as it will be stored, and zero point (blocks, 1) or None, by
+    `format.range`. Blocks may be padded with NaN, which no rule counts."""
     x = blocks.detach().float()
     padded = torch.nan_to_num(x)
-    low, high = _minmax(padded, format)
+    if x.shape[1]:
+        low, high = torch.aminmax(padded, dim=1, keepdim=True)
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    else:
+        low = high = x.new_zeros(len(x), 1)
     if format.range == "minmax" or x.numel() == 0:
-        return _grid(low, high, format)
+        return grid_of_range(low, high, format)
     if format.range == "percentile":
         bound = _percentile(x.abs(), 0.999)
-        return _grid(torch.maximum(low, -bound), torch.minimum(high, bound), format)
-    best, best_error = _grid(low, high, format), None
-    for ratio in torch.linspace(1.0, 0.2 if format.qmax > 1 else 0.05, 65).tolist():
-        scale, zero = _grid(low * ratio, high * ratio, format)
-        error = (dequantize(quantize(padded, scale, zero, format), scale, zero) - padded).square().sum(1, keepdim=True)
-        if best_error is None:
-            best, best_error = (scale, zero), error
-            continue
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best = (torch.where(better, scale, best[0]), None if zero is None else torch.where(better, zero, best[1]))
-    return round_scale(best[0], format.scale), best[1]
+        return grid_of_range(torch.maximum(low, -bound), torch.minimum(high, bound), format)
+    scale, zero = grid_of_range(low, high, format)
+    least = torch.full_like(scale, math.inf)
+    for ratio in torch.linspace(1.0, 0.2 if format.qmax > 1 else 0.05, SHRINKAGES).tolist():
+        trial, origin = grid_of_range(low * ratio, high * ratio, format)
+        values = dequantize(quantize(padded, trial, origin, format), trial, origin)
+        error = (values - padded).square().sum(1, keepdim=True)
+        better, least = error < least, torch.minimum(error, least)
+        scale = torch.where(better, trial, scale)
+        zero = None if zero is None else torch.where(better, origin, zero)
+    return round_scale(scale, format.scale), zero
 
 
 def quantize(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format, generator=None) -> Tensor:
@@ -228,10 +225,9 @@ def quantize(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format, gene
     With a `generator` the rounding is stochastic: up with the probability of the fraction, so unbiased.
     """
     q = x.float() / scale
-    if generator is None:
-        q = torch.round(q)
-    else:
+    if generator is not None:
         q = torch.floor(q + torch.rand(q.shape, generator=generator, device=q.device))
+    q = torch.round(q)
     return (q if zero is None else q + zero).clamp(format.qmin, format.qmax).to(torch.int8)
 
 
@@ -243,39 +239,41 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, zero, qmin, qmax, step_gradient):
-        ctx.compiled = kernels.fits(x, scale, zero)
+        ctx.compiled, ctx.step_gradient = kernels.fits(x, scale, zero), step_gradient
         if ctx.compiled:
             x, scale = x.contiguous(), scale.contiguous()
             ctx.save_for_backward(x, scale)
-            ctx.range, ctx.step_gradient = (qmin, qmax), step_gradient
+            ctx.range = qmin, qmax
             return kernels.fake_quantize(x, scale, qmin, qmax)
         ratio = x / scale
         unclipped = torch.round(ratio) if zero is None else torch.round(ratio) + zero
         q = unclipped.clamp(qmin, qmax) + 0.0  # integer codes know no -0.0
         ctx.save_for_backward(ratio if step_gradient else None, q, unclipped, zero)
-        ctx.step_gradient = step_gradient
         return (q if zero is None else q - zero) * scale
 
     @staticmethod
     def backward(ctx, grad):
+        step = ctx.step_gradient
         if ctx.compiled:
             grad_x, grad_scale = kernels.fake_quantize_backward(*ctx.saved_tensors, *ctx.range, grad)
-            return grad_x, grad_scale * ctx.step_gradient if ctx.step_gradient else None, None, None, None, None
+            return grad_x, grad_scale * step if step else None, None, None, None, None
         ratio, q, unclipped, zero = ctx.saved_tensors
         inside = q == unclipped
-        grad_x = grad * inside
-        if not ctx.step_gradient:
-            return grad_x, None, None, None, None, None
-        level = q if zero is None else q - zero
-        slope = level - ratio * inside
-        return grad_x, (grad * slope).sum(1, keepdim=True) * ctx.step_gradient, None, None, None, None
+        grad_scale = None
+        if step:
+            slope = (q if zero is None else q - zero) - ratio * inside
+            grad_scale = (grad * slope).sum(1, keepdim=True) * step
+        return grad * inside, grad_scale, None, None, None, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format, step_gradient: float = 0.0) -> Tensor:
-    """Quantize and dequantize with a straight-through gradient, zero where x saturates (Bengio et al. 2013).
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero: Tensor | None, format: Format, step_gradient: float = 0.0
+) -> Tensor:
+    """Quantize and dequantize with a straight-through gradient, zero where x saturates (Bengio et al.
+    2013).
 
-    x (blocks, length); scale (blocks, 1) or any shape that broadcasts. `step_gradient` > 0 also gives the scale its
-    gradient, times that factor: learned step size quantization (Esser et al. 2020, arXiv:1902.08153, eq. 3), which
-    recommends 1 / sqrt(length * qmax).
+    x (blocks, length); scale (blocks, 1) or any shape that broadcasts. `step_gradient` > 0 also gives the
+    scale its gradient, times that factor: learned step size quantization (Esser et al. 2020,
+    arXiv:1902.08153, eq. 3), which recommends 1 / sqrt(length * qmax).
     """
     return _FakeQuantize.apply(x, scale, zero, format.qmin, format.qmax, step_gradient)
