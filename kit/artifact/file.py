@@ -167,7 +167,7 @@ def _encode(weight: Weight, write: Writer, written: dict[Step, int]) -> dict:
     for step in steps:
         seen.append(x)
         x = step(x)
-    carrier, leading = _leading([(step.carries, step.projection) for step in steps], weight.name)
+    carrier, leading = _leading(steps, weight.name)
     stored = [*seen, x][leading]
     entry: dict = {"shape": list(weight.original.shape)}
     if weight.original.dtype != torch.float32:
@@ -186,13 +186,14 @@ def _encode(weight: Weight, write: Writer, written: dict[Step, int]) -> dict:
     return {**entry, "steps": entries} if entries else entry
 
 
-def _leading(steps: list[tuple[bool, bool]], name: str) -> tuple[int | None, int]:
-    """Of steps (carries, projection): which one carries the stored value, and how many steps it
-    already went through."""
-    carrier = next((i for i, (carries, _) in enumerate(steps) if carries), None)
-    leading = next((i for i, (_, projection) in enumerate(steps) if not projection), len(steps))
-    if carrier is None:
+def _leading(steps: Sequence[Step | type[Step]], name: str) -> tuple[int | None, int]:
+    """Which step carries the stored value, and how many steps it already went through."""
+    carries = [getattr(step, "carries", False) for step in steps]
+    projections = [getattr(step, "projection", False) for step in steps]
+    leading = projections.index(False) if False in projections else len(steps)
+    if True not in carries:
         return None, leading
+    carrier = carries.index(True)
     if leading <= carrier:
         raise ValueError(f"{name!r} is changed before it is quantized, which a file cannot hold")
     return carrier, carrier + 1
@@ -285,7 +286,7 @@ def _decode(entry: dict, weight: Weight, read: Reader, made: list[Step], trainab
         if kind != SAME and kind not in STEPS:
             raise ValueError(f"this version of the kit has no step {kind!r}")
     kinds = [made[settings] if kind == SAME else STEPS[kind] for kind, settings in entries]
-    carrier, leading = _leading([(kind.carries, kind.projection) for kind in kinds], weight.name)
+    carrier, leading = _leading(kinds, weight.name)
     stored = read.tensor(weight.original.shape, _dtype(entry)) if carrier is None else None
     steps: list = [None] * len(entries)
     for i in sorted(range(len(entries)), key=lambda i: i != carrier):

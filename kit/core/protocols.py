@@ -152,13 +152,20 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def run(model: nn.Module, batches: Iterable) -> None:
-    """Forward passes in evaluation mode, on the model's device; a language model's logits are not
-    formed. Raises ValueError without a batch."""
-    device, seen = device_of(model), 0
-    forward = model.hidden if isinstance(model, LanguageModel) else model
+def run(model: nn.Module, batches: Iterable) -> list[Tensor]:
+    """Forward passes in evaluation mode, on the model's device.
+
+    A language model's logits are not formed; its hidden states are returned, a tensor a batch (else an
+    empty list). Raises ValueError without a batch.
+    """
+    device, seen, states = device_of(model), 0, []
     with evaluating(model):
         for seen, batch in enumerate(batches, 1):
-            call_of(batch).to(device)(forward)
+            call = call_of(batch).to(device)
+            if isinstance(model, LanguageModel):
+                states.append(call(model.hidden))
+            else:
+                call(model)
     if not seen:
         raise ValueError("calibration got no batch: give at least one batch of inputs")
+    return states

@@ -139,14 +139,14 @@ class Weight:
         """What a step of this rank is applied to: the trained values after the steps before it."""
         x = self.original
         for step in self.steps:
-            if step.rank < rank:
+            if _rank(step) < rank:
                 x = step(x)
         return x
 
     def put(self, step: Step) -> None:
         """Adds a step in its place by rank; one of the same rank is replaced."""
-        kept = [present for present in self.steps if present.rank != step.rank]
-        self.set_steps(sorted([*kept, step], key=lambda s: s.rank))
+        kept = [present for present in self.steps if _rank(present) != step.rank]
+        self.set_steps(sorted([*kept, step], key=_rank))
 
     def drop(self, kind: type) -> None:
         """Takes the steps of a class off."""
@@ -177,6 +177,11 @@ class Weight:
         for module, attribute in _holders(self.model, old):
             setattr(module, attribute, new)
         self.set_steps(resized)
+
+
+def _rank(step: nn.Module) -> float:
+    """Somebody else's parametrization, such as a spectral norm, stands between mask and quantizer."""
+    return step.rank if isinstance(step, Step) else 5
 
 
 def weights(model: nn.Module, select: str | Iterable[str] = "*", matrices: bool = False) -> list[Weight]:

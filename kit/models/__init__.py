@@ -2,8 +2,10 @@
 
 import dataclasses
 
+import torch
 from torch import nn
-from torch.nn.utils import parametrize
+
+from kit.core.weights import class_of, weights
 
 from kit.models.base import LanguageModel
 from kit.models.moe import MoE
@@ -29,7 +31,7 @@ MODELS = {
     "DigitsMLP": (DigitsMLP, DigitsMLPConfig),
 }
 
-__all__ = ["BKMixer", "LanguageModel", "MODELS", "MoE", "build_model", "fit_pointer", "parameter_count", "recipe"]
+__all__ = ["BKMixer", "LanguageModel", "MODELS", "MoE", "build_model", "fit_pointer", "parameter_count", "recipe", "refresh_config"]
 __all__ += [cls.__name__ for pair in MODELS.values() for cls in pair]
 
 
@@ -49,11 +51,29 @@ def build_model(class_name: str, config: dict) -> nn.Module:
 
 def recipe(model: nn.Module) -> dict | None:
     """Name and config that rebuild one of the kit's own models; None for any other."""
-    kind = type(model).__bases__[0] if parametrize.is_parametrized(model) else type(model)
+    kind = class_of(model)
     name = kind.__name__
     if name not in MODELS or kind is not MODELS[name][0]:
         return None
     return {"class": name, "config": dataclasses.asdict(model.config)}
+
+
+def refresh_config(model: nn.Module) -> None:
+    """Makes the config of one of the kit's own models describe the shapes that it has now.
+
+    Raises ValueError when no config has these shapes, so that the model could not be rebuilt.
+    """
+    if recipe(model) is None or not hasattr(model, "shapes"):
+        return
+    config = dataclasses.replace(model.config, **model.shapes())
+    with torch.device("meta"):
+        rebuilt = build_model(recipe(model)["class"], dataclasses.asdict(config))
+    wanted = {weight.name: tuple(weight.original.shape) for weight in weights(rebuilt)}
+    for weight in weights(model):
+        shape = tuple(weight.original.shape)
+        if shape != wanted[weight.name]:
+            raise ValueError(f"{weight.name!r} has become {shape}, which no {type(config).__name__} describes")
+    model.config = config
 
 
 def parameter_count(model: nn.Module) -> int:

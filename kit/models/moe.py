@@ -1,8 +1,13 @@
 """Sparse mixture of experts: each token is computed by its top-k experts only, grouped by expert."""
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+
+from kit.core.calibration import register_inputs
 
 RESIDUAL_SCALE = 0.25  # of the first output weights of a block, so that it begins close to the identity
 
@@ -98,3 +103,29 @@ class MoE(nn.Module):
     def __getstate__(self):
         """Copies and pickles leave the last forward's graph behind."""
         return {**self.__dict__, "balance_loss": self.balance_loss.detach()}
+
+
+class ExpertRows(NamedTuple):
+    """What one expert sees: row numbers (m,) int64, inputs (m, D), hidden units (m, F), gates (m,)."""
+
+    rows: Tensor
+    inputs: Tensor
+    hidden: Tensor
+    gates: Tensor
+
+
+def expert_rows(moe: MoE, x: Tensor) -> Iterator[ExpertRows]:
+    """Expert by expert, the rows of x (..., D) that are routed to it; hidden units are after GELU."""
+    rows = x.reshape(-1, x.shape[-1])
+    _, gates, chosen = moe.route(rows)
+    w_in, b_in = moe.w_in, moe.b_in
+    for expert in range(w_in.shape[0]):
+        token, choice = (chosen == expert).nonzero(as_tuple=True)
+        hidden = F.gelu(F.linear(rows[token], w_in[expert], b_in[expert]))
+        yield ExpertRows(token, rows[token], hidden, gates[token, choice])
+
+
+@register_inputs(MoE)
+def _expert_inputs(moe: MoE, attribute: str, x: Tensor) -> list[Tensor] | None:
+    part = {"w_in": "inputs", "w_out": "hidden"}.get(attribute)
+    return None if part is None else [getattr(rows, part) for rows in expert_rows(moe, x)]

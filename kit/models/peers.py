@@ -104,6 +104,11 @@ class TransformerLM(LanguageModel):
             x = layer(x)
         return self.norm(x)
 
+    def shapes(self) -> dict:
+        """The config's fields that pruning changes, as the layers have them."""
+        return {"d_ff": self.layers[0].ff_in.out_features}
+
+
 
 @dataclass(frozen=True)
 class DigitsCNNConfig:
@@ -127,6 +132,11 @@ class DigitsCNN(nn.Sequential):
         super().__init__(*blocks, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * width, config.classes))
         self.config = config
 
+    def shapes(self) -> dict:
+        """The config's fields that pruning changes, as the layers have them."""
+        return {"channels": tuple(m.out_channels for m in self if isinstance(m, nn.Conv2d))}
+
+
 
 @dataclass(frozen=True)
 class DigitsMLPConfig:
@@ -148,3 +158,8 @@ class DigitsMLP(nn.Sequential):
             blocks += [nn.Linear(i, o), nn.ReLU()]
         super().__init__(nn.Flatten(), *blocks, nn.Linear((64, *config.hidden)[-1], config.classes))
         self.config = config
+
+    def shapes(self) -> dict:
+        """The config's fields that pruning changes, as the layers have them."""
+        return {"hidden": tuple(m.out_features for m in self if isinstance(m, nn.Linear))[:-1]}
+

@@ -119,3 +119,13 @@ class ResNetBK(LanguageModel):
         for layer in self.layers:
             x = layer(x)
         return self.norm(x)
+
+    def shapes(self) -> dict:
+        """The config's fields that pruning changes, as the layers have them."""
+        found = {
+            "channels": [layer.mixer.energy.shape[0] for layer in self.layers],
+            "experts": [layer.moe.w_in.shape[0] for layer in self.layers],
+            "d_ff": [layer.moe.w_in.shape[1] for layer in self.layers],
+        }
+        return {k: v[0] if len(set(v)) == 1 else tuple(v) for k, v in found.items()}
+

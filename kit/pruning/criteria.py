@@ -1,38 +1,58 @@
-"""Which weights matter: scores, and masks with exact counts from scores. Pure functions of tensors."""
+"""Which weights matter: scores by name, and masks with exact counts from scores."""
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from kit.core.weights import Weight
 
-def magnitude(weight: Tensor) -> Tensor:
-    """|w|, float, of the weight's shape."""
-    return weight.detach().abs()
-
-
-def random(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform scores of the weight's shape, the control every criterion has to beat."""
-    return torch.rand(weight.shape, generator=generator).to(weight.device)
+CRITERIA: dict[str, Callable] = {}
+NEEDS_NORMS = set()
 
 
-def wanda(weight: Tensor, input_norm: Tensor) -> Tensor:
-    """|w_ij| * ||x_j||_2 (Sun et al. 2023, "A Simple and Effective Pruning Approach", eq. 1).
+def register_criterion(name: str, needs_norms: bool = False) -> Callable:
+    """Decorator for a score, by which `MagnitudePruner(score=name)` finds it.
 
-    Args:
-        weight: (..., R, C).
-        input_norm: (..., C), the norm of each input feature over the calibration tokens.
+    criterion(weight, norm, seed) -> scores (rows, columns), the lowest go first. norm (groups, columns)
+    holds the norms of the weight's inputs (`kit.core.calibration.input_norms`), which are asked for if
+    `needs_norms`, else it is None.
     """
-    return weight.detach().abs() * input_norm.unsqueeze(-2)
+
+    def register(function: Callable) -> Callable:
+        CRITERIA[name] = function
+        if needs_norms:
+            NEEDS_NORMS.add(name)
+        return function
+
+    return register
+
+
+@register_criterion("magnitude")
+def magnitude(weight: Weight, norm: Tensor | None, seed: int) -> Tensor:
+    """|w|."""
+    return weight.view.matrix(weight.original.detach().abs())
+
+
+@register_criterion("random")
+def random(weight: Weight, norm: Tensor | None, seed: int) -> Tensor:
+    """Uniform, the control that every criterion has to beat; drawn from the seed and the name."""
+    generator = torch.Generator().manual_seed(seed + zlib.crc32(weight.name.encode()))
+    scores = torch.rand(weight.original.shape, generator=generator)
+    return weight.view.matrix(scores.to(weight.original.device))
+
+
+@register_criterion("wanda", needs_norms=True)
+def wanda(weight: Weight, norm: Tensor, seed: int) -> Tensor:
+    """|w_ij| * ||x_j||_2 (Sun et al. 2023, "A Simple and Effective Pruning Approach", eq. 1)."""
+    magnitudes = weight.view.stack(weight.original.detach().abs())
+    return (magnitudes * norm.to(magnitudes.device)[:, None]).flatten(0, 1)
 
 
 def check_sparsity(sparsity: float) -> float:
-    """The sparsity, if it is a share of weights that leaves something.
-
-    Raises:
-        ValueError: outside [0, 1).
-    """
-    if not 0 <= sparsity < 1:
+    """The sparsity. Raises ValueError outside [0, 1), where nothing would be left or it is no share."""
+    if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity {sparsity} is outside [0, 1): give the share of weights to remove")
     return float(sparsity)
 
@@ -40,11 +60,7 @@ def check_sparsity(sparsity: float) -> float:
 def prune_mask(scores: Tensor, sparsity: float) -> Tensor:
     """Bool mask that drops exactly round(sparsity * n) of each row's n lowest scores; ties go by position.
 
-    Args:
-        scores: (..., n), each row a group of its own. Give a flat tensor to rank the whole of it.
-
-    Raises:
-        ValueError: sparsity outside [0, 1).
+    scores: (..., n), each row a group of its own; a flat tensor is ranked as a whole.
     """
     drop = round(check_sparsity(sparsity) * scores.shape[-1])
     order = scores.argsort(dim=-1, stable=True)
@@ -56,20 +72,19 @@ def global_masks(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Ten
     """Masks for all tensors together: round(sparsity * total) weights go, exactly, wherever they stand."""
     flat = torch.cat([tensor.flatten() for tensor in scores.values()])
     parts = prune_mask(flat, sparsity).split([tensor.numel() for tensor in scores.values()])
-    return {name: part.view_as(tensor) for (name, tensor), part in zip(scores.items(), parts)}
+    return {name: part.view_as(scores[name]) for name, part in zip(scores, parts)}
 
 
 def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
     """Bool mask that keeps the n highest of every m neighbours along the last dimension (2:4 and the like).
 
-    Raises:
-        ValueError: n is not in 1..m, or m does not divide the last dimension.
+    Raises ValueError: n is not in 1..m, or m does not divide the last dimension.
     """
     check_pattern(scores.shape[-1], n, m)
     groups = scores.unflatten(-1, (-1, m))
     order = groups.argsort(dim=-1, stable=True)
     mask = torch.ones_like(groups, dtype=torch.bool)
-    return mask.scatter_(-1, order[..., :m - n], False).flatten(-2)
+    return mask.scatter_(-1, order[..., : m - n], False).flatten(-2)
 
 
 def check_pattern(width: int, n: int, m: int) -> None:
@@ -83,7 +98,7 @@ def check_pattern(width: int, n: int, m: int) -> None:
 def cubic_sparsity(step: int, start: int, end: int, final: float, initial: float = 0.0) -> float:
     """Sparsity after `step` steps: s_f + (s_i - s_f) (1 - (t - t_0) / (t_n - t_0))^3, flat outside.
 
-    Zhu and Gupta 2017, "To prune, or not to prune", eq. 1: fast while much is redundant, slow near the end.
+    Zhu and Gupta 2017, "To prune, or not to prune", eq. 1: fast while much is redundant, slow at the end.
     """
     if end <= start:
         return final if step >= end else initial
