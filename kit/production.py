@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kit.distillation import DistillationTrainer
 from kit.training.losses import classification_loss, next_token_loss
 from kit.pruning import MagnitudePruner, prune_channels
-from kit.pruning.mask import copy_model
+from kit.core.weights import copy_model
 from kit.engines.quantized import QuantizationConfig, QuantizedModel, prepare_qat, quantize
 from kit.engines.report import OptimizationResult, compare_models, example_inputs
 from kit.training import TrainConfig, train

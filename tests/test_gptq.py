@@ -1,4 +1,4 @@
-"""GPTQ against direct minimization of its own objective, and bias correction against the float layer's means."""
+"""GPTQ against direct minimization of its own objective, ."""
 
 import copy
 import itertools
@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from kit.core import obs
 from kit.models import build_model
-from kit.core.weights import find_step, original_of
+from kit.core.weights import weight_of
 from kit.pruning.mask import set_mask
 from kit.quantization import FakeQuantize, Format, formats, quantize_weights, quantizers
-from kit.quantization.gptq import correct_bias, gptq, gptq_round
+from kit.quantization.gptq import gptq, gptq_round, repairable
 
 
 def correlated(rows, columns, seed=0):
@@ -57,13 +58,11 @@ def test_two_columns_are_solved_exactly_given_the_first():
 
 
 def test_blocks_of_columns_give_the_same_codes_as_one(monkeypatch):
-    from kit.quantization import gptq as module
-
     torch.manual_seed(2)
     weight, x = torch.randn(3, 8, 40), correlated(300, 40)
     gram, scale = (x.T @ x).double()[None].expand(3, 40, 40), torch.full((3, 8, 40), 0.3)
     whole = gptq_round(weight, gram, scale, None, Format(3))
-    monkeypatch.setattr(module, "BLOCK", 7)
+    monkeypatch.setattr(obs.column_sweep, "__defaults__", (7,))
     assert torch.equal(gptq_round(weight, gram, scale, None, Format(3)), whole)
 
 
@@ -82,9 +81,9 @@ def test_layer_outputs_err_less_than_with_the_nearest_codes(format):
     nearest = quantize_weights(copy.deepcopy(model), format)
     repaired = gptq(copy.deepcopy(model), format, [x])
     assert (repaired(x) - wanted).square().sum() < 0.9 * (nearest(x) - wanted).square().sum()
-    step = find_step(repaired[0], "weight", FakeQuantize)
-    assert torch.equal(repaired[0].weight, original_of(repaired[0], "weight"))  # its values are on the grid
-    assert step.grid(original_of(repaired[0], "weight"))[0] is step.scale
+    step = weight_of(repaired[0]).find(FakeQuantize)
+    assert torch.equal(repaired[0].weight, weight_of(repaired[0]).original)  # its values are on the grid
+    assert step.grid(weight_of(repaired[0]).original)[0] is step.scale
 
 
 def test_every_kind_of_weight_of_a_language_model():
@@ -127,16 +126,13 @@ def test_recurrent_weights_keep_the_nearest_codes():
     assert not torch.equal(repaired.head.weight, nearest.head.weight)
 
 
-def test_bias_correction_restores_mean_outputs_layer_by_layer():
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)), torch.rand(50, 2, 6, 6)
-    quantized = quantize_weights(copy.deepcopy(model), Format(2))
-    correct_bias(quantized, model, [x])
-    assert torch.allclose(quantized[0](x).mean((0, 2, 3)), model[0](x).mean((0, 2, 3)), atol=1e-5)
-    assert torch.allclose(quantized(x).mean(0), model(x).mean(0), atol=1e-5)
-
-
-@pytest.mark.parametrize("call", [lambda m: gptq(m, Format(4), []), lambda m: correct_bias(m, m, [])])
-def test_no_batch_is_an_error(call):
+def test_bad_inputs_are_refused_and_what_is_repaired_is_named():
+    model, x = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 4)), torch.tensor([1, 2, 3])
+    gptq(model, Format(4), [x])
+    assert repairable(model, [x]) == ["1.weight"]
     with pytest.raises(ValueError, match="got no batch"):
-        call(nn.Sequential(nn.Linear(2, 2)))
+        gptq(nn.Sequential(nn.Linear(2, 2)), Format(4), [])
+    with pytest.raises(ValueError, match="hold NaN or infinite"):
+        gptq(nn.Sequential(nn.Linear(2, 2)), Format(4), [torch.full((3, 2), torch.nan)])
+    with pytest.raises(ValueError, match="damping=0.0"):
+        gptq(nn.Sequential(nn.Linear(3, 2)), Format(4), [torch.ones(5, 3)], damping=0.0)

@@ -13,7 +13,8 @@ from kit.training.losses import classification_loss
 from kit.models import DigitsMLP
 from kit.core.calibration import input_norms
 from kit.pruning.magnitude import MagnitudePruner, rewind
-from kit.pruning.mask import Mask, copy_model, get_mask, remove_masks, select, set_mask
+from kit.core.weights import copy_model, weight_of, weights
+from kit.pruning.mask import Mask, get_mask, mask_of, put_mask, set_mask
 from kit.pruning.criteria import cubic_sparsity, nm_mask, prune_mask
 from kit.quantization import Format, quantize_weights
 from kit.training import TrainConfig, train
@@ -57,14 +58,15 @@ def test_mask_stands_before_other_parametrizations_and_is_updated_in_place():
     set_mask(linear, "weight", torch.ones(2, 3, dtype=torch.bool))
     assert torch.equal(linear.weight, weight * 2 + 1)
     assert [type(step) for step in linear.parametrizations.weight] == [Mask, Double]
-    remove_masks(linear)
+    weight_of(linear).drop(Mask)
     assert torch.equal(linear.weight, weight * 2 + 1)
 
 
 def test_a_copy_and_its_original_do_not_share_their_masks():
     linear = nn.Linear(3, 2)
     set_mask(linear, "weight", torch.zeros(2, 3, dtype=torch.bool))
-    copied = remove_masks(copy_model(linear))
+    copied = copy_model(linear)
+    weight_of(copied).drop(Mask)
     assert (linear.weight == 0).all() and (copied.weight != 0).any()
     assert not parametrize.is_parametrized(copied) and torch.equal(copied(torch.zeros(1, 3))[0], linear.bias)
 
@@ -86,25 +88,25 @@ def tied_model():
     return model
 
 
-def test_tied_tensors_are_one_slot_and_stay_tied():
+def test_tied_tensors_are_one_weight_and_stay_tied():
     model = tied_model()
-    slots = select(model)
-    assert list(slots) == ["embedding.weight"]
-    slots["embedding.weight"].set_mask(torch.rand(7, 4) > 0.5)
+    (weight,) = weights(model, matrices=True)
+    assert weight.name == "embedding.weight"
+    put_mask(weight, torch.rand(7, 4) > 0.5)
     assert torch.equal(model["embedding"].weight, model["head"].weight)
     assert (model["head"].weight == 0).any()
-    assert list(select(model)) == ["embedding.weight"]
-    assert slots["embedding.weight"].parameter is model["head"].parametrizations.weight.original
+    assert [w.name for w in weights(model, matrices=True)] == ["embedding.weight"]
+    assert weight.original is model["head"].parametrizations.weight.original
 
 
 def test_bad_masks_and_names_are_refused_with_the_alternatives():
     model = tied_model()
     with pytest.raises(ValueError, match="bool of shape"):
         set_mask(model["head"], "weight", torch.ones(7, 4))
-    with pytest.raises(ValueError, match="no tensor 'wight'"):
+    with pytest.raises(ValueError, match="no parameter 'wight'"):
         set_mask(model["head"], "wight", torch.ones(7, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"no weight is named 'heads\*'.*embedding.weight"):
-        select(model, "heads*")
+    with pytest.raises(ValueError, match=r"no weight of two or more dimensions is named 'heads\*'.*embedding.weight"):
+        weights(model, "heads*", matrices=True)
     assert not parametrize.is_parametrized(model["head"])
 
 
@@ -193,8 +195,8 @@ def test_schedule_hook_reaches_the_target_and_never_revives_a_weight():
     before = get_mask(model[0]).clone()
     for step in range(1, 41):
         with torch.no_grad():
-            for slot in pruner.slots.values():
-                slot.parameter.add_(torch.randn_like(slot.parameter))
+            for weight in pruner.weights.values():
+                weight.original.add_(torch.randn_like(weight.original))
         hook(step, 40, model)
         assert not (get_mask(model[0]) & ~before).any()
         before = get_mask(model[0]).clone()
@@ -232,7 +234,7 @@ def test_schedule_of_each_tensor_to_a_sparsity_of_its_own():
 def test_masks_stay_exact_zeros_through_quantization_aware_training_and_the_file(tmp_path):
     torch.manual_seed(0)
     model = MagnitudePruner(DigitsMLP()).prune(0.8)
-    masks = {name: slot.mask.clone() for name, slot in select(model).items()}
+    masks = {weight.name: mask_of(weight).clone() for weight in weights(model, matrices=True)}
     quantize_weights(model, {"1.*": Format(8), "3.*": Format(4, granularity="group", group_size=16),
                              "5.*": Format(4)}, learned=True)
     loader = DataLoader(TensorDataset(torch.randn(40, 1, 8, 8), torch.randint(0, 10, (40,))), batch_size=20)
@@ -240,10 +242,10 @@ def test_masks_stay_exact_zeros_through_quantization_aware_training_and_the_file
     train(model, loader, TrainConfig(steps=5, lr=1e-2), loss=classification_loss, log=False)
     artifact.save(model.eval(), tmp_path / "model.kit")
     loaded = artifact.load(tmp_path / "model.kit")
-    for name, slot in select(model).items():
-        weight = getattr(slot.module, slot.attribute)
-        assert (weight[~masks[name]] == 0).all() and torch.equal(slot.mask, masks[name])
-        assert torch.equal(loaded.get_parameter(name), weight)
+    for weight in weights(model, matrices=True):
+        value, mask = weight.value, masks[weight.name]
+        assert (value[~mask] == 0).all() and torch.equal(mask_of(weight), mask)
+        assert torch.equal(loaded.get_parameter(weight.name), value)
     assert not torch.equal(before, model[1].weight)
 
 
@@ -269,8 +271,8 @@ def test_rounds_with_rewinding_train_from_the_early_weights():
     (lambda m: MagnitudePruner(m).prune(float("nan")), "sparsity nan"),
     (lambda m: MagnitudePruner(m).prune({"0.weight": 0.5, "1.weight": 2}), "sparsity 2"),
     (lambda m: MagnitudePruner(m).prune({"2.weight": 0.5}), "no tensor '2.weight'.*0.weight, 1.weight"),
-    (lambda m: MagnitudePruner(m, "conv*"), "no weight is named 'conv.*0.weight"),
-    (lambda m: MagnitudePruner(m, "*.bias"), "no weight of two or more dimensions matches"),
+    (lambda m: MagnitudePruner(m, "conv*"), "no weight of two or more dimensions is named 'conv.*0.weight"),
+    (lambda m: MagnitudePruner(m, "*.bias"), "no weight of two or more dimensions is named"),
     (lambda m: MagnitudePruner(m).prune_pattern(2, 8), "'0.weight': the pattern 2:8 needs rows .* not 12"),
     (lambda m: MagnitudePruner(m).prune_pattern(5, 4), "must keep between 1 and 4"),
     (lambda m: MagnitudePruner(m, score="wanda"), "wanda needs the input norms of '0.weight'"),

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kit import artifact
 from kit.models import MoE, ResNetBK, ResNetBKConfig
-from kit.core.weights import steps_of
+from kit.core.weights import weight_of
+from kit.distillation import DistillationTrainer
 from kit.pruning import (Mask, ProgressivePruningScheduler, PrunedMoELayer, expert_scores,
                          prune_unused_experts, reduce_experts, set_mask, track_experts)
 from kit.pruning.experts import align, merge_experts
@@ -177,7 +178,7 @@ def test_masked_and_quantized_experts_stay_masked_and_quantized():
     quantize_weights(model, {"*.moe.w_*": Format(4)})
     small = reduce_experts(model, 2, BATCHES)
     moe = small.layers[0].moe
-    assert [type(step) for step in steps_of(moe, "w_in")] == [Mask, FakeQuantize]
+    assert [type(step) for step in weight_of(moe, "w_in").steps] == [Mask, FakeQuantize]
     assert torch.equal(moe.w_in != 0, (model.layers[0].moe.w_in != 0)[moe.origin])
     assert isinstance(moe, PrunedMoELayer) and torch.equal(moe.w_in, model.layers[0].moe.w_in[moe.origin])
 
@@ -202,7 +203,7 @@ def loader():
     return DataLoader(TensorDataset(data[:, :-1], data[:, 1:]), batch_size=4, shuffle=True)
 
 
-@pytest.mark.parametrize("distill", [False, True])
+@pytest.mark.parametrize("distill", [None, DistillationTrainer])
 def test_stages_resume_after_a_kill_to_the_same_numbers(distill, tmp_path):
     config, settings = TrainConfig(steps=4, lr=1e-3), dict(batches=BATCHES, stages=(4, 2, 1), distill=distill)
 

@@ -8,7 +8,8 @@ from torch.nn.utils import parametrize
 from kit.models.moe import MoE
 from kit.core.calibration import input_grams
 from kit.pruning.magnitude import MagnitudePruner
-from kit.pruning.mask import copy_model, set_mask
+from kit.core.weights import copy_model
+from kit.pruning.mask import set_mask
 from kit.pruning.sparsegpt import prune_sparsegpt, sparsegpt
 
 

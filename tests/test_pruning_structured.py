@@ -14,7 +14,7 @@ from kit.pruning import Mask, get_mask, prune_bk_channels, prune_channels, prune
 from kit.pruning.least_squares import layer_examples
 from kit.pruning.structured import bk_channel_scores, channel_importance, hidden_unit_scores, shrink_hidden, sort_hidden_units
 from kit.quantization import FakeQuantize, Format, quantize_weights
-from kit.core.weights import steps_of
+from kit.core.weights import weight_of
 
 IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randint(0, 30, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -217,7 +217,7 @@ def test_masks_and_quantizers_are_there_again_on_the_smaller_weights():
     set_mask(moe, "w_in", mask)
     quantize_weights(model, {"layers.0.moe.w_in": Format(4)})
     small = prune_hidden_units(model, 0.5)
-    steps = steps_of(small.layers[0].moe, "w_in")
+    steps = weight_of(small.layers[0].moe, "w_in").steps
     assert [type(step) for step in steps] == [Mask, FakeQuantize] and steps[1].format == Format(4)
     assert get_mask(small.layers[0].moe, "w_in").shape == (3, 6, 16)
     kept = get_mask(small.layers[0].moe, "w_in")

@@ -10,7 +10,7 @@ from kit.engines.choice import build_engine, flat, measure, relative_error
 from kit.engines.layers import INPUT_QUANTIZER, float_copy
 from kit.engines.runtime import OnnxEngine
 from kit.engines.storage import store_codes
-from kit.pruning.mask import copy_model
+from kit.core.weights import copy_model
 from kit.engines.quantized import QuantizedModel
 
 

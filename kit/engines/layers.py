@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kit.core.weights import bake, find_step, named_weights, original_of, steps_of
-from kit.pruning.mask import copy_model
+from kit.core.weights import copy_model
 from kit.quantization.activations import ActivationQuantizer, calibrate
 from kit.quantization.fake import FakeQuantize
 from kit.quantization.formats import Format

@@ -14,7 +14,7 @@ from kit import artifact
 from kit.engines import ENGINES, Choice, build_engine, choose_engine
 from kit.engines.layers import calibrate_inputs, float_copy, hook_input_quantizers
 from kit.core.weights import bake, named_weights, set_steps, steps_of
-from kit.pruning.mask import copy_model
+from kit.core.weights import copy_model
 from kit.quantization import HALF, FakeQuantize, Format, quantize_weights, quantizers
 
 FORMATS = {"int8": Format(8), "int4": Format(4, granularity="group", group_size=32), "float16": HALF}

@@ -14,7 +14,7 @@ from kit import artifact
 from kit.engines.choice import INTEGER, Choice, flat, measure, relative_error
 from kit.engines.layers import float_copy
 from kit.models import parameter_count
-from kit.pruning.mask import copy_model
+from kit.core.weights import copy_model
 from kit.engines.quantized import QuantizedModel, dtype_of
 
 

@@ -21,7 +21,7 @@ from kit.distillation.students import config_for_parameters
 from kit.training.evaluation import Evaluation, evaluate
 from kit.models import ResNetBK
 from kit.core.weights import copy_model
-from kit.pipeline import CompressionPipeline, arrange
+from kit.pipeline import CompressionPipeline, arrange_for_coding
 from kit.quantization import INT8, Format, quantize_weights, uniform
 from kit.budget.rate import RateLoss, row_sensitivity, set_rate_formats
 from kit.training.losses import training_loss
@@ -56,7 +56,7 @@ def rounded(dense: Baseline, ratio: float, folder: Path) -> dict:
     """No training: composed and ordered tables, steps by the sensitivity of rows, as wide as the bytes ask for."""
     model, batches = copy_model(dense.model), list(itertools.islice(dense.loaders.train, 8))
     loss = training_loss(model)
-    arrange(model, batches, loss, token_parts(dense), dense.corpus.token_counts)
+    arrange_for_coding(model, batches, loss, token_parts(dense), dense.corpus.token_counts)
     budget, sensitivity = int(dense.bytes / ratio), row_sensitivity(model, batches, loss)
     set_rate_formats(model, sensitivity, budget)
     set_rate_formats(model, sensitivity, 2 * budget - artifact.nbytes(model))  # what is not codes needs its room

@@ -5,19 +5,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from kit.core.protocols import run
+from kit.core.weights import Weight, weight_of
 from kit.models import MoE
-from kit.core.calibration import expert_rows, run
+from kit.models.moe import expert_rows
+from kit.pruning.mask import Mask
 
 DAMPING = 0.01
 SWEEPS = 5
 
 
-def least_squares(features: Tensor, targets: Tensor, weight: Tensor, bias: Tensor,
-                  scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def least_squares(
+    features: Tensor, targets: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The weight (R, K) and bias (R,) nearest to the given ones that make features reproduce targets.
 
-    Minimizes || s (h W^T + b) - y ||^2 + lambda || [W, b] - [W_0, b_0] ||^2 with lambda a hundredth of the
-    mean diagonal of the Gram matrix (He et al. 2017, "Channel Pruning", with a prior at the present weights).
+    Minimizes || s (h W^T + b) - y ||^2 + lambda || [W, b] - [W_0, b_0] ||^2 with lambda a hundredth of
+    the mean diagonal of the Gram matrix (He et al. 2017, "Channel Pruning", with a prior at the present
+    weights).
 
     Args:
         features: (m, K). targets: (m, R). scale: s, (m,), such as the gates of an expert.
@@ -33,8 +38,7 @@ def least_squares(features: Tensor, targets: Tensor, weight: Tensor, bias: Tenso
     return after[:-1].T.to(weight.dtype), after[-1].to(bias.dtype)
 
 
-def layer_examples(model: nn.Module, names: Sequence[str],
-                   batches: Sequence) -> dict[str, tuple[Tensor, Tensor]]:
+def layer_examples(model: nn.Module, names: Sequence[str], batches: Sequence) -> dict[str, tuple[Tensor, Tensor]]:
     """Inputs and outputs of submodules over `batches`, as rows: name -> ((M, D_in), (M, D_out))."""
     seen: dict[str, tuple[list, list]] = {name: ([], []) for name in names}
 
@@ -42,8 +46,10 @@ def layer_examples(model: nn.Module, names: Sequence[str],
         for rows, part in zip(seen[name], (args[0], output)):
             rows.append(part.reshape(-1, part.shape[-1]))
 
-    handles = [model.get_submodule(name).register_forward_hook(
-        lambda module, args, output, name=name: keep(name, args, output)) for name in names]
+    handles = []
+    for name in names:
+        hook = lambda module, args, output, name=name: keep(name, args, output)  # noqa: E731
+        handles.append(model.get_submodule(name).register_forward_hook(hook))
     try:
         run(model, batches)
     finally:
@@ -52,28 +58,35 @@ def layer_examples(model: nn.Module, names: Sequence[str],
     return {name: (torch.cat(inputs), torch.cat(outputs)) for name, (inputs, outputs) in seen.items()}
 
 
+def _is_masked(weight: Weight) -> bool:
+    return weight.find(Mask) is not None
+
+
 @torch.no_grad()
 def refit_experts(moe: MoE, inputs: Tensor, outputs: Tensor) -> None:
-    """Fit w_out and b_out of each expert, in place, to map `inputs` (M, D) to `outputs` (M, D).
+    """Fits w_out and b_out of each expert, in place, to map `inputs` (M, D) to `outputs` (M, D).
 
-    Each expert in turn takes the error that the others leave on its own tokens; with more than one expert a
-    token, in several sweeps. A w_out with zeros is left alone, for they are masked.
+    Each expert in turn takes the error that the others leave on its own tokens; with more than one
+    expert a token, in several sweeps. A masked w_out is left alone.
     """
-    if (moe.w_out == 0).any():
+    w_out, b_out = weight_of(moe, "w_out"), weight_of(moe, "b_out")
+    if _is_masked(w_out):
         return
     for _ in range(1 if moe.top_k == 1 else SWEEPS):
         for expert in range(moe.w_in.shape[0]):
             residual = outputs - moe(inputs)
             rows, _, hidden, gates = list(expert_rows(moe, inputs))[expert]
-            own = gates[:, None] * (hidden @ moe.w_out[expert].T + moe.b_out[expert])
-            fitted = least_squares(hidden, residual[rows] + own, moe.w_out[expert], moe.b_out[expert], gates)
-            moe.w_out[expert], moe.b_out[expert] = fitted
+            weight, bias = w_out.value[expert], b_out.value[expert]
+            own = gates[:, None] * (hidden @ weight.T + bias)
+            fitted = least_squares(hidden, residual[rows] + own, weight, bias, gates)
+            w_out.original[expert], b_out.original[expert] = fitted
     moe.reset_usage()
 
 
 @torch.no_grad()
 def refit_linear(layer: nn.Linear, features: Tensor, outputs: Tensor) -> None:
-    """Fit a linear layer, in place, to map `features` (M, K) to `outputs` (M, R), unless it has zeros."""
-    if not (layer.weight == 0).any():
-        weight, bias = least_squares(features, outputs, layer.weight, layer.bias)
-        layer.weight.copy_(weight), layer.bias.copy_(bias)
+    """Fits a linear layer, in place, to map `features` (M, K) to `outputs` (M, R), unless it is masked."""
+    weight, bias = weight_of(layer), weight_of(layer, "bias")
+    if not _is_masked(weight):
+        for part, value in zip((weight, bias), least_squares(features, outputs, weight.value, bias.value)):
+            part.assign(value)
