@@ -12,14 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from kit.distillation import (
-    DistillationTrainer, Linear, build_cache, capture, feature_pairs, fused, layer_mapping,
+    DistillationTrainer, LinearSchedule, Output, build_cache, capture, feature_pairs, layer_mapping,
+    linear_distillation, register_divergence, register_feature_loss,
 )  # fmt: skip
 from kit.distillation.cache import TeacherCache, sparse
-from kit.distillation.fused import Output, SparseTarget, linear_distillation
 from kit.distillation.divergences import (
-    DIVERGENCES, as_real, feature_cosine, feature_mse, hard_loss, relational_loss, soft_loss, soft_targets,
+    DIVERGENCES, FEATURE_LOSSES, as_real, feature_cosine, feature_mse, relational_loss, soft_loss, soft_targets,
     sparse_divergence,
 )  # fmt: skip
+from kit.training import losses
 from kit.training.losses import VocabularySample
 from kit.core.measurement import added_memory
 from kit.models import DigitsCNN, DigitsMLP, LSTMLM, LSTMLMConfig, ResNetBK, ResNetBKConfig
@@ -88,14 +89,6 @@ def test_mean_of_probabilities_of_several_teachers():
     torch.testing.assert_close(soft_targets([first, second], 2.0).exp(), expected)
 
 
-def test_hard_loss_ignores_padding():
-    (logits,) = tensors((2, 3, 5))
-    targets = torch.tensor([[0, 4, -100], [2, -100, 1]])
-    loss = hard_loss(logits, targets)
-    assert loss.shape == targets.shape and (loss[targets == -100] == 0).all()
-    torch.testing.assert_close(loss.sum() / 4, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
-
-
 def test_feature_losses_have_right_gradients_and_scale():
     s, t = tensors((2, 4, 3), (2, 4, 3))
     wide = tensors((2, 4, 5))[0]
@@ -110,8 +103,9 @@ def test_complex_features_compare_real_and_imaginary_parts():
     re, im = tensors((2, 3), (2, 3))
     g = torch.complex(re, im)
     assert as_real(g).shape == (2, 6)
-    torch.testing.assert_close(feature_mse(g, g.conj()), 4 * im.square().sum() / (re.square() + im.square()).sum())
-    assert feature_cosine(g, 1j * g).item() == pytest.approx(1)
+    difference = feature_mse(as_real(g), as_real(g.conj()))
+    torch.testing.assert_close(difference, 4 * im.square().sum() / (re.square() + im.square()).sum())
+    assert feature_cosine(as_real(g), as_real(1j * g)).item() == pytest.approx(1)
 
 
 # The fused loss
@@ -121,7 +115,7 @@ def plain_total(h, weight, bias, targets, soft, temperature, alpha, kind):
     keep = targets != -100
     logits = F.linear(h, weight, bias)
     loss = soft_loss(logits, [F.linear(*t) for t in soft], temperature, kind)[keep].mean()
-    return alpha * loss + (1 - alpha) * hard_loss(logits, targets)[keep].mean()
+    return alpha * loss + (1 - alpha) * F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
@@ -325,7 +319,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_full_logit_tensor_is_ever_made(monkeypatch):
-    monkeypatch.setattr(fused, "CPU_BLOCK", 2**11)
+    monkeypatch.setattr(losses, "FUNCTION_BLOCK", 2**11)
     config = ResNetBKConfig(3000, d_model=8, layers=1, channels=4, d_ff=8)
     teacher, student = ResNetBK(config).eval(), ResNetBK(config)
     tokens = torch.zeros(8, 64, dtype=torch.int64)
@@ -370,7 +364,7 @@ def test_schedules_move_and_resume_exactly(teacher, loader, tmp_path):
         torch.manual_seed(1)
         model = ResNetBK(ResNetBKConfig(VOCABULARY, d_model=8, layers=2, experts=2, d_ff=16, channels=4))
         seen = []
-        trainer = DistillationTrainer(teacher, model, Linear(4.0, 1.0), Linear(1.0, 0.0))
+        trainer = DistillationTrainer(teacher, model, LinearSchedule(4.0, 1.0), LinearSchedule(1.0, 0.0))
         spy = [lambda step, *_: seen.append(step) or _stop(step == steps_before_kill)]
         config = TrainConfig(steps=8, eval_every=2)
         trainer.fit(loader, config, hooks=spy, checkpoint=tmp_path / "run.ckpt", log=False)
@@ -418,7 +412,7 @@ def test_classifiers(tmp_path):
     assert result.history[-1]["loss"] < result.history[0]["loss"]
     cache = build_cache(cnn, loader, tmp_path / "cache", k=10)
     batch = next(iter(cache.wrap(loader)))
-    full = DistillationTrainer(cnn, mlp)(mlp, batch[::3])
+    full = DistillationTrainer(cnn, mlp)(mlp, (*batch.args, batch.targets))
     torch.testing.assert_close(DistillationTrainer(cache, mlp)(mlp, batch), full, atol=1e-3, rtol=1e-3)
 
 
@@ -431,7 +425,7 @@ def test_cache_at_full_k_equals_the_teacher(teacher, student, loader, tmp_path):
     batch = next(iter(cache.wrap(loader)))
     full = DistillationTrainer(teacher, student, feature_weight=0)
     cached = DistillationTrainer(cache, student)
-    full(student, (batch[0], batch[-1])), cached(student, batch)
+    full(student, (*batch.args, batch.targets)), cached(student, batch)
     torch.testing.assert_close(cached.parts["soft"], full.parts["soft"], atol=1e-4, rtol=1e-3)
 
 
@@ -444,10 +438,10 @@ def test_cache_keeps_order_bytes_and_likely_tokens(teacher, loader, tmp_path):
     torch.manual_seed(7)
     wrapped = list(TeacherCache(tmp_path / "cache").wrap(loader))
     for (inputs, targets), batch in zip(plain, wrapped, strict=True):
-        assert torch.equal(inputs, batch[0]) and torch.equal(targets, batch[-1])
+        assert torch.equal(inputs, batch.args[0]) and torch.equal(targets, batch.targets)
         with torch.no_grad():
-            p = F.softmax(teacher(inputs), -1).gather(-1, batch[1])
-        found = batch[2].exp()
+            p = F.softmax(teacher(inputs), -1).gather(-1, batch.soft.indices)
+        found = batch.soft.log_p.exp()
         torch.testing.assert_close(found, torch.maximum(p, found.amin(-1, keepdim=True)), atol=2e-3, rtol=2e-3)
         torch.testing.assert_close(found.sum(-1), torch.ones(inputs.shape))
 
@@ -500,7 +494,7 @@ def test_added_memory_is_that_of_the_work_alone_and_errors_are_named():
 
 @pytest.mark.parametrize("settings,message", [
     ({"temperature": 0}, "temperature is 0"), ({"temperature": math.inf}, "temperature is inf"),
-    ({"temperature": Linear(0, 1)}, "temperature is 0"), ({"alpha": 1.5}, "alpha is 1.5"), ({"alpha": -1}, "alpha is -1"),
+    ({"temperature": LinearSchedule(0, 1)}, "temperature is 0"), ({"alpha": 1.5}, "alpha is 1.5"), ({"alpha": -1}, "alpha is -1"),
     ({"alpha": math.nan}, "alpha is nan"), ({"feature_weight": -1}, "feature_weight is -1"),
     ({"features": [("layers.0", "layers.9")]}, "'layers.9'"), ({"features": [("mixer", "layers.0")]}, "'mixer'"),
     ({"feature_loss": "l1"}, "'l1'"), ({"kind": "jensen"}, "'jensen'"),

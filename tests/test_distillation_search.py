@@ -4,15 +4,12 @@ import json
 import optuna
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kit import artifact
 from kit.distillation import DistillationTrainer, ProgressiveDistillation, config_for_parameters, initialize_from_teacher, student_like
 from kit.distillation.search import RIVALS, StudentSearch, expected_bytes, resnet_bk_space
-from kit.distillation.students import count_parameters, describe
 from kit.training.evaluation import evaluate
 from kit.models import DigitsCNN, DigitsMLP, DigitsMLPConfig, LSTMLM, LSTMLMConfig, ResNetBK, ResNetBKConfig, parameter_count
 from kit.quantization import Format, quantize_weights
@@ -36,24 +33,15 @@ def loader():
 # Shapes from budgets
 
 
-@given(st.integers(2, 60), st.integers(1, 24), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.booleans())
-def test_parameters_are_counted_exactly(vocabulary, width, layers, experts, tied, factored):
-    config = ResNetBKConfig(vocabulary, width, layers, experts, d_ff=5, channels=3, tied=tied,
-                            embedding_rank=max(1, width // 2) if factored else None)  # fmt: skip
-    assert count_parameters(config) == parameter_count(ResNetBK(config))
-
-
 @pytest.mark.parametrize("budget", [83_000, 250_000, 1_000_000])
 @pytest.mark.parametrize("vocabulary", [512, 4096, 30_000])
 def test_budgets_are_kept_and_used(budget, vocabulary):
-    config = config_for_parameters(budget, vocabulary)
-    assert 0.8 * budget < count_parameters(config) <= budget
+    assert 0.8 * budget < parameter_count(ResNetBK(config_for_parameters(budget, vocabulary))) <= budget
 
 
 def test_fixed_fields_are_kept_and_impossible_budgets_named():
     config = config_for_parameters(100_000, 1000, layers=2, tied=False, experts=3, embedding_rank=8)
     assert (config.layers, config.tied, config.experts, config.embedding_rank) == (2, False, 3, 8)
-    assert "3 experts, rank 8, untied" in describe(config)
     with pytest.raises(ValueError, match="1,000 parameters are too few for a vocabulary of 30,000"):
         config_for_parameters(1000, 30_000)
 

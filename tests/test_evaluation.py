@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kit.core.protocols import LanguageModel
 from kit.training.evaluation import Evaluation, evaluate, paired_interval
 
 
-class ToyLM(nn.Module):
+class ToyLM(LanguageModel):
     def __init__(self, vocab_size=13, width=4):
         super().__init__()
         torch.manual_seed(0)

@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from kit.core.protocols import LanguageModel
 from kit.training.losses import classification_loss
 from kit.training import TrainConfig, learning_rate, train
 
 
-class ToyLM(nn.Module):
+class ToyLM(LanguageModel):
     def __init__(self, vocab_size=11, width=8):
         super().__init__()
         self.embedding, self.mixer = nn.Embedding(vocab_size, width), nn.GRU(width, width, batch_first=True)

@@ -1,96 +1,78 @@
 """A student's shape from a number of parameters."""
 
-import dataclasses
 import math
 from collections.abc import Iterator
+from functools import cache
 
+import torch
 from torch import nn
 
-from kit.models import ResNetBK, ResNetBKConfig
+from kit.models import LanguageModel, ResNetBK, ResNetBKConfig, parameter_count
 
 BODY_SHARE = 0.35  # of the parameters, in the layers; the rest is embedding and output
 WIDTH_PER_LAYER = 16  # the reference model's 64 / 4
 
 
-def count_parameters(config: ResNetBKConfig) -> int:
-    """Parameters of `ResNetBK(config)`, without building it."""
-    return _embedding_parameters(config) + _body_parameters(config)
-
-
-def _embedding_parameters(config) -> int:
-    rank = config.embedding_rank or config.d_model
-    up = config.d_model * rank if config.embedding_rank else 0
-    table = config.vocab_size * rank + up
-    return table + config.vocab_size if config.tied else 2 * table + config.vocab_size
-
-
-def _body_parameters(config) -> int:
-    d = config.d_model
-    shapes = zip(*(config.per_layer(name) for name in ("channels", "d_ff", "experts")), strict=True)
-    total = 2 * d
-    for channels, d_ff, experts in shapes:
-        mixer = d * (config.conv + 1) + 4 * channels * (d + 1) + d * (2 * channels + 1) + 2 * channels
-        total += mixer + 4 * d + experts * (d + 1) + experts * (2 * d * d_ff + d_ff + d)
-    return total
-
-
 def config_for_parameters(budget: int, vocab_size: int, **fixed) -> ResNetBKConfig:
-    """The ResNetBKConfig of at most `budget` parameters that splits them best between its layers and its embedding.
+    """The ResNetBKConfig of at most `budget` parameters that splits them best between its layers
+    and its token tables.
 
-    FFN width, channels and (within a layer) depth follow the width in the reference model's proportions; width and
-    embedding rank are searched for the largest body^0.35 * embedding^0.65, whose optimum has 35 % of the parameters in the layers.
-    Embedding and output are tied unless `fixed`, any fields of ResNetBKConfig, says otherwise.
+    Width of the FFN, channels and (within a layer) depth follow the width in the reference model's
+    proportions; width and embedding rank are those of the largest layers^0.35 * tables^0.65, whose
+    optimum has 35 % of the parameters in the layers. Embedding and output are tied unless `fixed`,
+    any fields of ResNetBKConfig, says otherwise.
     Raises ValueError when even the smallest model is larger than the budget.
     """
-    fixed = {"tied": True, **fixed}
-    best, best_score, smallest = None, -math.inf, math.inf
-    for config in _candidates(budget, vocab_size, fixed):
-        total = count_parameters(config)
-        smallest = min(smallest, total)
-        if total <= budget and _score(config) > best_score:
-            best, best_score = config, _score(config)
-    if best is None:
-        raise ValueError(f"{budget:,} parameters are too few for a vocabulary of {vocab_size:,}: the smallest student "
-                         f"has {smallest:,}; choose a larger budget or a smaller vocabulary")  # fmt: skip
-    return best
+    shapes = list(_shapes(budget, vocab_size, {"tied": True, **fixed}))
+    fitting = [shape for shape in shapes if shape[1] + shape[2] <= budget]
+    if not fitting:
+        smallest = min(body + tables for _, body, tables in shapes)
+        what = f"{budget:,} parameters are too few for a vocabulary of {vocab_size:,}"
+        advice = "choose a larger budget or a smaller vocabulary"
+        raise ValueError(f"{what}: the smallest student has {smallest:,}; {advice}")
+    return max(fitting, key=_score)[0]
 
 
-def _candidates(budget: int, vocab_size: int, fixed: dict) -> Iterator[ResNetBKConfig]:
+def _score(shape: tuple[ResNetBKConfig, int, int]) -> float:
+    _, body, tables = shape
+    return BODY_SHARE * math.log(body) + (1 - BODY_SHARE) * math.log(tables)
+
+
+def _shapes(budget: int, vocab_size: int, fixed: dict) -> Iterator[tuple[ResNetBKConfig, int, int]]:
+    """Configs with the parameters of their layers and of their token tables."""
     for width in [fixed["d_model"]] if "d_model" in fixed else range(4, 513, 4):
-        depth = round(width / WIDTH_PER_LAYER)
-        for layers in [fixed["layers"]] if "layers" in fixed else {max(1, depth + step) for step in (-1, 0, 1)}:
-            for rank in [fixed["embedding_rank"]] if "embedding_rank" in fixed else [*range(1, width), None]:
-                shape = {"d_ff": 2 * width, "channels": max(2, 3 * width // 4)} | fixed
-                shape |= {"vocab_size": vocab_size, "d_model": width, "layers": layers, "embedding_rank": rank}
-                yield (config := ResNetBKConfig(**shape))
-                if count_parameters(config) > budget:
-                    break
-        if _body_parameters(config) > 2 * budget:
+        depth, bodies = round(width / WIDTH_PER_LAYER), []
+        for layers in {fixed.get("layers", max(1, depth + step)) for step in (-1, 0, 1)}:
+            shape = {"d_ff": 2 * width, "channels": max(2, 3 * width // 4)} | fixed
+            shape |= {"vocab_size": vocab_size, "d_model": width, "layers": layers}
+            small = shape | {"vocab_size": 1, "tied": True, "embedding_rank": None}
+            bodies.append(body := _layer_parameters(ResNetBKConfig(**small)))
+            tables = 1 if shape["tied"] else 2
+            largest = (budget - body - vocab_size) // (tables * (vocab_size + width))
+            ranks = [min(width - 1, max(1, largest)), None]
+            for rank in [fixed["embedding_rank"]] if "embedding_rank" in fixed else ranks:
+                per_table = vocab_size * width if rank is None else rank * (vocab_size + width)
+                config = ResNetBKConfig(**shape | {"embedding_rank": rank})
+                yield config, body, vocab_size + tables * per_table
+        if min(bodies) > budget:
             return
 
 
-def _score(config) -> float:
-    body, embedding = _body_parameters(config), _embedding_parameters(config)
-    return BODY_SHARE * math.log(body) + (1 - BODY_SHARE) * math.log(embedding)
+@cache
+def _layer_parameters(config: ResNetBKConfig) -> int:
+    """Parameters of the layers of a tied model of one token, counted without memory for them."""
+    with torch.device("meta"):
+        return parameter_count(ResNetBK(config)) - config.d_model - 1
 
 
-def student_like(teacher: nn.Module, budget: int) -> nn.Module:
+def student_like(teacher: nn.Module, budget: int) -> ResNetBK:
     """A new ResNetBK of at most `budget` parameters with the teacher's vocabulary.
 
-    Raises ValueError when the teacher is not a language model with a `config.vocab_size`.
+    Raises ValueError when the teacher is none of the kit's language models.
     """
-    vocab_size = getattr(getattr(teacher, "config", None), "vocab_size", None)
-    if vocab_size is None:
-        raise ValueError(f"{type(teacher).__name__} has no config.vocab_size, so its student's shape is not known: "
-                         f"pass make_student")  # fmt: skip
+    if not isinstance(teacher, LanguageModel):
+        what = f"the vocabulary of a {type(teacher).__name__} is not known"
+        raise ValueError(f"{what}: build the student yourself, or pass make_student")
     experts = getattr(teacher.config, "experts", 4)
-    keep = {"experts": max(experts) if isinstance(experts, tuple) else experts}
-    return ResNetBK(config_for_parameters(budget, vocab_size, **keep))
-
-
-def describe(config: ResNetBKConfig) -> str:
-    """The shape in a few words: "48 x 3, 4 experts, rank 16, tied"."""
-    values = dataclasses.asdict(config)
-    rank = f", rank {values['embedding_rank']}" if values["embedding_rank"] else ""
-    tied = "tied" if values["tied"] else "untied"
-    return f"{values['d_model']} x {values['layers']}, {values['experts']} experts{rank}, {tied}"
+    experts = max(experts) if isinstance(experts, tuple) else experts
+    return ResNetBK(config_for_parameters(budget, teacher.config.vocab_size, experts=experts))

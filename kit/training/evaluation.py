@@ -1,15 +1,15 @@
-"""Evaluation: token-weighted loss, perplexity, bits per byte and accuracy, with bootstrap intervals over
-windows."""
+"""Evaluation: token-weighted loss, perplexity, bits per byte and accuracy, with bootstrap intervals
+over windows."""
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from kit.training.losses import linear_token_losses
+from kit.core.protocols import Call, LanguageModel, call_of, device_of, evaluating
+from kit.training.losses import IGNORED, linear_token_losses, logits_of
 
 RESAMPLES = 2000
 
@@ -24,7 +24,7 @@ class Evaluation:
     window_tokens: np.ndarray  # (windows,) int64
     correct: int  # tokens whose most likely prediction is right
     window_correct: np.ndarray  # (windows,) int64
-    classifier: bool = False  # one label a window: the interval is of accuracy then, else of perplexity
+    classifier: bool = False  # one label a window: the interval is of accuracy, else of perplexity
 
     @property
     def loss(self) -> float:
@@ -44,86 +44,89 @@ class Evaluation:
         return self.nll / math.log(2) / n_bytes
 
     def interval(self, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-        """Percentile bootstrap over windows (Efron 1979) of the perplexity, or of a classifier's accuracy."""
-        totals = self.window_correct if self.classifier else self.window_nll
-        sums = _resampled_sums(np.stack([totals, self.window_tokens]), seed)
-        values = sums[0] / sums[1]
-        low, high = np.quantile(
-            values if self.classifier else np.exp(values), [(1 - level) / 2, (1 + level) / 2]
-        )
-        return float(low), float(high)
+        """Percentile bootstrap over windows (Efron 1979) of the perplexity, or of a classifier's
+        accuracy."""
+        if self.classifier:
+            return _bootstrap(self.window_correct, self.window_tokens, level, seed)
+        low, high = _bootstrap(self.window_nll, self.window_tokens, level, seed)
+        return float(np.exp(low)), float(np.exp(high))
 
 
-def paired_interval(a: Evaluation, b: Evaluation, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Bootstrap interval of log(perplexity of b) - log(perplexity of a) on the same windows; above 0: b is
-    worse.
+def paired_interval(
+    a: Evaluation, b: Evaluation, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Bootstrap interval of log(perplexity of b) - log(perplexity of a) on the same windows; above
+    0: b is worse. Pairing removes what makes windows hard for both, so that it is far narrower than
+    the two intervals side by side.
 
-    Pairing removes what makes windows hard for both, so it is far narrower than the two intervals side by
-    side. Raises ValueError when the two were not evaluated on the same windows.
+    Raises ValueError when the two were not evaluated on the same windows.
     """
     if not np.array_equal(a.window_tokens, b.window_tokens):
+        sizes = " and ".join(f"{len(x.window_tokens)} ({x.tokens} tokens)" for x in (a, b))
         raise ValueError(
-            f"The evaluations cover different windows ({len(a.window_tokens)} and "
-            f"{len(b.window_tokens)}, {a.tokens} and {b.tokens} tokens): use the same loader for both."
+            f"The evaluations cover different windows, {sizes}: use one loader for both."
         )
-    difference, tokens = _resampled_sums(np.stack([b.window_nll - a.window_nll, a.window_tokens]), seed)
-    low, high = np.quantile(difference / tokens, [(1 - level) / 2, (1 + level) / 2])
+    return _bootstrap(b.window_nll - a.window_nll, a.window_tokens, level, seed)
+
+
+def _bootstrap(
+    totals: np.ndarray, tokens: np.ndarray, level: float, seed: int
+) -> tuple[float, float]:
+    """Interval of sum(totals) / sum(tokens) over windows drawn with replacement."""
+    rng, windows, both, ratios = (
+        np.random.default_rng(seed),
+        len(tokens),
+        np.stack([totals, tokens]),
+        [],
+    )
+    for _ in range(20):
+        draw = rng.integers(windows, size=(RESAMPLES // 20, windows))
+        sums = both[:, draw].sum(2)
+        ratios.append(sums[0] / sums[1])
+    low, high = np.quantile(np.concatenate(ratios), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
-def _resampled_sums(totals: np.ndarray, seed: int) -> np.ndarray:
-    """totals (k, windows) -> (k, RESAMPLES): sums over windows drawn with replacement."""
-    windows, rng = totals.shape[1], np.random.default_rng(seed)
-    draws = (rng.integers(windows, size=(RESAMPLES // 20, windows)) for _ in range(20))
-    return np.concatenate([totals[:, draw].sum(2) for draw in draws], axis=1)
-
-
-@torch.no_grad()
 def evaluate(model: nn.Module, loader) -> Evaluation:
-    """Evaluates over (inputs, targets) batches, on the model's device, in evaluation mode (its mode is
-    restored).
+    """Evaluates in evaluation mode, on the model's device, over batches that `call_of` understands,
+    such as (inputs, targets).
 
-    A model with `.output` is a language model: hidden (B, T, D), targets (B, T) int64, -100 ignored. Any
-    other gives logits (B, classes) for labels (B,), or (B, T, V) for targets (B, T). Raises ValueError for a
-    loader without tokens and for a loss that is not finite.
+    The hidden states of a `LanguageModel` (B, T, D) meet targets (B, T) int64, -100 ignored. Any
+    other model gives logits (`logits_of`): (B, C) for labels (B,), or (B, T, C) for targets (B, T).
+    Raises ValueError for a loader without tokens and for a loss that is not finite.
     """
-    device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        rows = []
-        for inputs, targets in loader:
-            rows.append(_batch_sums(model, inputs.to(device), targets.to(device)))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return _summary(rows, classifier=bool(rows) and targets.dim() == 1)
-
-
-def _batch_sums(model: nn.Module, inputs: Tensor, targets: Tensor) -> np.ndarray:
-    """(3, B): nats, tokens and hits of each row."""
-    if hasattr(model, "output"):
-        losses, hits = linear_token_losses(model.hidden(inputs), *model.output(), targets)
-    else:
-        logits = model(inputs)
-        losses = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="none").view_as(
-            targets
-        )
-        hits = logits.argmax(-1) == targets
-    sums = [losses.double(), targets != -100, hits]
-    return np.stack([s.reshape(len(targets), -1).sum(1).double().cpu().numpy() for s in sums])
-
-
-def _summary(rows: list[np.ndarray], classifier: bool) -> Evaluation:
+    device, rows, classifier = device_of(model), [], False
+    with evaluating(model):
+        for batch in loader:
+            call = call_of(batch).to(device)
+            rows.append(_batch_sums(model, call))
+            classifier = call.targets.dim() == 1
     nll, tokens, correct = np.concatenate(rows, axis=1) if rows else np.zeros((3, 0))
     if not tokens.sum():
-        raise ValueError("The loader holds no tokens to evaluate: give a longer text or a shorter seq_len.")
-    if not np.isfinite(nll).all():
         raise ValueError(
-            f"The loss of {(~np.isfinite(nll)).sum()} of {len(nll)} windows is not finite: the weights "
-            "hold NaN or have diverged; train with a lower lr or reload a good checkpoint."
+            "The loader holds no tokens to evaluate: give a longer text or a shorter seq_len."
         )
+    if bad := int((~np.isfinite(nll)).sum()):
+        advice = "the weights hold NaN or have diverged; train with a lower lr."
+        raise ValueError(f"The loss of {bad} of {len(nll)} windows is not finite: {advice}")
     tokens, correct = tokens.astype(np.int64), correct.astype(np.int64)
-    return Evaluation(
-        float(nll.sum()), int(tokens.sum()), nll, tokens, int(correct.sum()), correct, classifier
-    )
+    sums = float(nll.sum()), int(tokens.sum()), nll, tokens, int(correct.sum()), correct
+    return Evaluation(*sums, classifier)
+
+
+def _batch_sums(model: nn.Module, call: Call) -> np.ndarray:
+    """(3, B): nats, tokens and hits of each row."""
+    targets = call.targets
+    if targets is None:
+        raise ValueError(
+            "a batch holds no targets: give (inputs, targets), or a dict with 'labels'."
+        )
+    if isinstance(model, LanguageModel):
+        losses, hits = linear_token_losses(call(model.hidden), *model.output(), targets)
+    else:
+        logits = logits_of(call(model), targets)
+        flat = logits.reshape(-1, logits.shape[-1]).float()
+        losses = F.cross_entropy(flat, targets.flatten(), reduction="none").view_as(targets)
+        hits = logits.argmax(-1) == targets
+    sums = losses.double(), targets != IGNORED, hits
+    return np.stack([s.reshape(len(targets), -1).sum(1).double().cpu().numpy() for s in sums])

@@ -1,33 +1,60 @@
-"""The one training loop: language models, classifiers, distillation (its loss passed in), quantization-aware
-training and masks (parametrizations of the model, hooks). It knows nothing of any of them."""
+"""The one training loop: language models, classifiers, distillation (its loss passed in),
+quantization-aware training and masks (steps of the weights, hooks). It knows nothing of any of
+them."""
 
 import math
 import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kit.training.checkpoint import Batches, copy_into, read_checkpoint, rng_state, set_rng_state, write_checkpoint
-from kit.training.losses import next_token_loss
 from kit.core.measurement import oversubscribed
+from kit.core.protocols import call_of, tensors_of, tree_map
+from kit.training.checkpoint import (
+    Batches, check_fit, copy_into, read_checkpoint, rng_state, set_rng_state, write_checkpoint,
+)  # fmt: skip
+from kit.training.losses import IGNORED, next_token_loss
 
 LOG_SECONDS = 20  # between two lines of the log
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 SAVE_SECONDS = 120  # between two checkpoints, when evaluations are further apart
+
+RULES = {  # of TrainConfig's fields: type, test, and what to say of a value that fails
+    "steps": (Integral, lambda x: x >= 1, "a whole number, at least 1"),
+    "lr": (Real, lambda x: 0 < x < math.inf, "a finite number above 0"),
+    "weight_decay": (Real, lambda x: 0 <= x < math.inf, "a finite number, 0 or above"),
+    "warmup": (Real, lambda x: 0 <= x <= 1, "a fraction of the steps, 0 to 1"),
+    "final_lr": (Real, lambda x: 0 <= x <= 1, "a fraction of lr, 0 to 1"),
+    "clip": (Real, lambda x: x > 0, "a number above 0"),
+    "eval_every": (
+        (Integral, type(None)),
+        lambda x: x is None or x >= 1,
+        "None or a whole number, at least 1",
+    ),
+    "patience": (
+        (Integral, type(None)),
+        lambda x: x is None or x >= 1,
+        "None or a whole number, at least 1",
+    ),
+    "precision": (str, lambda x: x in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+    "seed": (Integral, lambda x: abs(x) < 2**63, "a whole number below 2^63"),
+}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """AdamW (Loshchilov & Hutter 2019) with linear warm-up, cosine decay and clipping of the gradient's norm.
+    """AdamW (Loshchilov & Hutter 2019) with linear warm-up, cosine decay and clipping of the
+    gradient.
 
-    `warmup` is a fraction of the steps, `final_lr` a fraction of `lr`; parameters with one axis (biases,
-    norms) are not decayed. `eval_every` defaults to a tenth of the steps; training stops after `patience`
-    evaluations without improvement. `precision` "bfloat16" computes the loss under autocast.
+    `warmup` is a fraction of the steps, `final_lr` a fraction of `lr`, `clip` the largest norm of
+    the gradient; parameters with one axis (biases, norms) are not decayed. `eval_every` defaults to
+    a tenth of the steps; training stops after `patience` evaluations without improvement.
+    `precision` "bfloat16" computes the loss under autocast.
     """
 
     steps: int
@@ -42,24 +69,17 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, good, expected in [
-            ("steps", self.steps >= 1, "at least 1"),
-            ("lr", 0 < self.lr < math.inf, "above 0"),
-            ("weight_decay", self.weight_decay >= 0, "0 or above"),
-            ("clip", self.clip > 0, "above 0"),
-            ("warmup", 0 <= self.warmup <= 1, "a fraction of the steps, 0 to 1"),
-            ("final_lr", 0 <= self.final_lr <= 1, "a fraction of lr, 0 to 1"),
-            ("eval_every", self.eval_every is None or self.eval_every >= 1, "None or at least 1"),
-            ("patience", self.patience is None or self.patience >= 1, "None or at least 1"),
-            ("precision", self.precision in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
-        ]:
-            if not good:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {expected}.")
+        for name, (kind, test, expected) in RULES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kind) or not test(value):
+                raise ValueError(f"{name} is {value!r}; it must be {expected}.")
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    history: list[dict]  # step, loss (mean since the last entry), lr, seconds, and validation where evaluated
+    history: list[
+        dict
+    ]  # step, loss (mean since the last entry), lr, seconds; validation if evaluated
     tokens: int  # targets trained on (images, for a classifier)
     seconds: float  # of training; validation and checkpoints not counted
     best_validation: float | None
@@ -67,12 +87,14 @@ class TrainResult:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of step 0 .. steps - 1: linear warm-up to lr, then a cosine down to final_lr * lr."""
+    """The rate of step 0 .. steps - 1: linear warm-up to lr, then a cosine down to final_lr *
+    lr."""
     warm = round(config.warmup * config.steps)
     if step < warm:
         return config.lr * (step + 1) / warm
     progress = min(1, (step - warm) / max(1, config.steps - 1 - warm))
-    return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
 def train(
@@ -83,35 +105,51 @@ def train(
     loss: Callable[[nn.Module, object], Tensor] = next_token_loss,
     validate: Callable[[nn.Module], float] | None = None,
     hooks: Iterable[Callable] = (),
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     log: bool = True,
     extra_parameters: Iterable[nn.Parameter] = (),
 ) -> TrainResult:
     """Trains `model` in place on the batches of `loader` (repeated), on the device the model is on.
 
-    loss(model, batch) is a scalar; a batch is a tensor, tuple or dict of tensors, the targets last.
-    validate(model) is a number, lower is better; the best state is restored at the end (return math.inf for
-    states that must not be chosen, as while a mask still grows). hook(step, steps, model) runs after each
-    optimizer step (step counts from 1); one that returns True has replaced parameters: the optimizer takes
-    them over and the best state so far is forgotten. extra_parameters are trained too (projections of a
-    distillation loss).
+    Submodules that are in evaluation mode stay so (frozen batch norms), unless the whole model is;
+    every module's own mode comes back at the end. Seeds torch, NumPy and random.
 
-    `checkpoint` is written at every evaluation; called again with the same arguments after a kill, the run
-    continues from it and ends with the same numbers, bit for bit, as without the kill. The model then needs
-    the same tensors as when it was written: register masks and quantizers before, not in a hook. Seeds
-    torch, numpy and random.
+    Args:
+        loss: (model, batch) -> scalar; a batch is any that `call_of` understands.
+        validate: (model) -> number, lower is better. The best state is restored at the end;
+            infinity is for states that must not be chosen, as while a mask still grows.
+        hooks: (step, steps, model), called after each optimizer step, counted from 1. One that
+            returns
+            True has replaced parameters: the optimizer takes them over, the best state is
+                forgotten.
+        checkpoint: file written at every evaluation. Called again with the same arguments after a
+            kill, the run ends with the same numbers, bit for bit, as without the kill. The model
+            then needs
+            the same tensors as when it was written: put masks and quantizers on before, not in a
+                hook.
+        extra_parameters: trained too, such as projections of a distillation loss.
 
-    Raises ValueError when nothing can be trained, the loss is not finite, or the checkpoint does not fit.
+    Raises ValueError when nothing can be trained, the loss is not finite, or the checkpoint does
+    not fit.
     """
     run, hooks = _Run(model, loader, config, extra_parameters), list(hooks)
     if config.patience and validate is None:
-        raise ValueError(f"patience is {config.patience} but there is nothing to validate: pass validate=.")
+        raise ValueError(
+            f"patience is {config.patience} without anything to validate: pass validate=."
+        )
     if checkpoint and Path(checkpoint).exists():
         run.restore(Path(checkpoint))
     else:
-        torch.manual_seed(config.seed), np.random.seed(config.seed % 2**32), random.seed(config.seed)
-    every, record_every = config.eval_every or max(1, config.steps // 10), max(1, config.steps // 100)
-    report, was_training, saved = _Report(config, log), model.training, time.perf_counter()
+        (
+            torch.manual_seed(config.seed),
+            np.random.seed(config.seed % 2**32),
+            random.seed(config.seed),
+        )
+    every, record_every = (
+        config.eval_every or max(1, config.steps // 10),
+        max(1, config.steps // 100),
+    )
+    report, saved = _Report(config, log), time.perf_counter()
     while not run.finished:
         run.advance(loss, hooks)
         milestone = run.step % every == 0 or run.step == config.steps
@@ -121,23 +159,26 @@ def train(
         if checkpoint and (milestone or time.perf_counter() - saved > SAVE_SECONDS):
             run.save(Path(checkpoint))
             saved = time.perf_counter()
-    run.restore_best()
-    model.train(was_training)
-    return TrainResult(run.history, run.tokens, run.seconds, run.best_validation, run.best_step or run.step)
+    run.finish()
+    return TrainResult(
+        run.history, run.tokens, run.seconds, run.best_validation, run.best_step or run.step
+    )
 
 
 class _Run:
     """Everything a checkpoint holds, and the steps that change it."""
 
-    HEADER = "step tokens stale best_step best_validation seconds loss_sum loss_steps history".split()
+    HEADER = (
+        "step tokens stale best_step best_validation seconds loss_sum loss_steps history".split()
+    )
 
     def __init__(self, model, loader, config, extra_parameters):
         self.model, self.config, self.batches = model, config, Batches(loader)
         self.extra = {f"extra.{i}": p for i, p in enumerate(extra_parameters)}
-        self.step = self.tokens = self.stale = self.best_step = 0
-        self.seconds, self.loss_sum, self.loss_steps = 0.0, 0.0, 0
-        self.history, self.best, self.best_validation = [], {}, None
-        self.optimizer = None
+        self.modes = [(module, module.training) for module in model.modules()]
+        self.step = self.tokens = self.stale = self.best_step = self.loss_steps = 0
+        self.seconds, self.loss_sum, self.best_validation = 0.0, 0.0, None
+        self.history, self.best, self.optimizer = [], {}, None
         self.build_optimizer()
 
     @property
@@ -153,13 +194,17 @@ class _Run:
         return dict(self.model.named_parameters()) | dict(self.model.named_buffers()) | self.extra
 
     def build_optimizer(self) -> None:
-        """A new AdamW over the present parameters; those that were there before keep their moments."""
+        """A new AdamW over the present parameters; those that were there before keep their
+        moments."""
         parameters = list(self.parameters().values())
         if not parameters:
-            raise ValueError("The model has no trainable parameters: set requires_grad on those to train.")
+            raise ValueError("The model has no trainable parameters: set requires_grad on some.")
         self.device = parameters[0].device
         old = self.optimizer.state if self.optimizer else {}
-        matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+        matrices, vectors = (
+            [p for p in parameters if p.ndim > 1],
+            [p for p in parameters if p.ndim <= 1],
+        )
         groups = [(matrices, self.config.weight_decay), (vectors, 0.0)]
         groups = [{"params": ps, "weight_decay": decay} for ps, decay in groups if ps]
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
@@ -171,12 +216,14 @@ class _Run:
     def advance(self, loss, hooks) -> None:
         """One optimizer step on the next batch."""
         start = time.perf_counter()
-        batch = self.batches.next()
-        tokens, batch = _count_targets(batch), _to_device(batch, self.device)
+        batch = tree_map(lambda t: t.to(self.device, non_blocking=True), self.batches.next())
         self.model.train()
+        for module, training in self.modes if self.modes[0][1] else ():
+            module.training = training
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+        half = self.config.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             loss_now = loss(self.model, batch)
         loss_now.backward()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -185,7 +232,7 @@ class _Run:
         self._check(value, norm.item())
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.step, self.tokens = self.step + 1, self.tokens + tokens
+        self.step, self.tokens = self.step + 1, self.tokens + _count_targets(batch)
         self.loss_sum, self.loss_steps = self.loss_sum + value, self.loss_steps + 1
         if any([hook(self.step, self.config.steps, self.model) is True for hook in hooks]):
             self.build_optimizer()
@@ -194,16 +241,21 @@ class _Run:
 
     def _check(self, loss: float, norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = f"The gradient (loss {loss:.4g})" if math.isfinite(loss) else f"The loss ({loss})"
-            rate = self.optimizer.param_groups[0]["lr"]
-            raise ValueError(
-                f"{what} is not finite at step {self.step + 1} of {self.config.steps} (lr {rate:.2e}): "
-                "lower lr, lengthen warmup, or look for NaN in the weights and inputs."
+            what = (
+                f"The gradient (loss {loss:.4g})" if math.isfinite(loss) else f"The loss ({loss})"
             )
+            rate = self.optimizer.param_groups[0]["lr"]
+            where = f"at step {self.step + 1} of {self.config.steps} (lr {rate:.2e})"
+            advice = "lower lr, lengthen warmup, or look for NaN in the weights and inputs."
+            raise ValueError(f"{what} is not finite {where}: {advice}")
 
     def record(self, validate) -> None:
-        """Appends to the history; with `validate`, evaluates and keeps the state if it is the best so far."""
-        entry = {"step": self.step, "loss": self.loss_sum / self.loss_steps, "seconds": self.seconds}
+        """Appends to the history; with `validate`, evaluates and keeps the best state so far."""
+        entry = {
+            "step": self.step,
+            "loss": self.loss_sum / self.loss_steps,
+            "seconds": self.seconds,
+        }
         entry["lr"] = self.optimizer.param_groups[0]["lr"]
         self.loss_sum, self.loss_steps = 0.0, 0
         if validate is not None:
@@ -211,7 +263,9 @@ class _Run:
             value = entry["validation"] = float(validate(self.model))
             set_rng_state(state)  # evaluating changes nothing about the training that follows
             if math.isnan(value):
-                raise ValueError(f"The validation loss is NaN at step {self.step}: lower lr, check the data.")
+                raise ValueError(
+                    f"The validation loss is NaN at step {self.step}: lower lr, check the data."
+                )
             if value < (math.inf if self.best_validation is None else self.best_validation):
                 self.best = {name: t.detach().clone() for name, t in self.tensors().items()}
                 self.best_validation, self.best_step, self.stale = value, self.step, 0
@@ -219,9 +273,13 @@ class _Run:
                 self.stale += 1
         self.history.append(entry)
 
-    def restore_best(self) -> None:
+    def finish(self) -> None:
+        """The best state, and the modes from before the training."""
         if self.best and self.best_step != self.step:
             copy_into(self.tensors(), self.best, "The best state")
+        self.model.train(self.modes[0][1])
+        for module, training in self.modes:
+            module.training = training
 
     def save(self, path: Path) -> None:
         states = {name: self.optimizer.state[p] for name, p in self.parameters().items()}
@@ -235,45 +293,50 @@ class _Run:
 
     def restore(self, path: Path) -> None:
         tensors, header = read_checkpoint(path)
+        what = f"The checkpoint {path}"
         for name, ours in asdict(self.config).items():
             theirs = header["config"].get(name, ours)
             if theirs != ours:
-                what = f"The checkpoint {path} was written with {name}={theirs!r}, not {ours!r}"
-                raise ValueError(f"{what}: use the same settings, or delete it to start anew.")
-        groups: dict[str, dict] = {g: {} for g in ("model", "best", "rng.now", "rng.epoch", "optimizer")}
+                difference = f"was written with {name}={theirs!r}, not {ours!r}"
+                raise ValueError(
+                    f"{what} {difference}: use the same settings, or delete it to start anew."
+                )
+        groups: dict[str, dict] = {
+            g: {} for g in ("model", "best", "rng.now", "rng.epoch", "optimizer")
+        }
         for name, tensor in tensors.items():
             group, key = name.split("/", 1)
             groups[group][key] = tensor
-        copy_into(self.tensors(), groups["model"], f"The checkpoint {path}")
-        self._load_moments(groups["optimizer"])
+        check_fit(self.tensors(), groups["model"], what)
+        self._load_moments(groups["optimizer"], what)
+        copy_into(self.tensors(), groups["model"], what)
         vars(self).update({key: header[key] for key in self.HEADER}, best=groups["best"])
         self.batches.resume(groups["rng.epoch"], header["position"])
         set_rng_state(groups["rng.now"])
 
-    def _load_moments(self, moments: dict[str, Tensor]) -> None:
-        names, states = {p: name for name, p in self.parameters().items()}, {}
-        for index, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
-            found = {key: moments[f"{names[p]}/{key}"] for key in MOMENTS if f"{names[p]}/{key}" in moments}
-            if found:  # absent for a parameter that has had no gradient yet
-                states[index] = found
+    def _load_moments(self, moments: dict[str, Tensor], what: str) -> None:
+        """AdamW's step and moments; absent for a parameter that has had no gradient yet."""
+        moments, expected, states = dict(moments), {}, {}
+        names = {p: name for name, p in self.parameters().items()}
+        order = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for index, (p, name) in enumerate((p, names[p]) for p in order):
+            like = {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
+            if any(f"{name}/{key}" in moments for key in like):
+                expected |= {f"{name}/{key}": tensor for key, tensor in like.items()}
+                states[index] = {key: moments.get(f"{name}/{key}") for key in like}
+        check_fit(expected, moments, what)
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": states})
 
 
-def _to_device(batch, device):
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {key: _to_device(value, device) for key, value in batch.items()}
-    return tuple(_to_device(value, device) for value in batch)
-
-
 def _count_targets(batch) -> int:
-    values = list(batch.values()) if isinstance(batch, dict) else batch
-    return int(((values if isinstance(values, Tensor) else values[-1]) != -100).sum())
+    """Targets that count, or examples where there are none."""
+    targets = tensors_of(call_of(batch).targets)
+    return int(sum((t != IGNORED).sum() for t in targets)) if targets else len(tensors_of(batch)[0])
 
 
 class _Report:
-    """One plain line at most every LOG_SECONDS, and a last one: for terminals, notebooks and logs alike."""
+    """One plain line at most every LOG_SECONDS, and a last one, for terminals, notebooks and
+    logs."""
 
     def __init__(self, config: TrainConfig, log: bool):
         self.config, self.log, self.hinted = config, log, False
@@ -284,12 +347,17 @@ class _Report:
         if not self.log or (wall < LOG_SECONDS and not run.finished):
             return
         self.wall, self.cpu, entry = self.wall + wall, self.cpu + cpu, run.history[-1]
-        validation = f"  validation {entry['validation']:.4f}" if "validation" in entry else ""
+        parts = [f"step {run.step}/{self.config.steps}", f"loss {entry['loss']:.4f}"]
+        parts += [f"validation {entry['validation']:.4f}"] if "validation" in entry else []
         left = run.seconds / run.step * (self.config.steps - run.step)
         left = "" if run.finished else f", about {left:.0f} s left"
+        speed = f"{run.tokens / run.seconds:,.0f} tokens/s"
         print(
-            f"step {run.step}/{self.config.steps}  loss {entry['loss']:.4f}{validation}  "
-            f"lr {entry['lr']:.1e}  {run.tokens / run.seconds:,.0f} tokens/s  {run.seconds:.0f} s{left}",
+            *parts,
+            f"lr {entry['lr']:.1e}",
+            speed,
+            f"{run.seconds:.0f} s{left}",
+            sep="  ",
             flush=True,
         )
         hint = oversubscribed(cpu / wall if run.device.type == "cpu" else 1.0)

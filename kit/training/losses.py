@@ -1,7 +1,11 @@
-"""Training losses: next-token cross-entropy that never holds all logits, and classification."""
+"""Losses of a large output layer, a block of tokens at a time, and of classifiers.
+
+All logits of a batch are never in memory, nor their gradient: each block's is formed in the forward
+pass, while its logits are in cache, and the backward pass only multiplies by the incoming scalar.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,64 +14,221 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-AUXILIARY_WEIGHT = 0.01  # of the load-balancing loss: Fedus et al. 2021, "Switch Transformers", section 2.2
+from kit.core.protocols import LanguageModel, call_of, tensors_of
+
+IGNORED = -100  # as a target: this token does not count
+AUXILIARY_WEIGHT = 0.01  # of the load-balancing loss: Fedus et al. 2021, "Switch Transformers", 2.2
 CPU_BLOCK = 30_000_000  # bytes of logits held at once: malloc maps 32 MB or more anew each time
 CUDA_BLOCK = 2**29
+FUNCTION_BLOCK = 2**21  # bytes on a CPU where autograd holds several: they stay in cache
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    ignore_index: int = -100,
-    chunk: int | None = None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int | None = None
 ) -> Tensor:
-    """Mean cross-entropy of softmax(hidden @ weight.T + bias), computed `chunk` tokens at a time.
+    """Mean cross-entropy of softmax(hidden @ weight.T + bias), without holding all logits.
 
-    The gradients are formed in the forward pass, where the block of logits is in cache, so neither all logits
-    nor their gradient are ever in memory. Tensors that need no gradient cost nothing.
+    Args:
+        hidden: (..., D). weight: (V, D). bias: (V,) or None. Under bfloat16 autocast, or if these
+            are bfloat16, the products are bfloat16; the softmax and all sums are float32.
+        targets: (...) int64 in [0, V), or -100 for tokens that do not count.
+        chunk: tokens a block; by default what fits the cache.
 
-    hidden: (..., D) floating; weight: (V, D); bias: (V,) or None; targets: (...) int64 in [0, V) or
-    `ignore_index`; chunk: tokens a block, by default what fits the cache. Under bfloat16 autocast (or with
-    bfloat16 arguments) the matrix products are bfloat16, the softmax and all sums float32.
-
-    Returns a scalar, the mean over tokens that are not ignored (nan when there is none, as F.cross_entropy).
+    Returns a scalar, NaN when no token counts, as `F.cross_entropy`.
     Raises ValueError for shapes that do not fit together and targets outside the vocabulary.
     """
-    hidden, targets = _valid_tokens(hidden, weight, bias, targets, ignore_index)
-    if not (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    ):
-        return _token_losses(hidden, weight, bias, targets, chunk)[0].mean()
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, chunk)
+    trained = any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    if not (trained and torch.is_grad_enabled()):
+        losses, _ = linear_token_losses(hidden, weight, bias, targets, chunk)
+        return losses.sum() / (targets != IGNORED).sum()
+    hidden, targets = _counted(hidden, weight, bias, targets)
+
+    def block(logits, rows, h, w):
+        return _errors_(logits, h, w, targets[rows]).sum()[None], logits
+
+    dtype = _product_dtype(hidden, weight)
+    return _Blocks.apply(hidden, weight, bias, block, dtype, chunk)[0] / len(targets)
 
 
+@torch.no_grad()
 def linear_token_losses(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    ignore_index: int = -100,
-    chunk: int | None = None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each token in nats (0 where ignored) and whether the token is the most likely one, both shaped
-    as `targets`; without gradients. Arguments and errors as in `linear_cross_entropy`."""
-    kept = targets != ignore_index
-    hidden, valid = _valid_tokens(hidden, weight, bias, targets, ignore_index)
-    found, hits = _token_losses(hidden, weight, bias, valid, chunk)
-    losses = found.new_zeros(targets.shape).masked_scatter_(kept, found)
-    return losses, torch.zeros_like(kept).masked_scatter_(kept, hits)
+    """Each token's loss in nats (0 where it does not count) and whether the target is its most
+    likely token, both shaped as `targets`. Arguments and errors as in `linear_cross_entropy`."""
+    counted = targets != IGNORED
+    hidden, targets = _counted(hidden, weight, bias, targets)
+    dtype = torch.promote_types(_product_dtype(hidden, weight), torch.float32)
+    h, w = _with_bias(hidden, weight, bias, dtype)
+    found = torch.empty(len(targets), dtype=dtype, device=h.device)
+    hits = torch.empty(len(targets), dtype=torch.bool, device=h.device)
+    with torch.autocast(h.device.type, enabled=False):
+        for rows, logits in _logit_blocks(h, w, chunk):
+            hits[rows] = _hits(logits, targets[rows])
+            found[rows] = _errors_(logits, h[rows], w, targets[rows])
+    losses = found.new_zeros(counted.shape).masked_scatter_(counted, found)
+    return losses, torch.zeros_like(counted).masked_scatter_(counted, hits)
+
+
+def chunked_linear_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: Callable, chunk: int | None = None
+) -> tuple[Tensor, ...]:
+    """Any loss of the logits hidden @ weight.T + bias, without holding all of them.
+
+    Args:
+        hidden: (N, D). weight: (V, D). bias: (V,) or None. Products are at least float32.
+        loss: (logits (n, V), rows), with `rows` the slice of the N tokens, returns a tuple of
+            scalars, each a sum over these tokens: the loss, and whatever else is to be known.
+        chunk: tokens a block; by default what fits the cache.
+
+    Returns the tuple summed over all tokens. Only its first entry carries gradients, which autograd
+    forms inside each block.
+    """
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    if chunk is None and not hidden.is_cuda:
+        chunk = max(16, FUNCTION_BLOCK // (len(weight) * dtype.itemsize))
+
+    def block(logits, rows, h, w):
+        logits = logits.detach().requires_grad_()
+        with torch.enable_grad():
+            values = loss(logits, rows)
+        (error,) = torch.autograd.grad(values[0], logits)
+        return torch.stack([value.detach() for value in values]), error
+
+    total, values = _Blocks.apply(hidden, weight, bias, block, dtype, chunk)
+    return total, *values[1:]
+
+
+class _Blocks(torch.autograd.Function):
+    """Sums of block(logits (n, V), rows, h[rows], w) -> (values (k,), error (n, V)) over all
+    tokens; error is the gradient of values[0] by the logits h[rows] @ w.T."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, block, dtype, chunk):
+        width, accumulator = hidden.shape[1], torch.promote_types(dtype, torch.float32)
+        tensors = (hidden, weight, bias)
+        grads = [
+            torch.zeros_like(t, dtype=accumulator) if needed else None
+            for t, needed in zip(tensors, ctx.needs_input_grad)
+        ]
+        h, w = _with_bias(hidden, weight, bias, dtype)
+        total = hidden.new_zeros(1, dtype=accumulator)
+        with torch.autocast(h.device.type, enabled=False):
+            for rows, logits in _logit_blocks(h, w, chunk):
+                values, error = block(logits, rows, h[rows], w)
+                total = total + values
+                _accumulate(grads, rows, error, h[rows, :width], w[:, :width])
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [t is not None and t.dtype for t in tensors]
+        ctx.mark_non_differentiable(total)
+        return total[0].clone(), total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale, _):
+        grads = zip(ctx.saved_tensors, ctx.dtypes)
+        return *(g if g is None else (g * scale).to(dtype) for g, dtype in grads), None, None, None
+
+
+def _accumulate(grads, rows, error, h, w):
+    hidden_grad, weight_grad, bias_grad = grads
+    if hidden_grad is not None:
+        hidden_grad[rows] = error @ w
+    if weight_grad is not None and error.dtype == weight_grad.dtype:
+        weight_grad.addmm_(error.t(), h)
+    elif weight_grad is not None:
+        weight_grad += error.t() @ h
+    if bias_grad is not None:
+        bias_grad += (error.new_ones(1, len(error)) @ error)[0]
+
+
+def _product_dtype(hidden, weight):
+    if torch.is_autocast_enabled(hidden.device.type):
+        return torch.get_autocast_dtype(hidden.device.type)
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def _with_bias(hidden, weight, bias, dtype):
+    """The bias as one more column of the weight: within the product it costs no pass of its own."""
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if bias is None:
+        return hidden, weight
+    ones = hidden.new_ones(len(hidden), 1)
+    return torch.cat([hidden, ones], 1), torch.cat([weight, bias[:, None].to(dtype)], 1)
+
+
+def _logit_blocks(h: Tensor, w: Tensor, chunk: int | None) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, h[rows] @ w.T), block by block, in one buffer: mapping fresh memory costs as much as
+    filling it."""
+    fitting = (CUDA_BLOCK if h.is_cuda else CPU_BLOCK) // (len(w) * h.element_size())
+    chunk = min(chunk or max(16, fitting), max(1, len(h)))
+    buffer = torch.empty(chunk, len(w), dtype=h.dtype, device=h.device)
+    for start in range(0, len(h), chunk):
+        rows = slice(start, start + chunk)
+        yield rows, torch.mm(h[rows], w.t(), out=buffer[: len(h[rows])])
+
+
+def _errors_(logits, h, w, targets):
+    """Turns logits (n, V) into softmax - one-hot in place and returns the losses (n,).
+
+    At the target, the error is minus the sum of the others: exact in bfloat16 too, where 1 - p is
+    lost in rounding.
+    """
+    at_target = (
+        torch.arange(len(logits), device=logits.device),
+        targets,
+    )  # scatter_ would copy the block
+    probability = torch.softmax(logits, 1, out=logits)[at_target]
+    logits[at_target] = 0
+    others = logits.sum(1)
+    logits[at_target] = -others
+    accumulator = torch.promote_types(logits.dtype, torch.float32)
+    probability, others = probability.to(accumulator), others.to(accumulator)
+    losses = torch.where(probability > 0.5, -torch.log1p(-others), -probability.log())
+    lost = (probability < 1e-30).nonzero()[:, 0]
+    if len(lost):  # too small for its digits: measure from the largest probability instead
+        top, h = logits[lost].argmax(1), h[lost].to(accumulator)
+        gap = (h * (w[top] - w[targets[lost]])).sum(1)
+        losses[lost] = gap - logits[lost, top].to(accumulator).log()
+    return losses
+
+
+def _hits(logits, targets):
+    """Whether the target is the argmax of each row; argmax, 10x slower than amax, sees only the
+    candidates."""
+    hits = logits.gather(1, targets[:, None])[:, 0] == logits.amax(1)
+    candidates = hits.nonzero()[:, 0]
+    hits[candidates] = logits[candidates].argmax(1) == targets[candidates]
+    return hits
+
+
+def _counted(hidden, weight, bias, targets):
+    """Flattens to (N, D) and (N,), without the tokens that do not count."""
+    if hidden.shape[:-1] != targets.shape or hidden.shape[-1:] != weight.shape[1:]:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (hidden, weight, targets))
+        raise ValueError(
+            f"hidden, weight and targets of {shapes} do not fit: give (..., D), (V, D) and (...)."
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be {(len(weight),)}.")
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    counted = targets != IGNORED
+    if not counted.all():
+        hidden, targets = hidden[counted], targets[counted]
+    if len(targets) and (targets.min() < 0 or targets.max() >= len(weight)):
+        span = f"{targets.min()}..{targets.max()}, outside the vocabulary of {len(weight)}"
+        raise ValueError(f"targets span {span}: tokenize with the model's own vocabulary.")
+    return hidden, targets
 
 
 @dataclass(frozen=True)
 class VocabularySample:
     """A part of a large vocabulary that stands for the whole in one training step.
 
-    The first `frequent` tokens and every target of the batch are always in it (byte-pair numbers follow frequency
-    roughly: the first 2,048 of 30,000 are 77 % of the novels' tokens, the most frequent 2,048 would be 83 %); of the
-    others one in `every` is, drawn anew each time, its exp(logit) counted `every` times: the softmax's denominator is estimated without bias (importance sampling: Bengio & Senecal 2008). Evaluation
-    always takes the whole vocabulary.
+    The first `frequent` tokens and every target of the batch are always in it (numbers of byte
+    pairs follow frequency roughly: the first 2,048 of 30,000 are 77 % of the novels' tokens). Of
+    the others one in `every` is, drawn anew each time, its exp(logit) counted `every` times: the
+    softmax's denominator is estimated without bias (importance sampling, Bengio & Senecal 2008).
     """
 
     frequent: int = 4096
@@ -82,172 +243,60 @@ class VocabularySample:
         tokens = (sure | drawn).nonzero()[:, 0]
         return tokens, torch.where(sure[tokens], 0.0, math.log(self.every))
 
-    def restrict(self, output: tuple[Tensor, Tensor | None], tokens: Tensor, log_counts: Tensor) -> tuple[Tensor, Tensor]:
-        """An output layer (weight (V, D), bias (V,) or None) cut down to `tokens`."""
-        weight, bias = output
-        return weight[tokens], log_counts.to(weight.dtype) if bias is None else bias[tokens] + log_counts
+    def restrict(self, targets: Tensor, *layers: tuple[Tensor, Tensor | None]) -> tuple:
+        """The targets as numbers within a new sample, then each output layer (weight (V, D), bias
+        (V,) or None) cut down to it."""
+        tokens, logs = self.draw(targets, len(layers[0][0]))
+        own = torch.where(targets < 0, targets, torch.searchsorted(tokens, targets.contiguous()))
+        return own, *((w[tokens], logs.to(w) if b is None else b[tokens] + logs) for w, b in layers)
 
 
-def next_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor], sample: VocabularySample | None = None) -> Tensor:
-    """Cross-entropy of a language model (`hidden`, `output`, `auxiliary_loss`) on (inputs, targets), both (B,
-    T) int64, plus its weighted auxiliary (load-balancing) loss. With a `sample` it is estimated on part of the vocabulary.
+def next_token_loss(model: LanguageModel, batch, sample: VocabularySample | None = None) -> Tensor:
+    """Cross-entropy of a language model on a batch (inputs, targets), both (B, T) int64, or any
+    that `call_of` understands, plus its weighted auxiliary loss; on a `sample` if there is one.
 
-    On CPU, bfloat16 autocast is for the product with the vocabulary alone; in narrow layers its casts cost
-    more than it saves.
+    On a CPU, bfloat16 autocast is for the product with the vocabulary alone; in narrow layers its
+    casts cost more than it saves.
     """
-    inputs, targets = batch
-    device = inputs.device.type
+    call = call_of(batch)
+    targets, device = call.targets, call.targets.device.type
     with torch.autocast(device, enabled=device != "cpu" and torch.is_autocast_enabled(device)):
-        hidden = model.hidden(inputs)
+        hidden = call(model.hidden)
     output = model.output()
     if sample is not None:
-        tokens, log_counts = sample.draw(targets, len(output[0]))
-        output = sample.restrict(output, tokens, log_counts)
-        targets = torch.where(targets < 0, targets, torch.searchsorted(tokens, targets.contiguous()))
-    loss = linear_cross_entropy(hidden, *output, targets)
-    return loss + AUXILIARY_WEIGHT * model.auxiliary_loss()
+        targets, output = sample.restrict(targets, output)
+    return (
+        linear_cross_entropy(hidden, *output, targets) + AUXILIARY_WEIGHT * model.auxiliary_loss()
+    )
+
+
+def classification_loss(model: nn.Module, batch) -> Tensor:
+    """Mean cross-entropy of a model's logits (`logits_of`) against labels, int64 of the same shape
+    without the classes, or probabilities of the same shape."""
+    call = call_of(batch)
+    logits = logits_of(call(model), call.targets)
+    labels = call.targets.reshape(-1, *call.targets.shape[logits.ndim - 1 :])
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels)
 
 
 def training_loss(model: nn.Module) -> Callable:
-    """`next_token_loss`, on a sample of the vocabulary where that is much smaller than the whole."""
+    """What trains a model on labels: for a language model `next_token_loss`, on a sample of the
+    vocabulary where that is much smaller, and for any other `classification_loss`."""
+    if not isinstance(model, LanguageModel):
+        return classification_loss
     large = len(model.output()[0]) > 4 * VocabularySample.frequent
     return partial(next_token_loss, sample=VocabularySample()) if large else next_token_loss
 
 
-def classification_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Cross-entropy of `model(inputs)` (B, classes) against labels (B,) int64."""
-    inputs, labels = batch
-    return F.cross_entropy(model(inputs).float(), labels)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, chunk):
-        product = _product_dtype(hidden, weight)
-        accumulator = torch.promote_types(product, torch.float32)
-        h, w = _with_bias(hidden, weight, bias, product)
-        hidden_grad, weight_grad, bias_grad = grads = [
-            torch.zeros_like(t, dtype=accumulator) if needed else None
-            for t, needed in zip((hidden, weight, bias), ctx.needs_input_grad)
-        ]
-        losses = torch.empty(len(targets), dtype=accumulator, device=h.device)
-        width = hidden.shape[1]
-        with torch.autocast(h.device.type, enabled=False):
-            for rows, block in _logit_blocks(h, w, chunk):
-                losses[rows] = _errors_(block, h[rows], w, targets[rows])
-                if hidden_grad is not None:
-                    hidden_grad[rows] = block @ w[:, :width]
-                if weight_grad is not None and product == accumulator:
-                    weight_grad.addmm_(block.t(), h[rows, :width])
-                elif weight_grad is not None:
-                    weight_grad += block.t() @ h[rows, :width]
-                if bias_grad is not None:
-                    bias_grad += (block.new_ones(1, len(block)) @ block)[0]
-        ctx.save_for_backward(*grads)
-        ctx.dtypes = [t is not None and t.dtype for t in (hidden, weight, bias)]
-        ctx.tokens = len(targets)
-        return losses.mean()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        scale = grad / ctx.tokens
-        grads = [g if g is None else (g * scale).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
-        return *grads, None, None
-
-
-@torch.no_grad()
-def _token_losses(hidden, weight, bias, targets, chunk):
-    product = torch.promote_types(_product_dtype(hidden, weight), torch.float32)
-    h, w = _with_bias(hidden, weight, bias, product)
-    losses = torch.empty(len(targets), dtype=product, device=h.device)
-    correct = torch.empty(len(targets), dtype=torch.bool, device=h.device)
-    with torch.autocast(h.device.type, enabled=False):
-        for rows, block in _logit_blocks(h, w, chunk):
-            correct[rows] = _hits(block, targets[rows])
-            losses[rows] = _errors_(block, h[rows], w, targets[rows])
-    return losses, correct
-
-
-def _product_dtype(hidden, weight):
-    if torch.is_autocast_enabled(hidden.device.type):
-        return torch.get_autocast_dtype(hidden.device.type)
-    return torch.promote_types(hidden.dtype, weight.dtype)
-
-
-def _with_bias(hidden, weight, bias, dtype):
-    """hidden and weight with the bias as one more column: adding it within the product costs no pass of its
-    own."""
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if bias is None:
-        return hidden, weight
-    return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1), torch.cat(
-        [weight, bias[:, None].to(dtype)], 1
-    )
-
-
-def _logit_blocks(h, w, chunk):
-    """Yields (rows, h[rows] @ w.T). One buffer serves all: mapping fresh memory costs as much as filling
-    it."""
-    fitting = (CUDA_BLOCK if h.is_cuda else CPU_BLOCK) // (len(w) * h.element_size())
-    chunk = min(chunk or max(16, fitting), max(1, len(h)))
-    buffer = torch.empty(chunk, len(w), dtype=h.dtype, device=h.device)
-    for start in range(0, len(h), chunk):
-        rows = slice(start, start + chunk)
-        yield rows, torch.mm(h[rows], w.t(), out=buffer[: len(h[rows])])
-
-
-def _errors_(block, h, w, targets):
-    """Turns logits (n, V) into softmax - one-hot in place and returns the losses (n,).
-
-    At the target, the error is minus the sum of the others: exact in bfloat16 too, where 1 - p would be
-    rounding.
-    """
-    at_target = torch.arange(len(block), device=block.device), targets  # scatter_ would copy the block
-    probability = torch.softmax(block, 1, out=block)[at_target]
-    block[at_target] = 0
-    others = block.sum(1)
-    block[at_target] = -others
-    accumulator = torch.promote_types(block.dtype, torch.float32)
-    probability, others = probability.to(accumulator), others.to(accumulator)
-    losses = torch.where(probability > 0.5, -torch.log1p(-others), -probability.log())
-    lost = (probability < 1e-30).nonzero()[
-        :, 0
-    ]  # too small for its digits: measure from the largest one instead
-    if len(lost):
-        top, h = block[lost].argmax(1), h[lost].to(accumulator)
-        gap = (h * (w[top] - w[targets[lost]])).sum(1)
-        losses[lost] = gap - block[lost, top].to(accumulator).log()
-    return losses
-
-
-def _hits(block, targets):
-    """Whether the target is the argmax of each row; argmax, 10x slower than amax, sees only the
-    candidates."""
-    hits = block.gather(1, targets[:, None])[:, 0] == block.amax(1)
-    candidates = hits.nonzero()[:, 0]
-    hits[candidates] = block[candidates].argmax(1) == targets[candidates]
-    return hits
-
-
-def _valid_tokens(hidden, weight, bias, targets, ignore_index):
-    """Flattens to (N, D) and (N,), without the ignored tokens."""
-    if hidden.shape[:-1] != targets.shape or hidden.shape[-1:] != weight.shape[1:]:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
-            f"{tuple(targets.shape)} do not fit: give (..., D), (V, D) and (...)."
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"bias has shape {tuple(bias.shape)}; the weight's {len(weight)} rows need {(len(weight),)}."
-        )
-    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    kept = targets != ignore_index
-    if not kept.all():
-        hidden, targets = hidden[kept], targets[kept]
-    if len(targets) and (targets.min() < 0 or targets.max() >= len(weight)):
-        raise ValueError(
-            f"targets span {targets.min().item()}..{targets.max().item()}, outside the vocabulary of "
-            f"{len(weight)}: tokenize with the vocabulary the model was built for."
-        )
-    return hidden, targets
+def logits_of(output, targets: Tensor | None = None) -> Tensor:
+    """The logits (..., C) in what a model returned: a tensor, the entry called `logits`, or else
+    the first tensor. The classes come last, also of (B, C, ...) for targets (B, ...)."""
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    logits = tensors_of(output)[0] if named is None else named
+    if (
+        targets is not None
+        and targets.ndim == logits.ndim - 1
+        and logits.shape[:-1] != targets.shape
+    ):
+        return logits.movedim(1, -1)
+    return logits
