@@ -7,40 +7,54 @@ from torch import nn
 
 from kit.core import measurement
 from kit.core.measurement import (
+    Latency,
     environment,
     float32_bytes,
     has_fast_bfloat16,
-    latency,
     macs,
+    measure,
     oversubscribed,
     peak_memory,
 )
 
 
-def test_latency_alternates_and_takes_medians(monkeypatch):
+def test_measure_takes_calls_in_turn_and_quartiles(monkeypatch):
     clock, order = [0.0], []
     monkeypatch.setattr(measurement, "_now", lambda: clock[0])
-    costs = {"a": iter([9, 9, 1, 2, 3, 4, 50]), "b": iter([9, 9, 2, 2, 2, 2, 2])}
+    costs = {"a": iter([9, 9, 9, 9, 1, 2, 50]), "b": iter([9, 2, 2, 2, 2, 2, 2])}
 
     def call(name):
         order.append(name)
         clock[0] += next(costs[name])
 
-    result = latency({name: lambda name=name: call(name) for name in costs}, repeats=5)
-    assert order == ["a", "b"] * 7
-    assert (
-        result["a"].median == 3
-        and result["a"].low == 1.5
-        and result["a"].high == 27
-        and result["b"].median == 2
-    )
-    with pytest.raises(ValueError, match="0 calls"):
-        latency({})
+    result = measure({name: lambda name=name: call(name) for name in costs}, seconds=0)
+    assert order == ["a"] * 4 + ["b"] * 4 + ["a", "b"] * 3
+    assert result == {"a": Latency(2, 1, 50), "b": Latency(2, 2, 2)}
+    with pytest.raises(ValueError, match="no calls"):
+        measure({})
 
 
-def test_latency_of_real_work():
+def test_measure_repeats_short_calls_and_leaves_out_slow_ones(monkeypatch):
+    clock, count = [0.0], {"short": 0, "long": 0, "slow": 0}
+    monkeypatch.setattr(measurement, "_now", lambda: clock[0])
+
+    def call(name, cost):
+        count[name] += 1
+        clock[0] += cost
+
+    costs = {"short": 1 / 1024, "long": 1 / 512, "slow": 1 / 256}
+    calls = {name: lambda name=name, cost=cost: call(name, cost) for name, cost in costs.items()}
+    result = measure(calls, seconds=0, cutoff=3)
+    assert {name: latency.median for name, latency in result.items()} == {
+        "short": 1 / 1024,
+        "long": 1 / 512,
+    }
+    assert count == {"short": 4 + 3 * (1 + 4), "long": 4 + 3 * (1 + 2), "slow": 4}
+
+
+def test_measure_of_real_work():
     matrix = torch.randn(500, 500)
-    result = latency({"short": lambda: None, "long": lambda: matrix @ matrix}, 9)
+    result = measure({"short": lambda: None, "long": lambda: matrix @ matrix}, 0.1)
     assert 0 < result["short"].low <= result["short"].median <= result["short"].high
     assert result["short"].median < result["long"].median
 
@@ -78,6 +92,9 @@ def test_environment_names_the_machine():
 
 
 def test_hint_only_when_busy():
-    assert oversubscribed(1.0, load=2.0, cores=2) is None and oversubscribed(0.9, load=0.5, cores=1) is None
+    assert (
+        oversubscribed(1.0, load=2.0, cores=2) is None
+        and oversubscribed(0.9, load=0.5, cores=1) is None
+    )
     assert "load 5.3 on 2 cores" in oversubscribed(1.8, load=5.3, cores=2)
     assert "this process gets 0.4" in oversubscribed(0.4, load=1.0, cores=4)

@@ -41,5 +41,5 @@ def test_plain_training_learns_as_ours_does():
 def test_training_latency_names_the_loops():
     model = build_model("ResNetBK", SMALL)
     before = [p.clone() for p in model.parameters()]
-    assert list(training_latency(model, batches(1), rounds=3)) == ["plain", "float32", "bfloat16"]
+    assert list(training_latency(model, batches(1), seconds=0)) == ["plain", "float32", "bfloat16"]
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))

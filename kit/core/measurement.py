@@ -1,6 +1,7 @@
 """Measurement: size of the float32 file, latency side by side, peak memory, multiply-accumulates, the
 machine."""
 
+import math
 import os
 import platform
 import statistics
@@ -18,7 +19,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kit
 
-PACKAGES = ("torch", "numpy", "numba", "tokenizers", "safetensors", "scikit-learn", "pandas", "papermill")
+BLOCK_SECONDS, ROUNDS = 0.004, 50
+PACKAGES = (
+    "torch",
+    "numpy",
+    "numba",
+    "tokenizers",
+    "safetensors",
+    "scikit-learn",
+    "pandas",
+    "papermill",
+)
 
 
 @dataclass(frozen=True)
@@ -38,28 +49,56 @@ def float32_bytes(model: nn.Module) -> int:
     return artifact.float32_bytes(model)
 
 
-def latency(calls: dict[str, Callable[[], object]], repeats: int = 20) -> dict[str, Latency]:
-    """Times the calls in turn, round after round, so that a busy machine slows all alike: trust the ratios.
+def measure(
+    calls: dict[str, Callable[[], object]], seconds: float = 1.0, cutoff: float = math.inf
+) -> dict[str, Latency]:
+    """Times calls against each other, for about `seconds` or three rounds: trust the ratios.
 
-    Two unmeasured rounds come first. Raises ValueError for no calls or fewer than 3 repeats.
+    Each call in turn runs for a block of a few milliseconds, so that a busy machine slows all of them
+    alike. Where torch computes with one thread, CPU time is taken, to which other processes add
+    little. Calls that a first look finds `cutoff` times slower than the first one are left out.
+
+    Raises:
+        ValueError: there are no calls.
     """
-    if not calls or repeats < 3:
-        raise ValueError(f"latency got {len(calls)} calls and {repeats} repeats: give at least 1 and 3.")
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(repeats + 2):
-        for name, call in calls.items():
-            start = _now()
-            call()
-            if round_ >= 2:
-                seconds[name].append(_now() - start)
-    return {
-        name: Latency(statistics.median(s), *statistics.quantiles(s, n=4)[::2]) for name, s in seconds.items()
+    if not calls:
+        raise ValueError("measure got no calls: give at least one")
+    first = {name: min(_block(call, 1) for _ in range(4)) for name, call in calls.items()}
+    limit = cutoff * next(iter(first.values()))
+    counts = {
+        name: max(1, int(BLOCK_SECONDS / max(once, 1e-7)))
+        for name, once in first.items()
+        if once <= limit
     }
+    samples, end = {name: [] for name in counts}, time.perf_counter() + seconds
+    for round_ in range(ROUNDS):
+        if round_ >= 3 and time.perf_counter() > end:
+            break
+        for name, count in counts.items():
+            samples[name].append(_block(calls[name], count))
+    return {name: Latency(*_quartiles(values)) for name, values in samples.items()}
+
+
+def _quartiles(values: list[float]) -> tuple[float, float, float]:
+    low, median, high = statistics.quantiles(values, n=4)
+    return median, low, high
+
+
+def _block(call: Callable[[], object], count: int) -> float:
+    """Seconds a call; short calls run once unmeasured, for what the call before them left in the caches."""
+    if count > 1:
+        call()
+    start = _now()
+    for _ in range(count):
+        call()
+    return (_now() - start) / count
 
 
 def _now() -> float:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    elif torch.get_num_threads() == 1 and sys.platform != "win32":
+        return time.process_time()
     return time.perf_counter()
 
 
@@ -83,7 +122,9 @@ def added_memory(setup: str, work: str) -> int:
     root = Path(kit.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"the process to be measured failed: {done.stderr.strip().splitlines()[-1]}")
+        raise RuntimeError(
+            f"the process to be measured failed: {done.stderr.strip().splitlines()[-1]}"
+        )
     return int(done.stdout.split()[-1])
 
 
@@ -150,7 +191,9 @@ def has_fast_bfloat16(device: torch.device | str = "cpu") -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def oversubscribed(cpu_share: float, load: float | None = None, cores: int | None = None) -> str | None:
+def oversubscribed(
+    cpu_share: float, load: float | None = None, cores: int | None = None
+) -> str | None:
     """A hint when this process gets under 70 % of one core (`cpu_share`: its CPU seconds a second) or more
     processes want to run (`load`: the 1-minute average, by default this machine's) than there are cores; else
     None."""

@@ -1,9 +1,6 @@
 """Which engine is fastest for this model, on this machine, at this batch size, within a stated error."""
 
 import platform
-import statistics
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from kit.core.measurement import measure
 from kit.engines.folding import fold_batch_norms
 from kit.engines.kernels import int8_model
 from kit.engines.layers import float_copy
@@ -151,12 +149,13 @@ def choose_engine(model: nn.Module, inputs: tuple[Tensor, ...], *, reference: nn
         engines, rows = _candidates(model, inputs, expected, max_error, ("float32", *names))
         calls = {name: (lambda e=engine: e(*inputs)) for name, engine in engines.items()}
         times = measure(calls, seconds, cutoff=3.0)
-    base = times["float32"][1]
-    for name, (low, median, high) in times.items():
-        rows[name] |= {"ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high, "speedup": base / median}
+    base = times["float32"].median
+    for name, time in times.items():
+        rows[name] |= {"ms": 1e3 * time.median, "low": 1e3 * time.low, "high": 1e3 * time.high,
+                       "speedup": base / time.median}
     fit = [name for name in times if not rows[name]["why not"]]
-    best = min(fit, key=lambda name: times[name][1], default="float32")
-    if times[best][1] * MARGIN > base:
+    best = min(fit, key=lambda name: times[name].median, default="float32")
+    if times[best].median * MARGIN > base:
         best = "float32"
     usable = {name: engines[name] for name in fit}
     pays_from = len(inputs[0]) if best in INTEGER else _pays_from(usable, inputs)
@@ -175,7 +174,7 @@ def _pays_from(engines: dict[str, nn.Module], inputs: tuple[Tensor, ...]) -> int
             break
         resized = tuple(x.repeat(-(-batch // len(x)), *[1] * (x.ndim - 1))[:batch] for x in inputs)
         times = measure({name: (lambda e=engine: e(*resized)) for name, engine in engines.items()}, 0.1)
-        if min(times.pop(name)[1] for name in integers) * MARGIN > min(median for _, median, _ in times.values()):
+        if min(times.pop(name).median for name in integers) * MARGIN > min(time.median for time in times.values()):
             break
         found = batch
     return found
@@ -199,32 +198,3 @@ def _candidates(model, inputs, expected, max_error: float, names):
         if error > max_error:
             rows[name]["why not"] = f"error above {max_error:g}"
     return engines, rows
-
-
-def measure(calls: dict[str, Callable], seconds: float, cutoff: float = float("inf")) -> dict[str, tuple]:
-    """Lower quartile, median and upper quartile of each call in seconds, by name.
-
-    Blocks of a few milliseconds of each in turn, so that a busy machine slows all alike; with one thread, CPU time,
-    to which other processes add little. What a first look finds `cutoff` times slower than the first of the calls
-    is left out.
-    """
-    first = {name: min(_block(call, 1) for _ in range(3)) for name, call in calls.items()}
-    base = next(iter(first.values()))
-    calls = {name: call for name, call in calls.items() if first[name] <= cutoff * base}
-    counts = {name: max(1, int(0.004 / max(first[name], 1e-7))) for name in calls}
-    samples, rounds, end = {name: [] for name in calls}, 0, time.perf_counter() + seconds
-    while rounds < 3 or (time.perf_counter() < end and rounds < 50):
-        rounds += 1
-        for name, call in calls.items():
-            samples[name].append(_block(call, counts[name]))
-    return {name: tuple(statistics.quantiles(values, n=4)) for name, values in samples.items()}
-
-
-def _block(call: Callable, count: int) -> float:
-    one_thread = torch.get_num_threads() == 1 and sys.platform != "win32" and not torch.cuda.is_initialized()
-    clock = time.process_time if one_thread else time.perf_counter
-    call()
-    start = clock()
-    for _ in range(count):
-        call()
-    return (clock() - start) / count

@@ -6,7 +6,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from kit.engines.choice import build_engine, flat, measure, relative_error
+from kit.core.measurement import measure
+from kit.engines.choice import build_engine, flat, relative_error
 from kit.engines.layers import INPUT_QUANTIZER, float_copy
 from kit.engines.runtime import OnnxEngine
 from kit.engines.storage import store_codes
@@ -40,8 +41,8 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, inputs: tuple[Tensor,
     if y.shape != r.shape:
         raise ValueError(f"{path} gives {len(y)} values, the {type(model).__name__} {len(r)}: do not use it")
     return {"bytes": size, "engine": name, "max_difference": (y - r).abs().max().item(),
-            "relative_error": relative_error(outputs, expected), "torch_ms": 1e3 * times["torch"][1],
-            "onnx_ms": 1e3 * times["onnx"][1]}
+            "relative_error": relative_error(outputs, expected), "torch_ms": 1e3 * times["torch"].median,
+            "onnx_ms": 1e3 * times["onnx"].median}
 
 
 def _engine_name(model: QuantizedModel) -> str:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kit import artifact
-from kit.engines.choice import INTEGER, Choice, flat, measure, relative_error
+from kit.core.measurement import Latency, measure
+from kit.engines.choice import INTEGER, Choice, flat, relative_error
 from kit.engines.layers import float_copy
 from kit.models import parameter_count
 from kit.core.weights import copy_model
@@ -24,8 +25,8 @@ class OptimizationResult:
 
     bytes_before: int  # of the kit's file of the model as it was, every tensor dense in its own dtype
     bytes_after: int  # of the optimized model's file
-    latency_before: tuple[float, float, float]  # seconds a call: lower quartile, median, upper quartile
-    latency_after: tuple[float, float, float]
+    latency_before: Latency  # seconds a call
+    latency_after: Latency
     batch_size: int
     threads: int
     mse: float  # mean squared difference of the outputs
@@ -49,11 +50,11 @@ class OptimizationResult:
     @property
     def latency_reduction_percent(self) -> float:
         """Of the median; negative when the optimized model is slower."""
-        return 100 * (1 - self.latency_after[1] / self.latency_before[1])
+        return 100 * (1 - self.latency_after.median / self.latency_before.median)
 
     @property
     def speedup(self) -> float:
-        return self.latency_before[1] / self.latency_after[1]
+        return self.latency_before.median / self.latency_after.median
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """(what, before, after, change) as text."""
@@ -85,9 +86,8 @@ class OptimizationResult:
         return table.to_html(index=False, border=0) + notes
 
 
-def _spread(latency: tuple[float, float, float]) -> str:
-    low, median, high = (1e3 * seconds for seconds in latency)
-    return f"{median:.3g} ms ({low:.3g} to {high:.3g})"
+def _spread(time: Latency) -> str:
+    return f"{1e3 * time.median:.3g} ms ({1e3 * time.low:.3g} to {1e3 * time.high:.3g})"
 
 
 def compare_models(original: nn.Module, optimized: nn.Module, inputs: tuple[Tensor, ...], *,

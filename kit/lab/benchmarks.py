@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kit.core.measurement import latency
+from kit.core.measurement import measure
 from kit.models import BKMixer, ResNetBKConfig, build_model, parameter_count
 from kit.models.bk_core import left_resolvent
 
@@ -51,7 +51,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def mixing_seconds(lengths: Sequence[int], tokens: int, d_model: int = 64,
-                   channels: int = ResNetBKConfig.channels, heads: int = 4, repeats: int = 5) -> pd.DataFrame:
+                   channels: int = ResNetBKConfig.channels, heads: int = 4, seconds: float = 2.0) -> pd.DataFrame:
     """Seconds of one forward and backward over about `tokens` tokens, in windows of each of `lengths`.
 
     Columns: `MIXING`; a layer includes its projections (and the BK layer its convolution and gate), a kernel
@@ -60,7 +60,7 @@ def mixing_seconds(lengths: Sequence[int], tokens: int, d_model: int = 64,
     rows = {}
     for length in lengths:
         calls = _mixing_calls(max(1, tokens // length), length, d_model, channels, heads)
-        rows[length] = {name: timing.median for name, timing in latency(calls, repeats).items()}
+        rows[length] = {name: timing.median for name, timing in measure(calls, seconds).items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=MIXING).rename_axis("window")
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kit.training.losses import AUXILIARY_WEIGHT
-from kit.core.measurement import Latency, latency
+from kit.core.measurement import Latency, measure
 from kit.models.moe import MoE
 from kit.training import TrainConfig, train
 
@@ -58,7 +58,7 @@ def plain_train(model: nn.Module, batches: Iterable, steps: int, lr: float = 3e-
     return loss.item()
 
 
-def training_latency(model: nn.Module, batches: list, rounds: int = 5) -> dict[str, Latency]:
+def training_latency(model: nn.Module, batches: list, seconds: float = 1.0) -> dict[str, Latency]:
     """Seconds to train on `batches` once, by the plain loop and by `kit.training` in both precisions, in
     turn."""
     plain, *ours = plain_experts(model), copy.deepcopy(model), copy.deepcopy(model)
@@ -66,4 +66,4 @@ def training_latency(model: nn.Module, batches: list, rounds: int = 5) -> dict[s
     for precision, own in zip(("float32", "bfloat16"), ours):
         config = TrainConfig(steps=len(batches), precision=precision, eval_every=len(batches))
         calls[precision] = lambda own=own, config=config: train(own, batches, config, log=False)
-    return latency(calls, rounds)
+    return measure(calls, seconds)

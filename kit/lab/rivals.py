@@ -13,7 +13,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from kit.engines.choice import ARM, measure, relative_error
+from kit.core.measurement import measure
+from kit.engines.choice import ARM, relative_error
 from kit.engines.graph import export_graph, quiet
 from kit.engines.kernels import has_backend
 from kit.engines.runtime import OnnxEngine
@@ -127,8 +128,8 @@ def against_rivals(model: nn.Module, inputs: Tensor, found: dict[str, Callable],
         calls = {"float32 in torch": model, "kit": quantized, **found}
         errors = {name: relative_error(call(inputs), model(inputs)) for name, call in calls.items()}
         times = measure({name: (lambda c=call: c(inputs)) for name, call in calls.items()}, seconds)
-    rows = [{"name": name, "ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high, "error": errors[name]}
-            for name, (low, median, high) in times.items()]
+    rows = [{"name": name, "ms": 1e3 * time.median, "low": 1e3 * time.low, "high": 1e3 * time.high, "error": errors[name]}
+            for name, time in times.items()]
     frame = pd.DataFrame(rows)
     frame.attrs["engine"] = choice.name
     return frame

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kit.core.measurement import measure
 from kit.core.weights import Weight, is_plain, materialize, matrix_view, weight_of
 from kit.models import MoE
 from kit.quantization import formats
@@ -152,8 +153,6 @@ class QuantizedLinear(nn.Module):
 
         Formats without an integer path (asymmetric, or a scale for several rows) stay multiplied out.
         """
-        from kit.core.measurement import measure  # TODO top
-
         self.integer_rows, timings = math.inf, {}
         if not self.packed.format.symmetric or self.packed.format.granularity == "rows":
             return timings
