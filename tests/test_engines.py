@@ -7,8 +7,9 @@ from kit import engines
 from kit.engines import OnnxEngine, build_engine, choose_engine
 from kit.engines.choice import relative_error
 from kit.engines.folding import batch_norm_pairs, fold_batch_norms
-from kit.engines.kernels import Int8Conv2d, Int8Linear, PackedLinear, has_backend, int8_model, quantize_batch
-from kit.engines.layers import calibrate_inputs, drop_input_quantizers, float_copy, integer_weight
+from kit.core.weights import weight_of
+from kit.engines.kernels import Int8Conv2d, Int8Linear, int8_layer, int8_model, quantize_batch
+from kit.engines.layers import calibrate_inputs, float_copy, integer_weight
 from kit.models import build_model
 from kit.quantization import Format, quantize_weights
 from kit.lab.rivals import against_rivals, rivals
@@ -17,7 +18,7 @@ from torch import nn
 
 # But for rounding of ties; convolutions that stay in float round no inputs.
 EXACT = 1e-6 if engines.kernels.ONEDNN else 1e-4
-NAMES = [name for name in engines.choice.CANDIDATES if not name.startswith("torch-fb") or has_backend("fbgemm")]
+NAMES = engines.ENGINES
 
 
 class Recurrent(nn.Module):
@@ -63,7 +64,7 @@ def x():
 
 def integer_product(layer, x, grid=None):
     """The layer's integer arithmetic in float64, which is exact here."""
-    weight = integer_weight(layer)
+    weight = integer_weight(weight_of(layer))
     q, scale, zero = quantize_batch(x, grid)
     exact = (q.double() - zero) @ weight.codes.double().t()
     return (exact * weight.scale[:, 0].double() * scale + layer.bias.double()).float()
@@ -76,12 +77,13 @@ def test_int8_linear_is_exact_integer_arithmetic(dense, x, onednn, calibrated, m
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(engines.kernels, "ONEDNN", onednn)
     layer = quantized(dense, calibration=x if calibrated else None)[0]
-    grid = integer_weight(layer).input_grid
+    weight = integer_weight(weight_of(layer))
+    grid = weight.input_grid
     assert (grid is not None) == calibrated
     for shape in ((20, 40), (2, 10, 40), (1, 40), (0, 40)):
         rows = x.flatten()[: torch.Size(shape).numel()].view(shape)
         expected = integer_product(layer, rows.reshape(-1, 40), grid).view(*shape[:-1], 64)
-        result = Int8Linear(integer_weight(layer), layer.bias)(rows)
+        result = Int8Linear(weight, layer.bias)(rows)
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -95,14 +97,41 @@ def test_calibrated_integer_layers_equal_the_fake_quantized_model(cnn):
         assert relative_error(integer(images), model(images)) < EXACT
 
 
+class Reads(nn.Module):
+    """Multiplies by its layer's weight itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.layer = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0] @ self.layer.weight
+
+
 def test_int8_model_keeps_weights_that_other_code_reads():
-    attention = nn.MultiheadAttention(16, 2, batch_first=True).eval()
-    model = quantized(attention)
-    x = torch.randn(2, 5, 16)
+    model, x = quantized(Reads().eval()), torch.randn(2, 5, 16)
+    integer = int8_model(model)
+    assert isinstance(integer.layer, Int8Linear)
     with torch.no_grad():
-        torch.testing.assert_close(int8_model(model)(x, x, x)[0], model(x, x, x)[0])
+        torch.testing.assert_close(integer(x), model(x))
     with pytest.raises(ValueError, match="no Linear or Conv2d"):
         int8_model(quantized(nn.Sequential(nn.Embedding(5, 4))))
+
+
+def test_layers_that_compute_something_else_are_left_alone(dense, x):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    hooked = copy.deepcopy(dense)
+    hooked[0].register_forward_hook(lambda module, inputs, y: y + 1)
+    for first in (hooked, nn.Sequential(Doubled(40, 64), nn.ReLU(), nn.Linear(64, 10))):
+        model = quantized(first, calibration=x)
+        integer = int8_model(model)
+        assert not isinstance(integer[0], Int8Linear) and isinstance(integer[2], Int8Linear)
+        with torch.no_grad():
+            assert relative_error(integer(x), model(x)) < 1e-3
+    assert isinstance(int8_layer(quantized(dense, calibration=x)[0]), Int8Linear)
 
 
 def test_int8_model_replaces_shared_modules_everywhere():
@@ -147,8 +176,8 @@ def test_a_float_copy_leaves_the_model_alone(dense, x):
         before = model(x)
         float_copy(model)
         torch.testing.assert_close(model(x), before, rtol=0, atol=0)
-        drop_input_quantizers(model)
-        torch.testing.assert_close(model(x), float_copy(model)(x), rtol=0, atol=0)
+        plain = quantized(dense)
+        torch.testing.assert_close(plain(x), float_copy(model)(x), rtol=0, atol=0)
 
 
 def test_batch_norms_are_folded(cnn):
@@ -266,19 +295,6 @@ def test_choice_falls_back_to_float32_where_nothing_else_works():
     assert "no Linear" in reasons["torch-int8"] and "cannot be exported" in reasons["onnx-float32"]
     with pytest.raises(ValueError, match="unknown"):
         build_engine(model, "fastest", (torch.randn(2, 3),))
-
-
-@pytest.mark.skipif(not has_backend("fbgemm"), reason="this torch has no fbgemm kernels")
-def test_fbgemm_layers_compute_with_the_codes_of_the_model(dense, x):
-    model = quantized(dense)
-    before = torch.backends.quantized.engine
-    layer = PackedLinear(integer_weight(model[0]), model[0].bias, "fbgemm")
-    half_steps = (x.max().clamp(min=0) - x.min().clamp(max=0)).item() * (1 / 254 + 1 / 510)  # inputs in 7 bits against 8
-    most = half_steps * model[0].weight.abs().sum(1).max().item()
-    torch.testing.assert_close(layer(x), integer_product(model[0], x), rtol=1e-4, atol=most if layer.reduced else 1e-4)
-    assert torch.equal(copy.deepcopy(layer)(x), layer(x)) and torch.backends.quantized.engine == before
-    with pytest.raises(ValueError, match="no xnnpack kernels"):
-        int8_model(model, "xnnpack")
 
 
 def test_rivals_are_measured_side_by_side(dense, x):

@@ -1,6 +1,5 @@
 """Which engine is fastest for this model, on this machine, at this batch size, within a stated error."""
 
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,10 +14,8 @@ from kit.engines.kernels import int8_model
 from kit.engines.layers import float_copy
 
 FLOAT = ("float32", "bfloat16", "onnx-float32")
-INTEGER = ("torch-int8", "torch-fbgemm", "torch-qnnpack", "onnx-int8", "onnx-static", "onnx-blocks")
+INTEGER = ("torch-int8", "onnx-int8", "onnx-static", "onnx-blocks")
 ENGINES = FLOAT + INTEGER
-ARM = platform.machine().lower() in ("arm64", "aarch64")
-CANDIDATES = tuple(name for name in ENGINES if name != ("torch-fbgemm" if ARM else "torch-qnnpack"))
 PROBED_BATCHES = (4, 16, 64, 256)
 MARGIN = 1.05  # an engine must be this much faster than float32 to be preferred to it
 
@@ -77,8 +74,6 @@ class _Builder:
             "float32": self.floats,
             "bfloat16": lambda: Bfloat16(self.floats()).eval(),
             "torch-int8": lambda: int8_model(self.model),
-            "torch-fbgemm": lambda: int8_model(self.model, "fbgemm"),
-            "torch-qnnpack": lambda: int8_model(self.model, "qnnpack"),
             "onnx-float32": lambda: self.onnx(lambda graph, exported: exported),
             "onnx-int8": lambda: self.onnx(lambda graph, exported: graph.dynamic_graph(exported, self.model)),
             "onnx-static": lambda: self.onnx(
@@ -102,7 +97,6 @@ def build_engine(model: nn.Module, name: str, inputs: tuple[Tensor, ...]) -> nn.
 
     float32, bfloat16             torch, with the weights multiplied out
     torch-int8                    torch's integer kernels that stay (oneDNN, _int_mm)
-    torch-fbgemm, torch-qnnpack   those behind its deprecated quantized tensors, for x86 and Arm, while it has them
     onnx-float32                  ONNX Runtime from here on
     onnx-int8                     inputs rounded by each batch's range
     onnx-static                   inputs rounded by calibrated ranges (QDQ)
@@ -135,7 +129,7 @@ def relative_error(outputs, reference) -> float:
 
 
 def choose_engine(model: nn.Module, inputs: tuple[Tensor, ...], *, reference: nn.Module | None = None,
-                  max_error: float = 1e-3, names: Sequence[str] = CANDIDATES, seconds: float = 1.0) -> Choice:
+                  max_error: float = 1e-3, names: Sequence[str] = ENGINES, seconds: float = 1.0) -> Choice:
     """Builds the engines `names` for a quantized model, measures them on `inputs`, and returns the
     fastest one whose output differs from the reference's (default: the model as it is) by at most
     `max_error`.

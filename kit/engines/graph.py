@@ -139,7 +139,7 @@ class _Rewriter:
             return None, False
         rows_first = node.op_type == "Conv" or bool(flags.get("transB"))
         matrix = torch.from_numpy(np.array(value if rows_first else value.T)).flatten(1)
-        found = (weight.as_found(matrix) for weight in self.weights.get(tuple(matrix.shape), ()))
+        found = (weight.as_found(matrix) for weight in self.weights if weight.codes.shape == matrix.shape)
         return next((weight for weight in found if weight is not None), None), not rows_first
 
     def constant(self, name: str, value) -> str:

@@ -19,7 +19,7 @@ from kit.quantization import HALF, FakeQuantize, Format, quantize_weights, quant
 
 FORMATS = {"int8": Format(8), "int4": Format(4, granularity="group", group_size=32), "float16": HALF}
 TORCH_NAMES = {"qint8": "int8", "quint8": "int8", "quint4x2": "int4", "half": "float16"}
-TORCH_BACKENDS = {"x86": "torch-fbgemm", "fbgemm": "torch-fbgemm", "qnnpack": "torch-qnnpack", "onednn": "torch-int8"}
+TORCH_BACKENDS = dict.fromkeys(("x86", "fbgemm", "onednn", "qnnpack"), "torch-int8")
 GROWTH = 8  # batches this much larger than the tuned one are warned of
 
 

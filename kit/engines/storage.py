@@ -17,7 +17,7 @@ def store_codes(graph: ModelProto, model: nn.Module) -> ModelProto:
     Embeddings are looked up in codes; other weights pass through DequantizeLinear, which costs time at every call.
     The outputs stay the same. The graph is changed and returned.
     """
-    weights = [weight for group in integer_weights(model).values() for weight in group if weight.per_row]
+    weights = [weight for weight in integer_weights(model) if weight.per_row]
     kept, first = [], []
     for tensor in graph.graph.initializer:
         value = numpy_helper.to_array(tensor)

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from kit.core.measurement import measure
-from kit.engines.choice import ARM, relative_error
+from kit.engines.choice import relative_error
 from kit.engines.graph import export_graph, quiet
-from kit.engines.kernels import has_backend
 from kit.engines.runtime import OnnxEngine
 from kit.engines.quantized import QuantizationConfig, quantize
 
@@ -29,11 +28,11 @@ def rivals(model: nn.Module, example: Tensor, compiled: bool = True) -> dict[str
     """
     found: dict[str, Callable] = {}
     convolutional = _convolutional(model)
-    for backend in ("qnnpack",) if ARM else ("x86", "onednn"):
-        if has_backend(backend):
-            with contextlib.suppress(Exception), quiet(), _backend(backend):
-                make = torch_static if convolutional else torch_dynamic
-                found[f"torch {'static' if convolutional else 'dynamic'} ({backend})"] = make(model, example, backend)
+    known = torch.backends.quantized.supported_engines
+    for backend in [name for name in ("x86", "onednn") if name in known] or ["qnnpack"]:
+        with contextlib.suppress(Exception), quiet(), _backend(backend):
+            make = torch_static if convolutional else torch_dynamic
+            found[f"torch {'static' if convolutional else 'dynamic'} ({backend})"] = make(model, example, backend)
     if compiled and not convolutional:
         with contextlib.suppress(ImportError), quiet():
             found["torchao (compiled)"] = _warm(torchao_int8(model), example)
