@@ -65,20 +65,44 @@ def rated(model, size):
     return model
 
 
+def composed(model):
+    return compose_tables(model, PARTS, BATCHES, next_token_loss)
+
+
+def ordered(model):
+    return order_rows(model, COUNTS)
+
+
+def fewer_experts(model, threshold):
+    return prune_unused_experts(model, BATCHES, threshold)
+
+
+def quantized_core(model):
+    return calibrate(quantize_bk_core(model), BATCHES)
+
+
+def repaired(model, format):
+    return gptq(model, format, BATCHES)
+
+
+def step(function, *arguments):
+    return st.tuples(st.just(function), *arguments)
+
+
 STEPS = st.one_of(
-    st.tuples(st.just(masked), SHARES, PATTERNS),
-    st.tuples(st.just(rounded), FORMATS | st.none(), PATTERNS, st.booleans()),
-    st.tuples(st.just(compose_tables), st.just(PARTS), st.just(BATCHES), st.just(next_token_loss)),
-    st.tuples(st.just(order_rows), st.just(COUNTS)),
-    st.tuples(st.just(rated), st.sampled_from([600, 3000])),
-    st.tuples(st.just(prune_hidden_units), SHARES),
-    st.tuples(st.just(prune_bk_channels), SHARES),
-    st.tuples(st.just(prune_unused_experts), st.just(BATCHES), st.sampled_from([0.0, 0.34])),
-    st.tuples(st.just(sort_hidden_units)),
-    st.tuples(st.just(materialize)),
-    st.tuples(st.just(lambda model: calibrate(quantize_bk_core(model), BATCHES))),
-    st.tuples(st.just(lambda model, format: gptq(model, format, BATCHES)), FORMATS),
-    st.tuples(st.just(hqq), FORMATS),
+    step(masked, SHARES, PATTERNS),
+    step(rounded, FORMATS | st.none(), PATTERNS, st.booleans()),
+    step(composed),
+    step(ordered),
+    step(rated, st.sampled_from([600, 3000])),
+    step(prune_hidden_units, SHARES),
+    step(prune_bk_channels, SHARES),
+    step(fewer_experts, st.sampled_from([0.0, 0.34])),
+    step(sort_hidden_units),
+    step(materialize),
+    step(quantized_core),
+    step(repaired, FORMATS),
+    step(hqq, FORMATS),
 )
 
 

@@ -459,6 +459,20 @@ def test_hqq_lowers_its_own_norm(bits, symmetric):
     assert (error[1] <= error[0] * 1.0001).all() and error[1].sum() < 0.99 * error[0].sum()
 
 
+def test_hqq_shrinks_residuals_as_its_penalty_says(monkeypatch):
+    """The threshold is a stationary point of |e|^p + beta / 2 (e - x)^2 for large x, 0 for small x; beta grows."""
+    import sys
+
+    module, x = sys.modules["kit.quantization.hqq"], torch.tensor([-4.0, -0.01, 0.0, 0.02, 3.0, 9.0], dtype=torch.float64)
+    e = module.shrink(x, 10.0)
+    slope = 0.7 * e.abs().pow(-0.3) * e.sign() + 10.0 * 0.7 * (e - x)
+    assert torch.equal(e[1:4], torch.zeros(3, dtype=torch.float64)) and (slope[[0, 4, 5]].abs() < 0.01).all()
+    seen, original = [], module.shrink
+    monkeypatch.setattr(module, "shrink", lambda x, beta: seen.append(beta) or original(x, beta))
+    module.hqq_grid(matrix((2, 32), 3), Format(3))
+    assert len(seen) == 20 and all(a < b for a, b in zip(seen, seen[1:]))
+
+
 def test_hqq_fixes_the_grid_of_a_model():
     model = hqq(nn.Sequential(nn.Linear(32, 8)), Format(3))
     step = weight_of(model[0]).find(FakeQuantize)

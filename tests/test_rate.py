@@ -152,8 +152,8 @@ class Table(nn.Module):
         self.rows = nn.Parameter(rows.clone())
 
 
-def test_steps_go_with_a_power_of_the_sensitivity_that_suits_few_bits():
-    """At half a bit a weight the error that counts is smaller with the default power than with one
+def test_steps_go_with_a_power_of_the_sensitivity():
+    """At two bits a weight the error that counts is smaller with the default power than with one
     near 1 or near 0."""
     generator = torch.Generator().manual_seed(0)
     importance = 1 / (1 + torch.arange(4096.0))
@@ -164,7 +164,7 @@ def test_steps_go_with_a_power_of_the_sensitivity_that_suits_few_bits():
 
     def error(settings):
         model = Table(rows)
-        set_rate_formats(model, row_sensitivity(model, [torch.ones(4096, 16)], weighed), 4096, settings)
+        set_rate_formats(model, row_sensitivity(model, [torch.ones(4096, 16)], weighed), 16384, settings)
         return (importance[:, None] * (model.rows - rows).square()).sum().item()
 
     usual = error(RateSettings())

@@ -159,16 +159,17 @@ class FakeQuantize(Step):
         if self.scale is None:
             return type(self)(before, self.format, view)
 
-        def selected(part: Tensor | None) -> Tensor | None:
+        parts = [self.scale, self.zero, self.unit if self.learned else None]
+        for i, part in enumerate(parts):
             if part is None:
-                return None
+                continue
             spread = view.matrix(select(self.view.tensor(self.spread(part.detach()))))
             blocks = formats.to_blocks(spread, self.format, math.nan)
-            return blocks[:, :1] if ((blocks == blocks[:, :1]) | blocks.isnan()).all() else blocks[:0]
-
-        scale, zero, unit = map(selected, (self.scale, self.zero, self.unit if self.learned else None))
-        if not len(scale):  # entries that shared no scale have come to share one: its range is found anew
-            return type(self)(before, self.format, view, self.learned, self.first_step)
+            parts[i] = blocks[:, :1].clone()
+            if not ((blocks == parts[i]) | blocks.isnan()).all():
+                # entries that shared no scale have come to share one: its range is found anew
+                return type(self)(before, self.format, view, self.learned, self.first_step)
+        scale, zero, unit = parts
         grid = (scale if unit is None else scale * unit, zero)
         made = type(self)(before, self.format, view, self.learned, self.first_step, grid)
         if self.learned:
@@ -244,13 +245,3 @@ def quantizers(model: nn.Module) -> dict[str, FakeQuantize]:
     """The fake quantizer of each quantized weight, by dotted name."""
     found = {weight.name: weight.find(FakeQuantize) for weight in weights(model)}
     return {name: step for name, step in found.items() if step is not None}
-
-
-# TEMPORARY
-def matrix_shape(module, shape):
-    view = matrix_view(shape, module)
-    return view.rows, view.columns
-
-
-def seen_by(quantizer, module, attribute):
-    return Weight(module, module, attribute, attribute).before(quantizer.rank)
