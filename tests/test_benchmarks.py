@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 import torch
 
-from kit.lab.benchmarks import MIXING, Attention, crossing, equal_shape, forward_backward, mixing_seconds
+from notebooks.reference.benchmarks import MIXING, Attention, crossing, equal_shape, forward_backward, mixing_seconds
 from kit.models import build_model, parameter_count
 
 

@@ -12,7 +12,7 @@ from kit.engines.kernels import Int8Conv2d, Int8Linear, int8_layer, int8_model, 
 from kit.engines.layers import calibrate_inputs, float_copy, integer_weight
 from kit.models import build_model
 from kit.quantization import Format, quantize_weights
-from kit.lab.rivals import against_rivals, rivals
+from notebooks.reference.rivals import against_rivals, rivals
 from safetensors.torch import load_file, save_file
 from torch import nn
 

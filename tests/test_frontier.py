@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kit.lab import frontier
+from notebooks.reference import frontier
 from kit.core.store import _computes
 from kit.lab.baseline import load_or_train
 from kit.data import load_corpus

@@ -3,7 +3,7 @@ import torch
 
 from kit.training.losses import next_token_loss
 from kit.models import build_model
-from kit.lab.plain import plain_experts, plain_next_token_loss, plain_train, training_latency
+from notebooks.reference.plain import plain_experts, plain_next_token_loss, plain_train, training_latency
 from kit.training import TrainConfig, train
 
 SMALL = {"vocab_size": 50, "d_model": 8, "layers": 2, "experts": 3, "d_ff": 16, "channels": 4}

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 
 from kit import artifact
 from kit.training.evaluation import evaluate
-from kit.models import PointerLM, PointerLMConfig, build_model, fit_pointer
-from kit.models.pointer import LONGEST, places
+from kit.models import build_model
+from notebooks.reference.pointer import LONGEST, PointerLM, PointerLMConfig, fit_pointer, places
 
 VOCABULARY = 12
 SHAPE = {"vocab_size": VOCABULARY, "d_model": 8, "layers": 1, "experts": 2, "d_ff": 8, "channels": 4}

@@ -19,19 +19,17 @@ from kit.models.peers import (
     TransformerLM,
     TransformerLMConfig,
 )
-from kit.models.pointer import PointerLM, PointerLMConfig, fit_pointer
 from kit.models.resnet_bk import BKMixer, ResNetBK, ResNetBKConfig
 
 MODELS = {
     "ResNetBK": (ResNetBK, ResNetBKConfig),
     "LSTMLM": (LSTMLM, LSTMLMConfig),
     "TransformerLM": (TransformerLM, TransformerLMConfig),
-    "PointerLM": (PointerLM, PointerLMConfig),
     "DigitsCNN": (DigitsCNN, DigitsCNNConfig),
     "DigitsMLP": (DigitsMLP, DigitsMLPConfig),
 }
 
-__all__ = ["BKMixer", "LanguageModel", "MODELS", "MoE", "build_model", "fit_pointer", "parameter_count", "recipe", "refresh_config"]
+__all__ = ["BKMixer", "LanguageModel", "MODELS", "MoE", "build_model", "parameter_count", "recipe", "refresh_config"]
 __all__ += [cls.__name__ for pair in MODELS.values() for cls in pair]
 
 

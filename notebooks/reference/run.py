@@ -29,10 +29,10 @@ import torch
 
 from kit import artifact
 from kit.core import range_coder as coding
-from kit.lab import frontier
+from notebooks.reference import frontier
 from kit.lab.baseline import Baseline, load_or_train
 from kit.data import token_loaders
-from kit.models import fit_pointer
+from notebooks.reference.pointer import fit_pointer
 from kit.lab.ngram import KneserNey
 from kit.lab.sampling import continue_text
 from kit.pipeline import STAGES, CompressionPipeline
