@@ -26,7 +26,8 @@ def loader(seed, windows, shuffle):
     for i in range(1, len(tokens)):
         surprise = torch.rand((), generator=generator) < 0.1
         tokens[i] = torch.randint(0, 64, (), generator=generator) if surprise else (tokens[i - 1] * 5 + 3) % 64
-    return DataLoader(Windows(tokens.numpy(), 16, full_only=True), 8, shuffle=shuffle)
+    windows = Windows(tokens.numpy(), 16, full_only=True)
+    return DataLoader(windows, 8, shuffle=shuffle, collate_fn=lambda batch: batch)
 
 
 @pytest.fixture(scope="module")

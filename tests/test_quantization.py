@@ -412,20 +412,6 @@ def test_moe_layer_from_float_counts_usage_and_keeps_shapes():
     assert packed.usage.sum() == 0
 
 
-@pytest.mark.parametrize("format", [Format(8), Format(4, granularity="group", group_size=16), Format(4, granularity="tensor")], ids=str)
-def test_integer_products_stay_within_the_stated_bound(format):
-    torch.manual_seed(0)
-    linear, x = nn.Linear(40, 24), torch.randn(3, 6, 40)
-    packed = QuantizedLinear.from_float(linear, format)
-    exact, weight = packed(x), packed.weight
-    assert torch.equal(exact, F.linear(x, weight, linear.bias))
-    bound = x.abs().amax(-1, keepdim=True) / 254 * weight.abs().sum(1)
-    difference = (packed.integer(x) - exact).abs()
-    assert 0 < difference.max() and (difference <= bound * 1.0001 + 1e-5).all()
-    seconds = packed.tune((1, 8), seconds=0.01)
-    assert set(seconds) == {1, 8} and (packed(x) - exact).abs().max() <= bound.max() * 1.0001 + 1e-5
-
-
 # Other code
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -470,7 +456,7 @@ def test_hqq_shrinks_residuals_as_its_penalty_says(monkeypatch):
     seen, original = [], module.shrink
     monkeypatch.setattr(module, "shrink", lambda x, beta: seen.append(beta) or original(x, beta))
     module.hqq_grid(matrix((2, 32), 3), Format(3))
-    assert len(seen) == 20 and all(a < b for a, b in zip(seen, seen[1:]))
+    assert len(seen) == 21 and all(a < b for a, b in zip(seen, seen[1:]))
 
 
 def test_hqq_fixes_the_grid_of_a_model():

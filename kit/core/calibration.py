@@ -1,6 +1,6 @@
-"""What a weight sees: second moments of its inputs, from one pass over a few calibration batches."""
+"""What a weight sees: second moments of its inputs, from one pass over calibration batches."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,9 @@ READERS: dict[type, Callable] = {}
 
 
 def register_inputs(*kinds: type) -> Callable:
-    """Decorator for reader(module, attribute, x): a list, one a group of the weight, of what multiplies
-    it, (rows, columns), when a module of these classes is called with x; None for other attributes."""
+    """Decorator for reader(module, attribute, x), which says what multiplies a weight when a module
+    of these classes is called with x: a list of (rows, columns), one a group of the weight; None if
+    the attribute is no such weight."""
 
     def register(reader: Callable) -> Callable:
         READERS.update(dict.fromkeys(kinds, reader))
@@ -57,19 +58,38 @@ def _is_output(weight: Weight) -> bool:
     return output.shape == weight.original.shape and torch.equal(output, weight.value)
 
 
+def watch(
+    model: nn.Module, batches: Iterable, watched: Iterable[tuple[nn.Module, Callable]]
+) -> list[Tensor]:
+    """`run` for pairs (module, see): see(x, output) is called after each forward pass of a module,
+    with its first argument and what it returned."""
+
+    def hook(see: Callable) -> Callable:
+        return lambda module, args, kwargs, y: see(
+            args[0] if args else next(iter(kwargs.values())), y
+        )
+
+    handles = [m.register_forward_hook(hook(see), with_kwargs=True) for m, see in watched]
+    try:
+        return run(model, batches)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def input_grams(
-    model: nn.Module, batches: Sequence, select: str | Iterable[str] = "*", strict: bool = True
+    model: nn.Module, batches: Iterable, select: str | Iterable[str] = "*", strict: bool = True
 ) -> dict[str, Tensor]:
-    """X^T X of what multiplies each weight matrix, summed over all calibration tokens, float64 (groups, C,
-    C), in the order in which the model uses the weights.
+    """X^T X of what multiplies each weight matrix, summed over all calibration tokens, float64
+    (groups, C, C), in the order in which the model uses the weights.
 
-    The weight as `MatrixView.stack` (groups, R, C): linear layers have one group, convolutions their own
-    groups, stacked experts one group an expert (only the tokens routed to it).
+    As the weight in `MatrixView.stack` (groups, R, C): linear layers have one group, convolutions
+    their own groups, stacked experts one group an expert (only the tokens routed to it).
 
     Args:
         strict: raise ValueError for a weight whose inputs are not known; else leave it out.
-    Raises ValueError without a batch.
+    Raises ValueError without a batch, and for inputs that are not finite.
     """
     grams: dict[str, Tensor] = {}
 
@@ -79,37 +99,32 @@ def input_grams(
             gram = torch.stack([part.double().T @ part.double() for part in rows])
             grams[weight.name] = grams.get(weight.name, 0) + gram
 
-    handles, outputs = [], []
     found = weights(model, select, matrices=True)
-    for weight in found:
-        reader = _reader(weight)
-        if _is_output(weight):
-            outputs.append(weight)
-        elif reader is not None:
-            hook = lambda module, args, kwargs, w=weight, r=reader: collect(w, r, _first(args, kwargs))  # noqa: E731
-            handles.append(weight.module.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
-        hidden = run(model, batches)
-    finally:
-        for handle in handles:
-            handle.remove()
+    outputs = [weight for weight in found if _is_output(weight)]
+    called = [(w, _reader(w)) for w in found if w not in outputs and _reader(w)]
+    hidden = watch(
+        model, batches, [(w.module, lambda x, _, w=w, r=r: collect(w, r, x)) for w, r in called]
+    )
     for weight in outputs:
         for x in hidden:
             collect(weight, _linear, x)
-    missing = next((weight for weight in found if weight.name not in grams), None)
-    if strict and missing is not None:
-        raise ValueError(
-            f"the inputs of {missing.name!r} ({type(missing.module).__name__}) cannot be collected: select "
-            "weights of linear, convolution or mixture-of-experts layers that the model calls"
-        )
+    for weight in found:
+        if strict and weight.name not in grams:
+            kind = type(weight.module).__name__
+            raise ValueError(
+                f"the inputs of {weight.name!r} ({kind}) cannot be collected: select weights of "
+                "linear, convolution or mixture-of-experts layers that the model calls"
+            )
+        if weight.name in grams and not torch.isfinite(grams[weight.name]).all():
+            raise ValueError(
+                f"the inputs of {weight.name!r} hold NaN or infinity: check the batches"
+            )
     return grams
 
 
-def _first(args: tuple, kwargs: dict) -> Tensor:
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-def input_norms(model: nn.Module, batches: Sequence, select: str | Iterable[str] = "*") -> dict[str, Tensor]:
-    """Norm of each input feature over the calibration tokens, float32 (groups, C): what Wanda needs."""
+def input_norms(
+    model: nn.Module, batches: Iterable, select: str | Iterable[str] = "*"
+) -> dict[str, Tensor]:
+    """Norm of each input feature over the calibration tokens, float32 (groups, C): for Wanda."""
     grams = input_grams(model, batches, select)
     return {name: gram.diagonal(dim1=-2, dim2=-1).sqrt().float() for name, gram in grams.items()}

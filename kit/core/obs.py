@@ -17,28 +17,29 @@ BLOCK = 128
 
 
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """Upper U (G, C, C) with U^T U = (gram + damping * its mean diagonal)^-1, gram (G, C, C) float64;
-    inputs that never fired count as independent.
+    """Upper U (G, C, C) with U^T U = (gram + damping * its mean diagonal)^-1, gram (G, C, C)
+    float64; inputs that never fired count as independent.
 
-    Raises ValueError for inputs that are not finite, or that damping does not make invertible.
+    Raises ValueError when the damped gram matrix is not positive definite.
     """
-    if not torch.isfinite(gram).all():
-        raise ValueError("the calibration inputs of a weight hold NaN or infinite values: check the batches")
     diagonal = gram.diagonal(dim1=1, dim2=2)
     extra = damping * diagonal.mean(1, keepdim=True) + (diagonal == 0)
     lower, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(extra))
     if not failed.any():
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     if failed.any():
-        raise ValueError(f"damping={damping} leaves inputs of a weight linearly dependent: give more, such as 0.01")
+        raise ValueError(
+            f"damping={damping} leaves inputs linearly dependent: give more, such as 0.01"
+        )
     return upper
 
 
-def column_sweep(weight: Tensor, upper: Tensor, choose: Callable[[int, Tensor], Tensor], block: int = BLOCK) -> Tensor:
-    """The values (G, R, C) that `choose` gives to the columns of `weight` (G, R, C) from left to right.
+def column_sweep(weight: Tensor, upper: Tensor, choose: Callable, block: int = BLOCK) -> Tensor:
+    """The values (G, R, C) that `choose` gives to the columns of `weight` (G, R, C) from left to
+    right.
 
-    choose(j, rest) -> (G, R), the final values of column j; rest (G, R, C) is the weight with the errors
-    of the columns before j spread over column j and those of its block.
+    choose(j, rest) -> (G, R), the final values of column j; rest (G, R, C) is the weight with the
+    errors of the columns before j spread over column j and those of its block.
     """
     rest, values, columns = weight.clone(), torch.empty_like(weight), weight.shape[2]
     for first in range(0, columns, block):

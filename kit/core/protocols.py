@@ -152,20 +152,39 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def run(model: nn.Module, batches: Iterable) -> list[Tensor]:
+def run(
+    model: nn.Module, batches: Iterable, watch: Mapping[str, Callable] | None = None
+) -> list[Tensor]:
     """Forward passes in evaluation mode, on the model's device.
 
     A language model's logits are not formed; its hidden states are returned, a tensor a batch (else an
-    empty list). Raises ValueError without a batch.
+    empty list).
+
+    Args:
+        watch: dotted name of a submodule -> function(x, output), called with its first argument and its
+            output whenever it is called.
+    Raises ValueError without a batch.
     """
+
+    def hook(function: Callable) -> Callable:
+        return lambda module, args, kwargs, output: function([*args, *kwargs.values()][0], output)
+
     device, seen, states = device_of(model), 0, []
-    with evaluating(model):
-        for seen, batch in enumerate(batches, 1):
-            call = call_of(batch).to(device)
-            if isinstance(model, LanguageModel):
-                states.append(call(model.hidden))
-            else:
-                call(model)
+    handles = [
+        model.get_submodule(name).register_forward_hook(hook(function), with_kwargs=True)
+        for name, function in (watch or {}).items()
+    ]
+    try:
+        with evaluating(model):
+            for seen, batch in enumerate(batches, 1):
+                call = call_of(batch).to(device)
+                if isinstance(model, LanguageModel):
+                    states.append(call(model.hidden))
+                else:
+                    call(model)
+    finally:
+        for handle in handles:
+            handle.remove()
     if not seen:
         raise ValueError("calibration got no batch: give at least one batch of inputs")
     return states

@@ -190,22 +190,17 @@ def expert_scores(model: nn.Module, batches: Sequence, criterion: str = "usage",
     counts = {name: torch.zeros(moe.w_in.shape[0], dtype=torch.float64) for name, moe in layers.items()}
     norms = {name: torch.zeros_like(count) for name, count in counts.items()}
 
-    def collect(name: str, moe: MoE, args: tuple) -> None:
-        w_out, b_out = moe.w_out, moe.b_out
-        for expert, seen in enumerate(expert_rows(moe, args[0])):
-            outputs = F.linear(seen.hidden, w_out[expert], b_out[expert])
-            counts[name][expert] += len(seen.rows)
-            norms[name][expert] += (seen.gates * outputs.norm(dim=-1)).sum().item()
+    def watch(name: str, moe: MoE) -> Callable:
+        def collect(x: Tensor, output: Tensor) -> None:
+            w_out, b_out = moe.w_out, moe.b_out
+            for expert, seen in enumerate(expert_rows(moe, x)):
+                outputs = F.linear(seen.hidden, w_out[expert], b_out[expert])
+                counts[name][expert] += len(seen.rows)
+                norms[name][expert] += (seen.gates * outputs.norm(dim=-1)).sum().item()
 
-    handles = []
-    for name, moe in layers.items():
-        hook = lambda moe, args, name=name: collect(name, moe, args)  # noqa: E731
-        handles.append(moe.register_forward_pre_hook(hook))
-    try:
-        run(model, batches)
-    finally:
-        for handle in handles:
-            handle.remove()
+        return collect
+
+    run(model, batches, {name: watch(name, moe) for name, moe in layers.items()})
     if criterion == "usage":
         return {name: (count / count.sum()).float() for name, count in counts.items()}
     return {name: (norms[name] / count.clamp(min=1)).float() for name, count in counts.items()}

@@ -1,6 +1,6 @@
 """Least squares after structured pruning: what reads the units that stay makes up for those that went."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,19 +42,14 @@ def layer_examples(model: nn.Module, names: Sequence[str], batches: Sequence) ->
     """Inputs and outputs of submodules over `batches`, as rows: name -> ((M, D_in), (M, D_out))."""
     seen: dict[str, tuple[list, list]] = {name: ([], []) for name in names}
 
-    def keep(name: str, args: tuple, output: Tensor) -> None:
-        for rows, part in zip(seen[name], (args[0], output)):
-            rows.append(part.reshape(-1, part.shape[-1]))
+    def keep(name: str) -> Callable:
+        def rows(x: Tensor, output: Tensor) -> None:
+            for found, part in zip(seen[name], (x, output)):
+                found.append(part.reshape(-1, part.shape[-1]))
 
-    handles = []
-    for name in names:
-        hook = lambda module, args, output, name=name: keep(name, args, output)  # noqa: E731
-        handles.append(model.get_submodule(name).register_forward_hook(hook))
-    try:
-        run(model, batches)
-    finally:
-        for handle in handles:
-            handle.remove()
+        return rows
+
+    run(model, batches, {name: keep(name) for name in names})
     return {name: (torch.cat(inputs), torch.cat(outputs)) for name, (inputs, outputs) in seen.items()}
 
 

@@ -51,7 +51,6 @@ class MagnitudePruner:
                 f"{score} needs the input norms of {missing[0]!r} (and {len(missing) - 1} more): "
                 "pass input_norms=kit.pruning.input_norms(model, batches)"
             )
-        self._statistics: list[dict] = []
 
     def scores(self, weight: Weight) -> Tensor:
         """Scores (rows, columns) of a weight; already pruned entries score minus infinity."""
@@ -120,25 +119,13 @@ class MagnitudePruner:
         for name, mask in masks.items():
             view = self.weights[name].view
             put_mask(self.weights[name], view.tensor(mask.reshape(view.rows, view.columns)))
-        turn = self._statistics[-1]["round"] + 1 if self._statistics else 0
-        self._statistics += [{**row, "round": turn} for row in self._rows()]
         return self.model
-
-    @property
-    def history(self):
-        """A DataFrame of the statistics after each pruning so far, numbered by `round` from 0."""
-        import pandas as pd
-
-        return pd.DataFrame(self._statistics)
 
     def statistics(self):
         """A DataFrame, a row a tensor: weights, kept, sparsity, dead_rows (none left), smallest and mean
         |w| kept."""
         import pandas as pd
 
-        return pd.DataFrame(self._rows())
-
-    def _rows(self) -> list[dict]:
         rows = []
         for name, weight in self.weights.items():
             mask = weight.view.matrix(mask_of(weight))
@@ -148,7 +135,7 @@ class MagnitudePruner:
             row |= {"sparsity": 1 - count / max(mask.numel(), 1), "dead_rows": dead}
             smallest, mean = (float(kept.min()), float(kept.mean())) if count else (0.0, 0.0)
             rows.append({**row, "smallest": smallest, "mean": mean})
-        return rows
+        return pd.DataFrame(rows)
 
     def schedule(
         self, final: float | Mapping[str, float], *, start: float = 0.0, end: float = 0.7, every: int = 10

@@ -1,8 +1,8 @@
 """Packed layers for inference: integer codes in memory, floats only while a layer computes.
 
 A layer's `weight` is multiplied out of the codes when it is read, so everything that read the float
-layer reads these, with the very values of the fake quantizer: outputs agree to the last bit.
-`QuantizedLinear.tune` may choose integer products instead, within a stated bound.
+layer reads these, with the very values of the fake quantizer: outputs agree to the last bit. What
+computes with the integers themselves is in kit.engines.
 """
 
 import math
@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kit.core.measurement import measure
 from kit.core.weights import Weight, is_plain, materialize, matrix_view, weight_of
 from kit.models import MoE
 from kit.quantization import formats
@@ -106,17 +105,13 @@ def _fixed(value: Tensor | None) -> nn.Parameter | None:
 class QuantizedLinear(nn.Module):
     """F.linear with a packed weight: inputs (..., K) -> (..., N), float32.
 
-    Multiplied out on the fly, or, from `integer_rows` rows of input on, as integers: each row of inputs
-    is rounded to INT8 by its own largest value, products are exact int32, so an output differs by at
-    most sum_k max|x| / 254 * |w_k| (and float rounding). `tune` measures from how many rows on that is
-    faster. Made from a linear layer whose weight carries a FakeQuantize; raises ValueError for another.
+    Made from a linear layer whose weight carries a FakeQuantize; raises ValueError for another.
     """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.packed, self.bias = _packed(linear), _fixed(linear.bias)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.integer_rows = math.inf
 
     @classmethod
     def from_float(cls, linear: nn.Linear, format: Format = INT8) -> "QuantizedLinear":
@@ -127,45 +122,7 @@ class QuantizedLinear(nn.Module):
         return self.packed()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() // max(x.shape[-1], 1) < self.integer_rows:
-            return F.linear(x, self.packed(), self.bias)
-        return self.integer(x)
-
-    def integer(self, x: Tensor) -> Tensor:
-        """The product in integers, a group of columns at a time."""
-        format, columns = self.packed.format, x.shape[-1]
-        rows = x.reshape(-1, columns)
-        step = (rows.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
-        q, codes = torch.round(rows / step).to(torch.int8), self.packed.codes()
-        scale = self.packed.scale.float().reshape(1 if format.granularity == "tensor" else len(codes), -1)
-        width = min(format.group_size, columns) if format.granularity == "group" else columns
-        total = 0
-        for index, first in enumerate(range(0, columns, width)):
-            part = slice(first, first + width)
-            product = torch._int_mm(q[:, part].contiguous(), codes[:, part].t())
-            total = total + product * scale[:, index]
-        y = total * step
-        return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], -1)
-
-    @torch.no_grad()
-    def tune(self, rows: tuple[int, ...] = (1, 4, 16, 64, 256), seconds: float = 0.05) -> dict:
-        """Chooses `integer_rows` by timing both products; returns rows -> (floats, integers) in seconds.
-
-        Formats without an integer path (asymmetric, or a scale for several rows) stay multiplied out.
-        """
-        self.integer_rows, timings = math.inf, {}
-        if not self.packed.format.symmetric or self.packed.format.granularity == "rows":
-            return timings
-        for count in sorted(rows, reverse=True):
-            x = torch.randn(count, self.in_features, device=self.packed.data.device)
-            calls = {"f": lambda x=x: F.linear(x, self.packed(), self.bias), "i": lambda x=x: self.integer(x)}
-            times = measure(calls, seconds)
-            timings[count] = times["f"].median, times["i"].median
-        for count, (floats, integers) in timings.items():
-            if integers >= floats:
-                break
-            self.integer_rows = count
-        return timings
+        return F.linear(x, self.packed(), self.bias)
 
 
 class QuantizedEmbedding(nn.Module):
