@@ -116,9 +116,7 @@ def input_grams(
                 "linear, convolution or mixture-of-experts layers that the model calls"
             )
         if weight.name in grams and not torch.isfinite(grams[weight.name]).all():
-            raise ValueError(
-                f"the inputs of {weight.name!r} hold NaN or infinity: check the batches"
-            )
+            raise ValueError(f"the inputs of {weight.name!r} hold NaN or infinite values")
     return grams
 
 

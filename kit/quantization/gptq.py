@@ -1,24 +1,26 @@
 """Rounding that repairs: GPTQ (Frantar et al. 2022, arXiv:2210.17323)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from kit.core.calibration import input_grams
 from kit.core.obs import column_sweep, inverse_factor
-from kit.core.weights import weights
+from kit.core.weights import MatrixView, Weight, weights
 from kit.quantization import formats
 from kit.quantization.fake import FakeQuantize, quantize_weights
 from kit.quantization.formats import Format
 
 
 def gptq_round(
-    weight: Tensor, gram: Tensor, scale: Tensor, zero: Tensor | None, format: Format, damping: float = 0.01
-) -> Tensor:
-    """Values of a fixed grid that make tr (W - Q) H (W - Q)^T small, H = X^T X of the weight's inputs.
+    weight: Tensor, gram: Tensor, scale: Tensor, zero: Tensor | None, format: Format,
+    damping: float = 0.01,
+) -> Tensor:  # fmt: skip
+    """Values of a fixed grid that make tr (W - Q) H (W - Q)^T small, H = X^T X of the inputs.
 
-    Columns are rounded by falling H_jj (act-order), each one's error spread by `column_sweep`.
+    Columns are rounded by falling H_jj (act-order), each one's error spread by `column_sweep`. What
+    is exactly 0, as under a mask, stays 0.
 
     Args:
         weight: (G, R, C), gram: (G, C, C), one for each set of inputs. scale, zero: (G, R, C).
@@ -28,32 +30,39 @@ def gptq_round(
     columns = order[:, None, :].expand_as(weight)
     by_row = gram.gather(1, order[:, :, None].expand_as(gram))
     upper = inverse_factor(by_row.gather(2, order[:, None].expand_as(gram)), damping)
-    scale = scale.gather(2, columns)
+    weight, scale = weight.gather(2, columns), scale.gather(2, columns)
     zero = None if zero is None else zero.gather(2, columns)
 
     def nearest(j: int, rest: Tensor) -> Tensor:
         grid = scale[:, :, j], None if zero is None else zero[:, :, j]
-        return formats.dequantize(formats.quantize(rest[:, :, j], *grid, format), *grid).double()
+        values = formats.dequantize(formats.quantize(rest[:, :, j], *grid, format), *grid)
+        return torch.where(weight[:, :, j] == 0, 0.0, values).double()
 
-    rounded = column_sweep(weight.double().gather(2, columns), upper, nearest).float()
+    rounded = column_sweep(weight.double(), upper, nearest).float()
     return torch.empty_like(rounded).scatter(2, columns, rounded)
 
 
 @torch.no_grad()
 def gptq(
-    model: nn.Module, plan: Format | Mapping[str, Format | None], batches: Sequence, damping: float = 0.01
+    model: nn.Module,
+    plan: Format | Mapping[str, Format | None],
+    batches: Iterable,
+    damping: float = 0.01,
 ) -> nn.Module:
-    """`quantize_weights` and then GPTQ on every weight whose inputs can be collected, in place, in the
-    order of use; returns the model.
+    """`quantize_weights` and then GPTQ on every weight whose inputs can be collected, in place, in
+    the order of use; returns the model.
 
-    Each weight's inputs come from the model with all before it rounded, one pass a weight over `batches`
-    (see `kit.core.protocols.call_of`). What is not multiplied with inputs (embeddings), hides them
-    (recurrent layers) or is transformed behind its quantizer keeps the nearest codes: `repairable` names
-    what does not. Masked weights stay zero. The grids are fixed afterwards.
-    Raises ValueError without a batch and for inputs that are not finite; the model is untouched then.
+    Each weight's inputs come from the model with all before it rounded, one pass a weight over
+    `batches` (see `kit.core.protocols.call_of`). What is not multiplied with inputs (embeddings),
+    hides them (recurrent layers) or is transformed behind its quantizer keeps the nearest codes:
+    `repairable` names the others. Masked weights stay zero. The grids are fixed afterwards.
+
+    Raises ValueError without a batch, and for inputs that are not finite or, with a `damping` too
+    small, linearly dependent; the model is untouched then.
     """
     batches = list(batches)
-    input_grams(model, batches, strict=False)
+    for gram in input_grams(model, batches, strict=False).values():
+        inverse_factor(gram, damping)
     quantize_weights(model, plan)
     for name in repairable(model, batches[:1]):
         (weight,) = weights(model, name)
@@ -61,15 +70,25 @@ def gptq(
         (gram,) = input_grams(model, batches, name).values()
         seen = weight.before(quantizer.rank).float()
         scale, zero = quantizer.grid(seen)
-        grid = [p if p is None else view.stack(view.tensor(quantizer.spread(p))) for p in (scale, zero)]
+        grid = [_stacked(quantizer, view, part) for part in (scale, zero)]
         rounded = gptq_round(view.stack(seen), gram, *grid, quantizer.format, damping)
         weight.assign(view.tensor(rounded.flatten(0, 1)))
         quantizer.set_grid(scale, zero)
     return model
 
 
-def repairable(model: nn.Module, batches: Sequence) -> list[str]:
+def repairable(model: nn.Module, batches: Iterable) -> list[str]:
     """Names of the quantized weights whose rounding GPTQ repairs, in the order of their use."""
-    found = [weight for weight in weights(model, matrices=True) if weight.steps]
-    fits = [w.name for w in found if isinstance(w.steps[-1], FakeQuantize) and w.steps[-1].format.bits != 16]
-    return list(input_grams(model, batches, fits, strict=False)) if fits else []
+    fits = [weight.name for weight in weights(model, matrices=True) if _is_rounded(weight)]
+    return list(input_grams(model, batches, fits, strict=False))
+
+
+def _is_rounded(weight: Weight) -> bool:
+    step = weight.steps[-1] if weight.steps else None
+    return isinstance(step, FakeQuantize) and step.format.bits != 16
+
+
+def _stacked(quantizer: FakeQuantize, view: MatrixView, part: Tensor | None) -> Tensor | None:
+    """A scale or zero point as (groups, rows, columns): the one of each weight."""
+    spread = None if part is None else quantizer.view.tensor(quantizer.spread(part))
+    return None if spread is None else view.stack(spread)

@@ -1,5 +1,4 @@
-"""Half-quadratic quantization: grids refined without data (Badri and Shaji 2023,
-mobiusml.github.io/hqq_blog)."""
+"""Half-quadratic quantization: grids from the weights alone (Badri and Shaji 2023, HQQ blog)."""
 
 from collections.abc import Mapping
 
@@ -16,8 +15,8 @@ PENALTY, GROWTH = 10.0, 1.05  # beta at first, and its growth a step
 
 
 def shrink(x: Tensor, beta: float) -> Tensor:
-    """argmin_e |e|^p + beta / 2 (e - x)^2, approximately: the generalized soft threshold, which moves
-    entries towards 0 by |x|^(p - 1) / beta and no further."""
+    """argmin_e |e|^p + beta / 2 (e - x)^2, approximately: the generalized soft threshold, which
+    moves entries towards 0 by |x|^(p - 1) / beta and no further."""
     size = x.abs()
     return x.sign() * (size - size.clamp(min=1e-6) ** (NORM - 1) / beta).clamp(min=0)
 
@@ -25,37 +24,29 @@ def shrink(x: Tensor, beta: float) -> Tensor:
 def hqq_grid(blocks: Tensor, format: Format, steps: int = 20) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point (blocks, 1) that make sum |x - scale (q - zero)|^p small, p = 0.7.
 
-    Alternates, in units of the first scale: e = shrink(x - scale (q - zero)); q = the nearest codes;
-    scale and zero by least squares of x - e. The best grid met is returned, so the result is never worse
-    than `choose_grid` in this norm. blocks (blocks, length) may be padded with zeros.
+    Alternates, in units of the first scale: q = nearest codes, e = shrink(x - scale (q - zero)),
+    scale and zero by least squares of x - e. The best grid met is returned, never worse than
+    that of `choose_grid` in this norm. blocks (blocks, length) may be padded with zeros.
     """
     x = blocks.detach().float()
     first, zero = formats.choose_grid(x, format)
-    scale, beta = first, PENALTY
-    best, least = (scale, zero), _error(x, scale, zero, format)
-    for _ in range(steps if x.numel() else 0):
+    scale, best, least = first, (first, zero), torch.full_like(first, torch.inf)
+    for step in range(steps + 1 if x.numel() else 0):
         codes = formats.quantize(x, scale, zero, format)
-        outlier = first * shrink((x - formats.dequantize(codes, scale, zero)) / first, beta)
-        wanted, level = x - outlier, codes.float() if zero is None else codes.float() - zero
+        residual = x - formats.dequantize(codes, scale, zero)
+        error = residual.abs().pow(NORM).sum(1, keepdim=True)
+        parts = zip((scale, zero), best)
+        best = tuple(None if p is None else torch.where(error < least, p, b) for p, b in parts)
+        least = torch.minimum(error, least)
+        wanted = x - first * shrink(residual / first, PENALTY * GROWTH**step)
+        level = codes.float() if zero is None else codes.float() - zero
         energy = level.square().sum(1, keepdim=True).clamp(min=1e-12)
         scale = (wanted * level).sum(1, keepdim=True) / energy
         scale = formats.round_scale(torch.where(scale > 0, scale, first), format.scale)
         if zero is not None:
             mean = (codes - wanted / scale).mean(1, keepdim=True)
             zero = torch.round(mean).clamp(format.qmin, format.qmax)
-        error = _error(x, scale, zero, format)
-        better, least = error < least, torch.minimum(error, least)
-        best = (
-            torch.where(better, scale, best[0]),
-            None if zero is None else torch.where(better, zero, best[1]),
-        )
-        beta *= GROWTH
     return formats.round_scale(best[0], format.scale), best[1]
-
-
-def _error(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Tensor:
-    rounded = formats.dequantize(formats.quantize(x, scale, zero, format), scale, zero)
-    return (rounded - x).abs().pow(NORM).sum(1, keepdim=True)
 
 
 def hqq(model: nn.Module, plan: Format | Mapping[str, Format | None]) -> nn.Module:
