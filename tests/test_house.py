@@ -1,4 +1,5 @@
-"""What the package promises about its own build: who imports whom, and how much of it there is."""
+"""What the package promises of its own build: who imports whom, how much of it there is, and that
+the examples of kit/README.md do what they say."""
 
 import ast
 import os
@@ -7,14 +8,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import kit
+from kit import artifact
+from kit.artifact.layouts import Raw
+from kit.core.protocols import LanguageModel
+from kit.core.steps import STEPS
+from kit.core.weights import weights
+from kit.data import load_corpus
+from kit.data.corpus import CORPORA
+from kit.distillation.divergences import DIVERGENCES, soft_loss
+from kit.pruning import MagnitudePruner
+from kit.pruning.criteria import CRITERIA
 
 ROOT = Path(kit.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 LINES = 10_500
 WIDTH = 100
+README = (ROOT / "README.md").read_text()
 FLOORS = [  # from the ground up: a room imports itself and what stands on lower floors
     {"core"},
     {"models", "data"},
@@ -141,3 +156,76 @@ def test_importing_changes_no_global_state():
     run = [sys.executable, "-c", STATE]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_names_every_file():
+    named, room = set(), ""
+    for line in README.split("```")[1].splitlines():
+        if line[:1].strip():
+            room = line.split()[0]
+        if room.endswith("/"):
+            named |= {f"{room}{name}.py" for name in line[15:45].split()}
+        elif room:
+            named.add(room)
+    assert named == {str(f.relative_to(ROOT)) for f in FILES if f.stem != "__init__"}
+
+
+@pytest.fixture
+def readme(monkeypatch):
+    """What the examples of kit/README.md define."""
+    for registry in (STEPS, CORPORA, DIVERGENCES, CRITERIA):
+        for name in list(registry):
+            monkeypatch.setitem(registry, name, registry[name])  # so that what is added goes again
+    before = [(registry, set(registry)) for registry in (STEPS, CORPORA, DIVERGENCES, CRITERIA)]
+    made = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.S):
+        exec(block, made)
+    yield made
+    for registry, names in before:
+        for name in set(registry) - names:
+            del registry[name]
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.Flatten(), nn.Linear(72, 6)).eval()
+
+
+def test_the_readme_s_quantizer_is_stored_trained_and_resized(readme, tmp_path):
+    model, x = small_model(), torch.randn(3, 2, 5, 5)
+    MagnitudePruner(model).prune(0.5)
+    readme["quantize_signs"](model)
+    assert len(model[2].weight[0].unique()) == 3
+    size = artifact.save(model, tmp_path / "signs.kit")
+    assert size < 0.25 * artifact.float32_bytes(model)
+    for trainable in (False, True):
+        again = artifact.load(tmp_path / "signs.kit", small_model(), trainable=trainable)
+        assert torch.equal(again(x), model(x))
+    assert artifact.save(again, tmp_path / "again.kit") == size
+    again(x).sum().backward()
+    assert again[2].parametrizations.weight.original.grad.abs().sum() > 0
+    (weight,) = weights(again, "2.weight")
+    before = weight.value
+    weight.select(lambda tensor: tensor[::2])
+    assert torch.equal(weight.value, before[::2])
+
+
+def test_the_readme_s_other_doors(readme, tmp_path, monkeypatch):
+    monkeypatch.setenv("KIT_CACHE", str(tmp_path))
+    model = MagnitudePruner(small_model(), score="relative", scope="global").prune(0.5)
+    assert sum(int((w.value == 0).sum()) for w in weights(model, matrices=True)) == 288
+    logits = torch.randn(2, 5, 7)
+    loss = soft_loss(logits, torch.randn(2, 5, 7), kind="squared", temperature=1.0)
+    assert loss.shape == (2, 5) and (soft_loss(logits, logits, kind="squared") == 0).all()
+    assert load_corpus("numbers", 300).test.size > 100
+    layout, kind = readme["Runs"](), Raw((2, 3), torch.float32)
+    assert layout.encode(kind, kind.array(torch.eye(2, 3))) is None
+    zeros = kind.array(torch.zeros(2, 3))
+    assert np.array_equal(layout.decode(kind, layout.encode(kind, zeros)), zeros)
+    gpt = nn.Module()
+    gpt.transformer = lambda ids: (embedding(ids),)
+    embedding, gpt.lm_head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+    adapted = readme["as_language_model"](gpt)
+    assert isinstance(adapted, LanguageModel)
+    ids = torch.arange(6).view(2, 3)
+    assert torch.equal(adapted(ids), gpt.lm_head(embedding(ids)))
