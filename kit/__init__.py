@@ -18,10 +18,9 @@ with contextlib.suppress(AttributeError, TypeError, OSError):  # another C libra
 
 _HOMES = {  # imported when first asked for, so that `import kit` stays light
     "kit.pipeline": ("CompressionPipeline",),
-    "kit.production": ("DistillationConfig", "ProductionModelOptimizer", "PruningConfig", "quick_optimize",
-                       "quick_quantize"),
+    "kit.production": ("DistillationConfig", "OptimizationResult", "ProductionModelOptimizer", "PruningConfig",
+                       "quick_optimize", "quick_quantize"),
     "kit.engines.quantized": ("QuantizationConfig", "QuantizedModel"),
-    "kit.engines.report": ("OptimizationResult",),
 }
 __all__ = sorted(name for names in _HOMES.values() for name in names)
 

@@ -7,6 +7,7 @@ from kit import engines
 from kit.engines import OnnxEngine, build_engine, choose_engine
 from kit.engines.choice import relative_error
 from kit.engines.folding import batch_norm_pairs, fold_batch_norms
+from kit.core.protocols import call_with
 from kit.core.weights import weight_of
 from kit.engines.kernels import Int8Conv2d, Int8Linear, int8_layer, int8_model, quantize_batch
 from kit.engines.layers import calibrate_inputs, float_copy, integer_weight
@@ -145,7 +146,7 @@ def test_int8_model_replaces_shared_modules_everywhere():
 def exported(dense, x):
     """Every engine of the small MLP, calibrated."""
     model = quantized(dense, calibration=x)
-    builder = engines.choice._Builder(model, (x,))
+    builder = engines.choice._Builder(model, call_with(x))
     return model, {name: builder.build(name) for name in NAMES}
 
 
@@ -243,7 +244,7 @@ def test_recurrent_models_with_nested_outputs(kind):
 
 def test_int4_blocks_use_the_codes_of_the_model(dense, x):
     model = quantized(dense, Format(4, granularity="group", group_size=32))
-    builder = engines.choice._Builder(model, (x,))
+    builder = engines.choice._Builder(model, call_with(x))
     with torch.no_grad():
         assert relative_error(builder.build("onnx-blocks")(x), model(x)) < 2e-4  # what rounding the inputs costs
     for name in ("onnx-int8", "torch-int8", "onnx-static"):

@@ -21,9 +21,9 @@ from kit.engines.choice import INTEGER, relative_error
 from kit.training.evaluation import evaluate
 from kit.training.losses import classification_loss
 from kit.models import build_model, parameter_count
-from kit.core.weights import bake
+from kit.core.weights import materialize
 from kit.quantization import quantizers
-from kit.engines.report import compare_models, example_inputs
+from kit.production import compare_models, example_inputs
 from kit.training import TrainConfig, train
 from torch import nn
 
@@ -136,7 +136,7 @@ def test_structured_and_unstructured_pruning_leave_the_model_alone(digits_cnn):
     smaller = optimizer.prune_structured(digits_cnn, PruningConfig(0.5, "ln_structured"), torch.rand(2, 1, 8, 8))
     assert parameter_count(smaller) < 0.4 * parameter_count(digits_cnn)
     masked = optimizer.prune_unstructured(digits_cnn, PruningConfig(0.5, "l1_unstructured", dim=1))
-    assert bake(masked)[3].weight.eq(0).float().mean() == 0.5 and same_state(digits_cnn, before)
+    assert materialize(masked)[3].weight.eq(0).float().mean() == 0.5 and same_state(digits_cnn, before)
     result = optimizer.measure(digits_cnn, masked, torch.rand(2, 1, 8, 8))
     assert result.sparsity == pytest.approx(0.5, abs=0.01) and result.bytes_after < 0.7 * result.bytes_before
     with pytest.raises(ValueError, match="choose from"):

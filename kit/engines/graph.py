@@ -1,29 +1,39 @@
-"""ONNX graphs of quantized models: float export, and the three integer forms that ONNX Runtime computes fast.
+"""ONNX graphs of quantized models: in floats, and the three integer forms that ONNX Runtime runs fast.
 
-dynamic   MatMul -> DynamicQuantizeMatMul, LSTM -> DynamicQuantizeLSTM: inputs to uint8 by each batch's range
-static    QuantizeLinear, DequantizeLinear pairs (QDQ) around layers with calibrated inputs, fused when loaded
-blocks    MatMul -> MatMulNBits: 4- or 8-bit weights, inputs rounded to int8 in blocks of a row
+onnx-int8     MatMul -> DynamicQuantizeMatMul, LSTM -> DynamicQuantizeLSTM: inputs to uint8 in each
+              batch's range
+onnx-static   QuantizeLinear, DequantizeLinear pairs (QDQ) around layers with calibrated inputs, which
+              are fused when loaded
+onnx-blocks   MatMul -> MatMulNBits: 4- or 8-bit weights, inputs rounded to int8 in blocks of a row
 """
 
 import contextlib
+import functools
 import io
 import logging
+import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
 import torch.nn.functional as F
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from kit.engines.layers import IntegerWeight, float_copy, integer_weights
+from kit.core.measurement import measure
+from kit.core.protocols import Call, call_with, tensors_of
+from kit.engines.choice import build_engine, flat, relative_error
+from kit.engines.layers import IntegerWeight, cast, float_copy, integer_weights
+from kit.engines.runtime import OnnxEngine
 
 CONTRIB = "com.microsoft"
 BLOCKS = (32, 64, 128, 256, 16)
+SMALLEST = 1024  # values of a tensor; below, the nodes that read codes take more bytes than they save
+ROUNDING = 1e-6  # relative error of float32 products in another order
 
 
 @contextlib.contextmanager
@@ -39,47 +49,98 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def export_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> ModelProto:
-    """The float ONNX graph of a model in evaluation mode, quantized weights multiplied out.
+class Exported:
+    """The float graph of a model, from which its ONNX engines are made.
 
-    The first dimension of every input is free, and the second one of sequences (integers (B, T), floats
-    (B, T, D)), where the model allows it. Raises ValueError if the model cannot be exported.
+    Raises ValueError if the call is more than tensors by position, or the model cannot be exported.
     """
-    model = float_copy(model)
-    reasons = []
-    for shapes in (_free_shapes(inputs, sequences=True), _free_shapes(inputs, sequences=False), None):
-        example = tuple(_two_rows(x) for x in inputs) if shapes else inputs
+
+    def __init__(self, model: nn.Module, call: Call):
+        if call.kwargs or not all(isinstance(x, Tensor) for x in call.args):
+            raise ValueError("ONNX engines take tensors by position, and nothing else")
+        self.name, self.weights = type(model).__name__, integer_weights(model)
+        with torch.no_grad():
+            self.template = call(float_copy(model))
+        self.proto = export_graph(model, call.args)
+
+    def engine(self, name: str) -> OnnxEngine:
+        """One of the engines `onnx-*`. Raises ValueError if no layer allows it."""
+        proto = self.proto
+        if name != "onnx-float32":
+            replace, layers = FORMS[name]
+            graph = _Graph(proto, self.weights)
+            proto = graph.rewritten(replace)
+            lstms = name == "onnx-int8" and any(node.op_type == "LSTM" for node in proto.graph.node)
+            if not graph.replaced and not lstms:
+                raise ValueError(f"{self.name} has no {layers}")
+            proto = _quantize_lstms(proto) if lstms else proto
+        return OnnxEngine(proto.SerializeToString(), self.template)
+
+
+def export_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> ModelProto:
+    """The float graph of a model in evaluation mode, quantized weights multiplied out.
+
+    The first dimension of inputs is free, and the second one of sequences (integers (B, T), floats
+    (B, T, D)), where the graph then gives what the model gives at another size. Its outputs are the
+    tensors of the model's output in order. Raises ValueError if the model cannot be exported.
+    """
+    model, name, reasons = float_copy(model), type(model).__name__, []
+    model.forward = _tensors_only(model.forward)
+    example = tuple(torch.cat([x, x]) if x.ndim and len(x) == 1 else x for x in inputs)
+    for sequences in (True, False, None):
+        free = [_free(x, example[0], sequences) for x in example]
+        shapes = tuple(dict.fromkeys(dims, torch.export.Dim.AUTO) for dims in free)
+        arguments = example if any(free) else inputs
         try:
             with quiet(), torch.no_grad():
-                program = torch.onnx.export(model, example, dynamo=True, verbose=False, dynamic_shapes=shapes)
-            return _fold(_strip(program.model_proto))
+                program = torch.onnx.export(
+                    model, arguments, dynamo=True, verbose=False, dynamic_shapes=shapes
+                )
+                proto = _fold(_strip(program.model_proto))
+                longer = [_longer(x, dims) for x, dims in zip(arguments, free)]
+                if not any(free) or _computes(proto, model, longer):
+                    return proto
+            reasons.append("the graph does not follow the size of its inputs")
         except Exception as error:  # the exporter raises anything, of any type, over hundreds of lines
-            reasons.append(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
-    raise ValueError(f"{type(model).__name__} cannot be exported to ONNX: {reasons[-1]}")
+            reasons.append((str(error).strip() or type(error).__name__).splitlines()[0])
+    raise ValueError(f"{name} cannot be exported to ONNX: {reasons[-1]}")
 
 
-def _free_shapes(inputs, sequences: bool):
-    free = torch.export.Dim.AUTO
-    return tuple(
-        {0: free, 1: free}
-        if sequences and (x.ndim == 3 or (x.ndim == 2 and not x.is_floating_point()))
-        else {0: free}
-        for x in inputs
-    )
+def _tensors_only(forward):
+    @functools.wraps(forward)
+    def wrapped(*args, **kwargs):
+        return tuple(tensors_of(forward(*args, **kwargs)))
+
+    return wrapped
 
 
-def _two_rows(x: Tensor) -> Tensor:
-    """Exporters take a dimension of length 1 for a constant."""
-    return x if len(x) > 1 else torch.cat([x, x])
+def _free(x: Tensor, first: Tensor, sequences: bool | None) -> list[int]:
+    """Dimensions that may change: that of the batch, and of sequences the second. None: no dimension."""
+    if sequences is None or not x.ndim or not first.ndim:
+        return []
+    sequence = x.ndim == 3 or (x.ndim == 2 and not x.is_floating_point())
+    return [0] * (len(x) == len(first)) + [1] * (sequences and sequence)
 
 
-def _strip(graph: ModelProto) -> ModelProto:
-    """Without the exporter's notes (stack traces, source lines), which are most of a small model's file."""
-    del graph.graph.value_info[:], graph.graph.metadata_props[:], graph.metadata_props[:]
-    for node in nodes_of(graph.graph.node):
+def _longer(x: Tensor, dims: list[int]) -> Tensor:
+    for dim in dims:
+        x = torch.cat([x, x.narrow(dim, 0, 1)], dim)
+    return x
+
+
+def _computes(proto: ModelProto, model: nn.Module, inputs: list[Tensor]) -> bool:
+    """Whether a graph gives what the model gives. Exporters unroll loops over a size that was free."""
+    expected = model(*inputs)
+    return relative_error(OnnxEngine(proto.SerializeToString(), expected)(*inputs), expected) < ROUNDING
+
+
+def _strip(proto: ModelProto) -> ModelProto:
+    """Without the exporter's notes (stack traces, source lines), most of a small model's file."""
+    del proto.graph.value_info[:], proto.graph.metadata_props[:], proto.metadata_props[:]
+    for node in nodes_of(proto.graph.node):
         del node.metadata_props[:]
         node.doc_string = ""
-    return graph
+    return proto
 
 
 def nodes_of(nodes) -> Iterator[NodeProto]:
@@ -90,10 +151,10 @@ def nodes_of(nodes) -> Iterator[NodeProto]:
             yield from nodes_of(attribute.g.node)
 
 
-def _fold(graph: ModelProto) -> ModelProto:
-    """Constants computed, so that an LSTM's weights, whose gates the exporter reorders, are weights again."""
-    if not any(node.op_type in ("LSTM", "GRU") for node in graph.graph.node):
-        return graph
+def _fold(proto: ModelProto) -> ModelProto:
+    """With constants computed: an LSTM's weights, whose gates exporters reorder, are weights again."""
+    if not any(node.op_type in ("LSTM", "GRU") for node in proto.graph.node):
+        return proto
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -101,84 +162,94 @@ def _fold(graph: ModelProto) -> ModelProto:
     options.log_severity_level = 3
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "folded.onnx")
-        onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        provider = ["CPUExecutionProvider"]
+        onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=provider)
         return onnx.load(options.optimized_model_filepath)
 
 
-class _Rewriter:
-    """Replaces the nodes of a graph that multiply by a quantized weight."""
+def _quantize_lstms(proto: ModelProto) -> ModelProto:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    def __init__(self, graph: ModelProto, model: nn.Module):
-        self.graph = ModelProto()
-        self.graph.CopyFrom(graph)
-        self.weights = integer_weights(model)
-        self.values = {tensor.name: numpy_helper.to_array(tensor) for tensor in self.graph.graph.initializer}
-        self.replaced = 0
+    settings = {"op_types_to_quantize": ["LSTM"], "weight_type": QuantType.QInt8}
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lstm.onnx"
+        quantize_dynamic(proto, path, per_channel=True, **settings)
+        return onnx.load(path)
 
-    def rewrite(self, replace: Callable) -> ModelProto:
-        """replace(self, node, weight, transposed) -> the new nodes, or None to leave the node alone."""
-        nodes = []
-        for node in self.graph.graph.node:
-            weight, transposed = self._weight_of(node)
-            new = replace(self, node, weight, transposed) if weight is not None else None
-            self.replaced += new is not None
-            nodes += new or [node]
-        del self.graph.graph.node[:]
-        self.graph.graph.node.extend(nodes)
-        self._finish()
-        return self.graph
 
-    def _weight_of(self, node: NodeProto) -> tuple[IntegerWeight | None, bool]:
-        if node.op_type not in ("Gemm", "MatMul", "Conv") or node.input[1] not in self.values:
-            return None, False
-        value = self.values[node.input[1]]
-        flags = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        if value.dtype != np.float32 or (node.op_type != "Conv" and value.ndim != 2):
-            return None, False
-        if flags.get("transA") or flags.get("alpha", 1) != 1 or flags.get("beta", 1) != 1:
-            return None, False
-        rows_first = node.op_type == "Conv" or bool(flags.get("transB"))
-        matrix = torch.from_numpy(np.array(value if rows_first else value.T)).flatten(1)
-        found = (weight.as_found(matrix) for weight in self.weights if weight.codes.shape == matrix.shape)
-        return next((weight for weight in found if weight is not None), None), not rows_first
+class _Graph:
+    """A copy of a graph, whose float weights are recognized among a model's integer ones."""
+
+    def __init__(self, proto: ModelProto, weights: list[IntegerWeight]):
+        self.proto, self.weights, self.replaced = ModelProto(), weights, 0
+        self.proto.CopyFrom(proto)
+        self.values = {t.name: numpy_helper.to_array(t) for t in self.proto.graph.initializer}
+
+    def find(self, value: np.ndarray, transposed: bool = False) -> IntegerWeight | None:
+        """The integer form of a weight; transposed: the graph holds it as (columns, rows)."""
+        tensor = torch.from_numpy(np.array(value.T if transposed else value))
+        same = [weight for weight in self.weights if weight.codes.numel() == tensor.numel()]
+        rows = [(w, tensor.reshape(w.codes.shape)) for w in same if len(tensor) in (len(w.codes), w.view.shape[0])]
+        return next((found for w, matrix in rows if (found := w.as_found(matrix)) is not None), None)
 
     def constant(self, name: str, value) -> str:
         """Adds a constant and returns its name."""
         if name not in self.values:
-            self.values[name] = np.ascontiguousarray(value)
-            self.graph.graph.initializer.append(numpy_helper.from_array(self.values[name], name))
+            self.values[name] = np.ascontiguousarray(value).reshape(np.shape(value))
+            self.proto.graph.initializer.append(numpy_helper.from_array(self.values[name], name))
         return name
 
-    def _finish(self) -> None:
-        graph = self.graph.graph
-        used = names_read(graph.node) | {output.name for output in graph.output}
-        kept = [tensor for tensor in graph.initializer if tensor.name in used]
-        del graph.initializer[:]
+    def rewritten(self, replace) -> ModelProto:
+        """The graph with replace(self, node, weight, transposed), where that gives nodes, in place of
+        each node that multiplies by a quantized weight."""
+        nodes = []
+        for node in self.proto.graph.node:
+            weight, transposed = self._weight_of(node)
+            new = None if weight is None else replace(self, node, weight, transposed)
+            self.replaced += new is not None
+            nodes += new or [node]
+        return self.finished(nodes)
+
+    def finished(self, nodes: list[NodeProto]) -> ModelProto:
+        """The graph with these nodes, and without constants that none of them reads."""
+        graph = self.proto.graph
+        used = {name for node in nodes_of(nodes) for name in node.input}
+        kept = [t for t in graph.initializer if t.name in used.union(y.name for y in graph.output)]
+        del graph.node[:], graph.initializer[:]
+        graph.node.extend(nodes)
         graph.initializer.extend(kept)
-        if CONTRIB not in {entry.domain for entry in self.graph.opset_import}:
-            self.graph.opset_import.append(helper.make_opsetid(CONTRIB, 1))
+        if CONTRIB not in {entry.domain for entry in self.proto.opset_import}:
+            self.proto.opset_import.append(helper.make_opsetid(CONTRIB, 1))
+        return self.proto
 
-
-def names_read(nodes) -> set[str]:
-    """Everything the nodes read, also inside loops and branches."""
-    return {name for node in nodes_of(nodes) for name in node.input}
+    def _weight_of(self, node: NodeProto) -> tuple[IntegerWeight | None, bool]:
+        if node.op_type not in ("Gemm", "MatMul", "Conv") or node.input[1] not in self.values:
+            return None, False
+        value, convolution = self.values[node.input[1]], node.op_type == "Conv"
+        flags = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if value.dtype != np.float32 or (not convolution and value.ndim != 2):
+            return None, False
+        if flags.get("transA") or flags.get("alpha", 1) != 1 or flags.get("beta", 1) != 1:
+            return None, False
+        transposed = not convolution and not flags.get("transB")
+        return self.find(value, transposed), transposed
 
 
 def _bias(node: NodeProto) -> str:
     return node.input[2] if len(node.input) > 2 else ""
 
 
-def _dynamic(r: _Rewriter, node: NodeProto, weight: IntegerWeight, transposed: bool):
+def _dynamic(graph: _Graph, node: NodeProto, weight: IntegerWeight, transposed: bool):
     if node.op_type == "Conv" or not weight.per_row:
         return None
     name = node.output[0]
-    codes = r.constant(f"{name}.codes", weight.codes.t().numpy())
-    scale = r.constant(f"{name}.scale", weight.scale[:, 0].numpy())
+    codes = graph.constant(f"{name}.codes", weight.codes.t().numpy())
+    scale = graph.constant(f"{name}.scale", weight.scale[:, 0].numpy())
     inputs = [node.input[0], codes, scale, "", _bias(node)]
     return [helper.make_node("DynamicQuantizeMatMul", inputs, node.output, node.name, domain=CONTRIB)]
 
 
-def _blocks(r: _Rewriter, node: NodeProto, weight: IntegerWeight, transposed: bool):
+def _blocks(graph: _Graph, node: NodeProto, weight: IntegerWeight, transposed: bool):
     rows, columns = weight.codes.shape
     size = weight.block if not weight.per_row else BLOCKS[0]
     if node.op_type == "Conv" or size not in BLOCKS:
@@ -188,106 +259,123 @@ def _blocks(r: _Rewriter, node: NodeProto, weight: IntegerWeight, transposed: bo
     packed = unsigned.to(torch.uint8).reshape(rows, count, size)
     if bits == 4:
         packed = packed[..., 0::2] | (packed[..., 1::2] << 4)
-    inputs = [
-        node.input[0],
-        r.constant(f"{name}.codes", packed.numpy()),
-        r.constant(f"{name}.scale", weight.scale.expand(rows, count).reshape(-1).numpy()),
-        "",
-        "",
-        _bias(node),
-    ]
-    return [
-        helper.make_node(
-            "MatMulNBits",
-            inputs,
-            node.output,
-            node.name,
-            domain=CONTRIB,
-            K=columns,
-            N=rows,
-            bits=bits,
-            block_size=size,
-            accuracy_level=4,
-        )
-    ]
+    codes = graph.constant(f"{name}.codes", packed.numpy())
+    scale = graph.constant(f"{name}.scale", weight.scale.expand(rows, count).reshape(-1).numpy())
+    inputs = [node.input[0], codes, scale, "", "", _bias(node)]
+    shape = {"K": columns, "N": rows, "bits": bits, "block_size": size, "accuracy_level": 4}
+    return [helper.make_node("MatMulNBits", inputs, node.output, node.name, domain=CONTRIB, **shape)]
 
 
-def _static(r: _Rewriter, node: NodeProto, weight: IntegerWeight, transposed: bool):
+def _static(graph: _Graph, node: NodeProto, weight: IntegerWeight, transposed: bool):
     if weight.input_grid is None or not weight.per_row:
         return None
-    scale, zero = weight.input_grid
-    shape = r.values[node.input[1]].shape
+    (scale, zero), out, scales = weight.input_grid, node.output[0], weight.scale[:, 0].numpy()
+    shape = graph.values[node.input[1]].shape
     codes = weight.codes.t() if transposed else weight.codes.reshape(shape)
-    scales, out = weight.scale[:, 0].numpy(), node.output[0]
-    grid = [r.constant(f"{out}.x.scale", np.float32(scale)), r.constant(f"{out}.x.zero", np.uint8(zero))]
+    step = graph.constant(f"{out}.x.scale", np.float32(scale))
+    origin = graph.constant(f"{out}.x.zero", np.uint8(zero))
     new = [
-        helper.make_node("QuantizeLinear", [node.input[0], *grid], [f"{out}.x.codes"]),
-        helper.make_node("DequantizeLinear", [f"{out}.x.codes", *grid], [f"{out}.x"]),
-        _constant_codes(r, f"{out}.weight", codes.numpy(), scales, int(transposed)),
+        helper.make_node("QuantizeLinear", [node.input[0], step, origin], [f"{out}.x.codes"]),
+        helper.make_node("DequantizeLinear", [f"{out}.x.codes", step, origin], [f"{out}.x"]),
+        _dequantized(graph, f"{out}.weight", codes.numpy(), scales, int(transposed)),
     ]
-    bias = []
-    if _bias(node):
-        units = scales * np.float32(
-            scale
-        )  # those of the integer products, which the fused kernels add a bias to
-        rounded = np.clip(np.round(r.values[_bias(node)] / units), -(2**31), 2**31 - 1).astype(np.int32)
-        new.append(_constant_codes(r, f"{out}.bias", rounded, units, 0))
-        bias = [f"{out}.bias"]
-    copy = NodeProto()
-    copy.CopyFrom(node)
-    del copy.input[:]
-    copy.input.extend([f"{out}.x", f"{out}.weight", *bias])
-    return [*new, copy]
+    copied = NodeProto()
+    copied.CopyFrom(node)
+    copied.input[:2] = [f"{out}.x", f"{out}.weight"]
+    if _bias(node):  # in units of the integer products, to which the fused kernels add it
+        units = scales * np.float32(scale)
+        rounded = np.clip(np.round(graph.values[_bias(node)] / units), -(2**31), 2**31 - 1)
+        new.append(_dequantized(graph, f"{out}.bias", rounded.astype(np.int32), units, 0))
+        copied.input[2] = f"{out}.bias"
+    return [*new, copied]
 
 
-def _constant_codes(r: _Rewriter, name: str, codes: np.ndarray, scales: np.ndarray, axis: int) -> NodeProto:
-    """Integer constants multiplied out, symmetric, with a scale per entry of `axis`."""
-    inputs = [
-        r.constant(f"{name}.codes", codes),
-        r.constant(f"{name}.scale", scales),
-        r.constant(f"{name}.zero", np.zeros(len(scales), codes.dtype)),
-    ]
+def _dequantized(graph: _Graph, name: str, codes: np.ndarray, scales: np.ndarray, axis: int) -> NodeProto:
+    """Symmetric integers with a scale for each entry of `axis`, multiplied out."""
+    parts = {"codes": codes, "scale": scales, "zero": np.zeros(len(scales), codes.dtype)}
+    inputs = [graph.constant(f"{name}.{part}", value) for part, value in parts.items()]
     return helper.make_node("DequantizeLinear", inputs, [name], axis=axis)
 
 
-def dynamic_graph(graph: ModelProto, model: nn.Module) -> ModelProto:
-    """Integer products with inputs rounded by each batch's range. Raises ValueError if no layer allows it."""
-    rewriter = _Rewriter(graph, model)
-    result = rewriter.rewrite(_dynamic)
-    lstms = sum(node.op_type == "LSTM" for node in result.graph.node)
-    if not rewriter.replaced + lstms:
-        raise ValueError(f"{type(model).__name__} has no Linear or LSTM with INT8 codes a row")
-    return _quantize_lstms(result) if lstms else result
+FORMS = {
+    "onnx-int8": (_dynamic, "Linear or LSTM with INT8 codes a row"),
+    "onnx-static": (_static, "layer with a calibrated input: quantize it statically first"),
+    "onnx-blocks": (_blocks, f"Linear with integer codes in blocks of {sorted(BLOCKS)}"),
+}
 
 
-def _quantize_lstms(graph: ModelProto) -> ModelProto:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+def store_codes(proto: ModelProto, model: nn.Module) -> ModelProto:
+    """The graph with codes in place of float weights that are quantized in `model`, a scale a row.
 
-    with quiet(), tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "lstm.onnx"
-        quantize_dynamic(
-            graph, path, op_types_to_quantize=["LSTM"], per_channel=True, weight_type=QuantType.QInt8
-        )
-        return onnx.load(path)
+    Embeddings are looked up in codes, other weights are multiplied out when the graph is loaded; the
+    outputs stay the same.
+    """
+    graph = _Graph(proto, [weight for weight in integer_weights(model) if weight.per_row])
+    first, nodes = [], list(graph.proto.graph.node)
+    for name, value in list(graph.values.items()):
+        if value.dtype != np.float32 or value.ndim < 2 or value.size < SMALLEST:
+            continue
+        weight, turned = graph.find(value), False
+        if weight is None and value.ndim == 2:
+            weight, turned = graph.find(value, transposed=True), True
+        if weight is None:
+            continue
+        rows = value.shape[:1] if len(weight.codes) == len(value) else value.shape[:-1]
+        codes = weight.codes.t() if turned else weight.codes.reshape(value.shape)
+        scale = weight.scale.t() if turned else weight.scale.reshape(*rows, *[1] * (value.ndim - len(rows)))
+        inputs = [graph.constant(f"{name}.codes", codes.numpy()), graph.constant(f"{name}.scale", scale.numpy())]
+        if all(_looks_up(node, name) for node in nodes_of(nodes) if name in node.input):
+            nodes = [n for node in nodes for n in (_look_up(node, *inputs) if name in node.input else [node])]
+        else:
+            first += _product(*inputs, name)
+    return graph.finished([*first, *nodes])
 
 
-def block_graph(graph: ModelProto, model: nn.Module) -> ModelProto:
-    """4- and 8-bit blocks with inputs rounded in blocks. Raises ValueError if no layer allows it."""
-    rewriter = _Rewriter(graph, model)
-    result = rewriter.rewrite(_blocks)
-    if not rewriter.replaced:
-        raise ValueError(
-            f"{type(model).__name__} has no Linear with integer codes in blocks of {sorted(BLOCKS)}"
-        )
-    return result
+def _product(codes: str, scale: str, out: str) -> list[NodeProto]:
+    to_float = helper.make_node("Cast", [codes], [f"{out}.float"], to=TensorProto.FLOAT)
+    return [to_float, helper.make_node("Mul", [f"{out}.float", scale], [out])]
 
 
-def static_graph(graph: ModelProto, model: nn.Module) -> ModelProto:
-    """The QDQ form of layers with calibrated inputs. Raises ValueError if there is none."""
-    rewriter = _Rewriter(graph, model)
-    result = rewriter.rewrite(_static)
-    if not rewriter.replaced:
-        raise ValueError(
-            f"{type(model).__name__} has no layer with a calibrated input: quantize it statically first"
-        )
-    return result
+def _looks_up(node: NodeProto, name: str) -> bool:
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+    return node.op_type == "Gather" and node.input[0] == name and axis == 0
+
+
+def _look_up(node: NodeProto, codes: str, scale: str) -> list[NodeProto]:
+    """The same rows from codes."""
+    index, out = node.input[1], node.output[0]
+    pairs = [(codes, f"{out}.codes"), (scale, f"{out}.scale")]
+    gathers = [helper.make_node("Gather", [table, index], [rows]) for table, rows in pairs]
+    return [*gathers, *_product(f"{out}.codes", f"{out}.scale", out)]
+
+
+def export_onnx(model: nn.Module, path: str | os.PathLike, inputs, engine: str = "onnx-float32") -> dict:
+    """Writes a module's graph in the form of an ONNX engine, and runs it against torch.
+
+    onnx-static is QDQ pairs, which any runtime with INT8 kernels understands; onnx-int8 and onnx-blocks
+    are ONNX Runtime's own operators. Quantized weights that are computed with in floats (embeddings,
+    experts) are stored as codes all the same. The outputs are compared with those of the module as it
+    is (fake-quantized), the time with that of the float one.
+    Returns `bytes`, `engine`, `max_difference`, `relative_error`, `torch_ms` and `onnx_ms` (medians).
+    Raises ValueError if the model cannot be exported.
+    """
+    call, name = cast(call_with(inputs), torch.float32), type(model).__name__
+    made, floats = build_engine(model, engine, call), float_copy(model)
+    if engine != "onnx-float32":
+        proto = store_codes(onnx.load_from_string(made.graph.numpy().tobytes()), model)
+        made = OnnxEngine(proto.SerializeToString(), made.template)
+    size = made.save(path)
+    loaded = OnnxEngine.load(path)
+    with torch.inference_mode():
+        expected, outputs = call(model), call(loaded)
+        times = measure({"torch": lambda: call(floats), "onnx": lambda: call(loaded)}, 0.3)
+    y, r = flat(outputs), flat(expected)
+    if y.shape != r.shape:
+        raise ValueError(f"{path} gives {len(y)} values, the {name} {len(r)}: do not use it")
+    return {
+        "bytes": size,
+        "engine": engine,
+        "max_difference": (y - r).abs().max().item(),
+        "relative_error": relative_error(outputs, expected),
+        **{f"{key}_ms": 1e3 * time.median for key, time in times.items()},
+    }

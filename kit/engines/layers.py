@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kit.core.protocols import Call, call_of, tree_map
+from kit.core.protocols import call_of, tree_map
 from kit.core.weights import MatrixView, Weight, materialize, weights
 from kit.quantization.activations import ActivationQuantizer, calibrate
 from kit.quantization.formats import Format
@@ -98,24 +98,27 @@ def quantize_input(module: nn.Module, arguments: tuple) -> tuple:
 
 
 def calibrate_inputs(model: nn.Module, batches: Iterable) -> nn.Module:
-    """Rounds the inputs of linear layers and convolutions to 8 bits in ranges found on `batches` (see
-    `kit.core.protocols.call_of`; floats are cast to float32), in place.
+    """Rounds the inputs of linear layers and convolutions to 8 bits in ranges found on `batches`
+    (`kit.core.protocols.call_of`; floats in any dtype), in place.
 
     Layers that no batch reaches (their weight is read by other code) stay as they are.
     """
     for module in list(model.modules()):
         if isinstance(module, INTEGER_LAYERS) and not hasattr(module, INPUT_QUANTIZER):
             setattr(module, INPUT_QUANTIZER, ActivationQuantizer(8, symmetric=False))
-    calls = (call_of(batch) for batch in batches)
-    calibrate(hook_input_quantizers(model), (cast(call, torch.float32) for call in calls))
+    calls = (cast(call_of(batch), dtype_of(model)) for batch in batches)
+    calibrate(hook_input_quantizers(model), calls)
     return _drop_input_quantizers(model, unless=_input_grid)
 
 
 def cast(value, dtype: torch.dtype):
-    """A call, or a nest of tensors, with its floating-point tensors in dtype."""
-    if isinstance(value, Call):
-        return Call(cast(value.args, dtype), cast(value.kwargs, dtype), value.targets)
+    """A call, or any nest of tensors, with its floating-point tensors in dtype."""
     return tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, value)
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's first floating-point parameter."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def hook_input_quantizers(model: nn.Module) -> nn.Module:
