@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -281,3 +282,28 @@ def test_tensors_are_listed_once_under_the_names_of_the_plain_model(saved):
     names = [weight.name for weight in weights(small_lm())]
     assert [name for name in table.tensor if name in names] == names
     assert set(table[table.tensor.str.endswith("w_in")].bits) == {4}
+
+
+# Files of the version before
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.mark.parametrize("name", ["tables", "formats"])
+def test_files_of_the_version_before_still_load(name, tmp_path):
+    """Written by the code of KIT3, with the logits that it computed; every format, mask, layout and transform."""
+    before = np.load(DATA / "kit3.npz")
+    tokens, path = torch.arange(24)[None], DATA / f"kit3_{name}.kit"
+    for trainable in (False, True):
+        model = artifact.load(path, trainable=trainable, parts=before["parts"])
+        assert np.allclose(model(tokens).detach().numpy(), before[name], rtol=1e-5, atol=1e-5)
+    assert artifact.save(model, tmp_path / "a") <= path.stat().st_size + 16  # a header tells steps in full
+    again = artifact.load(tmp_path / "a", parts=before["parts"])
+    assert torch.equal(again(tokens), model(tokens))
+
+
+def test_range_coded_files_of_the_first_versions_are_refused(tmp_path):
+    body = b"KIT2" + (DATA / "kit3_tables.kit").read_bytes()[4:-artifact.file.CHECKSUM]
+    (tmp_path / "a").write_bytes(body + hashlib.sha256(body).digest())
+    with pytest.raises(artifact.ArtifactError, match="earlier version"):
+        artifact.load(tmp_path / "a", parts=np.load(DATA / "kit3.npz")["parts"])

@@ -86,6 +86,6 @@ def _codes(entry: dict, parts: list[bytes]) -> tuple[str, list[bytes], dict]:
 
 
 def _joined(entry: dict, parts: list[bytes]) -> bytes:
-    if entry["layout"] == "gaps":
+    if entry["layout"] == "gaps" and entry["nonzero"]:
         return struct.pack("<I", entry["nonzero"]) + parts[1] + parts[0]
     return b"".join(parts)

@@ -127,10 +127,14 @@ class Gaps:
 
     def encode(self, kind: Raw | Codes, values: np.ndarray) -> bytes:
         at = np.flatnonzero(kind.nonzero(values))
+        if not len(at):
+            return b""
         gaps = range_coder.encode(np.diff(at, prepend=-1)[None] - 1)
         return struct.pack("<I", len(at)) + kind.pack(values[at]) + gaps
 
     def decode(self, kind: Raw | Codes, data: bytes) -> np.ndarray:
+        if not data:
+            return kind.zeros()
         (count,) = struct.unpack("<I", data[:4].ljust(4, b"\0"))
         end = 4 + kind.nbytes(count)
         _expect(min(len(data), end), end)

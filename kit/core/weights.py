@@ -321,31 +321,3 @@ def gradients(model: nn.Module, batches: Iterable, loss: Callable) -> Iterator[d
         found = {weight.name: weight.original.grad for weight in weights(model)}
         model.zero_grad(set_to_none=True)
         yield {name: grad for name, grad in found.items() if grad is not None}
-
-
-# TEMPORARY: the old names, until every room uses Weight. Delete.
-
-
-def named_weights(model):
-    for w in weights(model):
-        yield w.name, w.module, w.attribute
-
-
-def weight_matrices(model):
-    for w in weights(model, matrices=True):
-        yield w.name, w.module, w.attribute
-
-
-def steps_of(module, attribute):
-    return Weight(module, module, attribute, attribute).steps
-
-
-def find_step(module, attribute, kind):
-    return next((step for step in steps_of(module, attribute) if isinstance(step, kind)), None)
-
-
-def matching(model, patterns):
-    return [(w.name, w.module, w.attribute) for w in weights(model, patterns)]
-
-
-bake = materialize
