@@ -532,3 +532,90 @@ def test_a_sample_of_the_whole_vocabulary_changes_nothing(teacher, student):
     torch.testing.assert_close(sampled, whole)
     with pytest.raises(ValueError, match="temperature 1"):
         DistillationTrainer(teacher, student, temperature=2.0, sample=VocabularySample())
+
+
+# What is registered, and other models' calls
+
+
+def test_a_registered_divergence_is_chunked_and_correct(teacher, student, loader, monkeypatch):
+    monkeypatch.setattr(losses, "FUNCTION_BLOCK", 4 * 16 * VOCABULARY)
+
+    @register_divergence("total variation, squared")
+    def variation(log_q, log_p):
+        return (log_q.exp() - log_p.exp()).square().sum(-1)
+
+    inputs, targets = next(iter(loader))
+    trainer = DistillationTrainer(teacher, student, 1.0, 1.0, 0.0, kind="total variation, squared")
+    loss = trainer(student, (inputs, targets)) - 0.01 * student.auxiliary_loss()
+    with torch.no_grad():
+        p = teacher(inputs).softmax(-1)
+    expected = (student(inputs).softmax(-1) - p).square().sum(-1).mean()
+    torch.testing.assert_close(loss, expected)
+    weight = student.head.weight
+    torch.testing.assert_close(*(torch.autograd.grad(x, weight, retain_graph=True) for x in (loss, expected)))
+    assert DIVERGENCES.pop("total variation, squared") is variation
+
+
+def test_a_registered_feature_loss_is_used_by_name(teacher, student, loader):
+    @register_feature_loss("largest")
+    def largest(student, teacher):
+        return (student - teacher).abs().max()
+
+    settings = {"features": [("layers.0", "layers.0")], "feature_loss": "largest"}
+    trainer = DistillationTrainer(teacher, student, **settings)
+    trainer.prepare(loader)
+    trainer(student, next(iter(loader))).backward()
+    assert FEATURE_LOSSES.pop("largest") is largest and trainer.parts["features"] > 0
+    assert trainer.features.projections[0].weight.shape == (16, 8)
+
+
+def test_features_come_from_the_first_of_several_teachers(teacher, student, loader):
+    second = LSTMLM(LSTMLMConfig(VOCABULARY, d_model=8, hidden=8)).eval()
+    trainer = DistillationTrainer([teacher, second], student)
+    trainer.prepare(loader)
+    batch = next(iter(loader))
+    trainer(student, batch)
+    alone = DistillationTrainer(teacher, student)
+    alone(student, batch)
+    assert trainer.parts["features"] == alone.parts["features"] > 0
+
+
+class Tagger(nn.Module):
+    """Layers that happen to be called as a language model's methods, a second input, a tuple as output."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.hidden, self.output = nn.Linear(3, 8), nn.Linear(8, 5)
+
+    def forward(self, x, scale):
+        return self.output(self.hidden(x * scale).relu()), x
+
+
+def test_any_batch_and_any_output(tmp_path):
+    x, scale, labels = torch.randn(12, 4, 3), torch.rand(12, 4, 1), torch.randint(5, (12, 4))
+    data = TensorDataset(x, scale, labels)
+    as_dict = [dict(zip(("x", "scale", "labels"), row)) for row in data]
+    teacher, student, found = Tagger(0).eval(), Tagger(1), []
+    for name, dataset in {"tuple": data, "dict": as_dict}.items():
+        loader = DataLoader(dataset, 6)
+        cache = build_cache(teacher, loader, tmp_path / name, k=5)
+        for source, batch in ((teacher, next(iter(loader))), (cache, next(iter(cache.wrap(loader))))):
+            found.append(DistillationTrainer(source, student)(student, batch))
+        result = DistillationTrainer(cache, student).fit(cache.wrap(loader), TrainConfig(steps=2, lr=1e-9), log=False)
+        assert result.tokens == 2 * 24
+    plain = plain_divergence("forward", student(x[:6], scale[:6])[0], teacher(x[:6], scale[:6])[0], 2.0).mean()
+    plain = 0.7 * plain + 0.3 * F.cross_entropy(student(x[:6], scale[:6])[0].flatten(0, 1), labels[:6].flatten())
+    torch.testing.assert_close(torch.stack(found), plain.expand(4), atol=2e-3, rtol=2e-3)
+    with pytest.raises(ValueError, match="holds no targets"):
+        DistillationTrainer(teacher, student)(student, {"x": x, "scale": scale})
+
+
+def test_a_cache_serves_any_batch_size_and_sampler(teacher, loader, tmp_path):
+    cache = build_cache(teacher, loader, tmp_path / "cache", k=5)
+    order = [3, 1, 7]
+    other = DataLoader(loader.dataset, batch_size=2, sampler=order)
+    batches = list(cache.wrap(other))
+    assert [len(batch.targets) for batch in batches] == [2, 1]
+    assert torch.equal(torch.cat([b.targets for b in batches]), loader.dataset.tensors[1][order])
+    assert torch.equal(torch.cat([b.soft.indices for b in batches]), cache[order].indices)

@@ -88,6 +88,21 @@ def test_narrow_layers_keep_a_consistent_set_of_units(teacher):
     assert torch.equal(student.layers[1].moe.w_in, teacher.layers[1].moe.w_in[:, ::2][:, :, units])
 
 
+def test_kept_units_are_those_with_the_largest_share_of_variance_in_both_tables():
+    """Eight units: 0-3 vary most in the embedding, 4-7 in the output layer, whose numbers are a thousand times larger. As
+    shares of each table's variance, the two largest are 1 (40 % + 10 %) and 6 (15 % + 30 %)."""
+    teacher = ResNetBK(ResNetBKConfig(VOCABULARY, d_model=8, layers=1, experts=1, d_ff=4, channels=4)).eval()
+    shares = [25, 40, 5, 5, 0, 5, 15, 5], [2, 10, 12, 8, 26, 8, 30, 4]
+    noise = torch.linspace(-1, 1, VOCABULARY)
+    for table, share, scale in zip((teacher.embedding.weight, teacher.head.weight), shares, (1, 1000)):
+        deviation = torch.tensor(share, dtype=torch.float32).sqrt()
+        table.data = scale * noise[:, None] * deviation / noise.std() + 7
+    student = ResNetBK(dataclasses.replace(teacher.config, d_model=2))
+    initialize_from_teacher(student, teacher)
+    assert torch.equal(student.embedding.weight, teacher.embedding.weight[:, [1, 6]])
+    assert torch.equal(student.head.weight, teacher.head.weight[:, [1, 6]])
+
+
 def test_other_models_take_what_fits(teacher):
     student = LSTMLM(LSTMLMConfig(VOCABULARY, d_model=8, hidden=8))
     assert set(initialize_from_teacher(student, teacher)) == {

@@ -112,3 +112,25 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="7 of 7 windows is not finite"):
         evaluate(model, batches())
     assert evaluation(np.array([1e5])).perplexity == math.inf
+
+
+def test_batches_and_outputs_of_other_models():
+    class Returns(nn.Module):
+        def __init__(self, wrap):
+            super().__init__()
+            torch.manual_seed(0)
+            self.hidden, self.output, self.wrap = nn.Linear(3, 5), nn.Linear(5, 4), wrap
+
+        def forward(self, x, scale=1.0):
+            return self.wrap(self.output(self.hidden(x * scale)))
+
+    x, y = torch.randn(6, 3), torch.randint(4, (6,))
+    plain = evaluate(Returns(lambda z: z), [(x, y)])
+    for wrap in (lambda z: (z, x), lambda z: {"logits": z, "loss": z.sum()}):
+        assert evaluate(Returns(wrap), [{"x": x, "labels": y}]).nll == plain.nll
+    halved = evaluate(Returns(lambda z: z), [(2 * x, torch.tensor(0.5), y)])
+    assert halved.nll == pytest.approx(plain.nll) and halved.classifier
+    with pytest.raises(ValueError, match="holds no targets"):
+        evaluate(Returns(lambda z: z), [x])
+    pixels = evaluate(nn.Conv2d(3, 4, 1), [(torch.randn(2, 3, 6, 6), torch.randint(4, (2, 6, 6)))])
+    assert pixels.tokens == 72 and not pixels.classifier

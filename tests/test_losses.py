@@ -6,8 +6,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kit.core.protocols import LanguageModel
-from kit.training.losses import VocabularySample, classification_loss, linear_cross_entropy, linear_token_losses, next_token_loss
 from kit.models import build_model
+from kit.training.losses import (
+    VocabularySample, chunked_linear_loss, classification_loss, linear_cross_entropy, linear_token_losses, logits_of,
+    next_token_loss, training_loss,
+)  # fmt: skip
 
 
 def problem(shape=(3, 5), vocab_size=17, width=6, dtype=torch.float64, bias=True, seed=0, scale=1.0):
@@ -225,3 +228,73 @@ def test_a_sample_of_everything_is_the_loss_itself():
     whole = next_token_loss(model, batch)
     for sample in (VocabularySample(frequent=60), VocabularySample(frequent=1, every=1)):
         torch.testing.assert_close(next_token_loss(model, batch, sample), whole)
+
+
+@given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 50), st.booleans(), st.integers(0, 99))
+def test_any_function_of_logits_in_chunks(tokens, vocab_size, chunk, bias, seed):
+    hidden, weight, offset, targets = problem((tokens,), vocab_size, bias=bias, seed=seed)
+
+    def focal(logits, rows):
+        log_p = logits.log_softmax(-1).gather(1, targets[rows, None])
+        return -((1 - log_p.exp()) ** 2 * log_p).sum(), log_p.sum()
+
+    loss, log_p = chunked_linear_loss(hidden, weight, offset, focal, chunk)
+    expected, plain = focal(F.linear(hidden, weight, offset), slice(None))
+    torch.testing.assert_close((loss, log_p), (expected, plain))
+    assert not log_p.requires_grad
+    torch.testing.assert_close(
+        gradients(3 * loss, hidden, weight, offset), gradients(3 * expected, hidden, weight, offset)
+    )
+
+
+def test_a_function_of_bfloat16_logits_sees_float32():
+    hidden, weight, bias, targets = problem((64,), 99, 16, torch.bfloat16, scale=0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, kinds = chunked_linear_loss(
+            hidden, weight, bias, lambda z, rows: (F.cross_entropy(z, targets[rows]), torch.tensor(z.itemsize)), 64
+        )
+    expected = reference(hidden, weight, bias, targets)
+    assert loss.dtype == torch.float32 and kinds == 4 and abs(loss - expected) < 1e-5 * expected
+    ours, theirs = gradients(loss, hidden, weight, bias), gradients(expected, hidden, weight, bias)
+    assert all(a.dtype == torch.bfloat16 and (a - b).norm() < 0.01 * b.norm() for a, b in zip(ours, theirs))
+
+
+def test_logits_are_found_in_what_models_return():
+    logits, targets = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+    for output in (logits, (logits, None), {"loss": logits.sum(), "logits": logits}, [logits, targets]):
+        assert logits_of(output, targets) is logits
+    images = torch.randn(2, 4, 6, 7)
+    assert torch.equal(logits_of(images, torch.zeros(2, 6, 7)), images.permute(0, 2, 3, 1))
+
+
+def test_classifiers_of_tokens_pixels_and_soft_labels():
+    x, labels = torch.randn(2, 6, 3), torch.randint(4, (2, 6))
+    model = nn.Linear(3, 4)
+    expected = F.cross_entropy(model(x).flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(classification_loss(model, {"input": x, "labels": labels}), expected)
+    soft = F.one_hot(labels, 4).float()
+    torch.testing.assert_close(classification_loss(model, (x, soft)), expected)
+    pixels, convolution = torch.randint(4, (2, 5, 5)), nn.Conv2d(3, 4, 3, padding=1)
+    x = torch.randn(2, 3, 5, 5)
+    expected = F.cross_entropy(convolution(x), pixels)
+    torch.testing.assert_close(classification_loss(convolution, (x, pixels)), expected)
+    with pytest.raises(ValueError, match="holds no targets"):
+        classification_loss(model, x)
+
+
+def test_the_loss_of_a_model_follows_from_what_it_is():
+    class Tutorial(nn.Module):
+        """Layers that happen to be called as a language model's methods."""
+
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.output = nn.Linear(3, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.output(self.hidden(x))
+
+    assert training_loss(Tutorial()) is classification_loss
+    config = {"d_model": 4, "layers": 1, "channels": 4}
+    assert training_loss(build_model("ResNetBK", {"vocab_size": 60, **config})) is next_token_loss
+    large = training_loss(build_model("ResNetBK", {"vocab_size": 20_000, **config}))
+    assert isinstance(large.keywords["sample"], VocabularySample)

@@ -2,6 +2,7 @@ import io
 import json
 import math
 import random
+import re
 from contextlib import redirect_stdout
 
 import numpy as np
@@ -212,23 +213,62 @@ def test_a_hook_may_replace_parameters():
     assert not torch.equal(model.head.weight, old)
 
 
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("steps", 0),
-        ("lr", -1.0),
-        ("lr", math.nan),
-        ("warmup", 2),
-        ("clip", 0),
-        ("final_lr", 1.5),
-        ("eval_every", 0),
-        ("patience", 0),
-        ("precision", "fp8"),
-    ],
-)
-def test_bad_settings_are_named(field, value):
-    with pytest.raises(ValueError, match=f"^{field} is "):
-        TrainConfig(**{"steps": 5, field: value})
+def test_a_rebuilt_optimizer_goes_on_where_it_was():
+    """A hook that says at every step that parameters were replaced, though none were, changes nothing."""
+    plain, rebuilt, config = toy(), toy(), TrainConfig(steps=9, lr=0.02)
+    train(plain, loader(), config, log=False)
+    train(rebuilt, loader(), config, hooks=[lambda *_: True], log=False)
+    assert same(state(plain), state(rebuilt))
+
+
+def test_frozen_submodules_stay_in_evaluation_mode():
+    torch.manual_seed(0)
+    batches = [(torch.randn(8, 3) * 5 + 3, torch.randint(2, (8,)))]
+
+    def network():
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Sequential(nn.ReLU(), nn.Dropout()), nn.Linear(4, 2))
+
+    seen = []
+    hooks = [lambda step, steps, model: seen.append([m.training for m in model.modules()])]
+    model = network()
+    model[1].eval(), model[2][1].eval()
+    modes = [m.training for m in model.modules()]
+    train(model, batches, TrainConfig(steps=3), loss=classification_loss, hooks=hooks, log=False)
+    assert model[1].running_mean.eq(0).all() and seen == [modes] * 3 and [m.training for m in model.modules()] == modes
+    whole = network().eval()
+    train(whole, batches, TrainConfig(steps=3), loss=classification_loss, hooks=hooks, log=False)
+    assert whole[1].running_mean.ne(0).any() and all(seen[-1]) and not any(m.training for m in whole.modules())
+
+
+@pytest.mark.parametrize("batch", [
+    (torch.ones(4, 2), torch.ones(4, 2), torch.tensor([0, 1, 1, -100])),
+    {"input1": torch.ones(4, 2), "input2": torch.ones(4, 2), "labels": torch.tensor([0, 1, 1, -100])},
+    [torch.ones(4, 2), torch.ones(4, 2), torch.tensor([0, 1, 1, -100])],
+])  # fmt: skip
+def test_batches_of_every_kind(batch):
+    model = nn.Bilinear(2, 2, 3)
+    result = train(model, [batch], TrainConfig(steps=5), loss=classification_loss, log=False)
+    assert result.tokens == 5 * 3 and math.isfinite(result.history[-1]["loss"])
+
+
+@pytest.mark.parametrize("field, values", [
+    ("steps", [0, "3", True, 2.5, math.inf, None, math.nan]), ("lr", [-1.0, math.nan, math.inf, "0.1", None, False]),
+    ("warmup", [2, "0"]), ("clip", [0, None]), ("final_lr", [1.5]), ("eval_every", [0, 1.0, True]), ("patience", [0, "2"]),
+    ("precision", ["fp8", None, 16]), ("weight_decay", [-1, math.inf]), ("seed", [None, 0.5, 2**70]),
+])  # fmt: skip
+def test_bad_settings_are_named(field, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"^{field} is {re.escape(repr(value))}; it must be ") as error:
+            TrainConfig(**{"steps": 5, field: value})
+        assert "\n" not in str(error.value)
+
+
+def test_numbers_of_numpy_are_settings_and_survive_a_checkpoint(tmp_path):
+    config = TrainConfig(steps=np.int64(4), lr=np.float32(0.5), clip=math.inf, eval_every=np.int32(2))
+    first, again = toy(), toy(seed=1)
+    train(first, loader(), config, checkpoint=tmp_path / "c", log=False)
+    train(again, loader(), config, checkpoint=tmp_path / "c", log=False)
+    assert same(state(first), state(again))
 
 
 def test_bad_runs_say_what_to_do(tmp_path):
@@ -269,7 +309,8 @@ def test_bad_checkpoints_are_refused_in_one_sentence(tmp_path):
 
     refused("written with lr=0.003, not 0.1", config=TrainConfig(steps=3, lr=0.1))
     refused("does not fit this model", model=ToyLM(width=9))
-    good = path.read_bytes()
+    good, written = path.read_bytes(), tmp_path / "written"
+    written.write_bytes(good)
     for damaged in (good[: len(good) // 2], good[:20], b"", b"\x80\x02pickle"):
         path.write_bytes(damaged)
         refused("is damaged")
@@ -281,3 +322,9 @@ def test_bad_checkpoints_are_refused_in_one_sentence(tmp_path):
     refused("NaN in 'model/head.weight'")
     save_file(tensors, path)
     refused("not a training checkpoint")
+    metadata, clean = json.loads(good[8 : 8 + header_size])["__metadata__"], load_file(written)
+    for name in ("exp_avg", "exp_avg_sq", "step"):
+        for bad in (torch.zeros(3), None):
+            tensors = {**clean, f"optimizer/head.weight/{name}": bad}
+            save_file({key: t for key, t in tensors.items() if t is not None}, path, metadata=metadata)
+            refused(f"'head.weight/{name}' is ")

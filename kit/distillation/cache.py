@@ -1,9 +1,9 @@
 """A teacher's targets on disk: k probabilities a token, so the teacher need not run again.
 
-A cache is a folder of plain NumPy arrays and a header; it belongs to one dataset, one temperature
-and one vocabulary. The k largest probabilities would say nothing about the rest, a quarter of the
-mass for a small teacher; so likely tokens are kept as they are and a sample stands for the others
-(Anshumann et al. 2025, "Sparse Logit Sampling").
+A cache is a folder of NumPy arrays and a header; it belongs to one dataset, temperature and
+vocabulary. The k largest probabilities would say nothing about the rest, a quarter of the mass for
+a small teacher: likely tokens are kept as they are and a sample stands for the others (Anshumann et
+al. 2025).
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset
 
 from kit.core.protocols import Call, call_of, device_of, tensors_of
 from kit.core.store import digest, lock, write_json
@@ -39,9 +39,8 @@ class TeacherCache:
     """An opened cache: `cache[rows]` is the `SparseTarget` of those examples, `cache.wrap(loader)`
     adds it to batches.
 
-    Attributes: temperature, k, vocabulary, examples, and `inputs`, their digest; `sampled`, the
-    mean probability that a sample stands for; `rounding`, the largest error of a stored
-    probability.
+    Attributes: temperature, k, vocabulary, examples, inputs (their digest), sampled (the mean
+    probability that a sample stands for), rounding (the largest error of a stored probability).
     """
 
     def __init__(self, path: str | Path):
@@ -81,9 +80,8 @@ class TeacherCache:
         if examples != self.examples or _inputs_digest(loader) != self.inputs:
             what = f"the teacher cache at {self.path} was built on another dataset"
             raise ValueError(f"{what}: build one for this loader's {examples} examples")
-        shuffle, last = isinstance(loader.sampler, RandomSampler), loader.drop_last
-        data = _Cached(loader, self)
-        return DataLoader(data, loader.batch_size, shuffle, drop_last=last, collate_fn=lambda b: b)
+        data, sampler = _Cached(loader, self), loader.batch_sampler
+        return DataLoader(data, batch_sampler=sampler, collate_fn=lambda batch: batch)
 
 
 class _Cached(Dataset):
@@ -94,26 +92,25 @@ class _Cached(Dataset):
         return len(self.cache)
 
     def __getitems__(self, rows):
-        return CachedCall(**vars(call_of(fetch(self.loader, rows))), soft=self.cache[rows])
+        return CachedCall(**vars(call_of(_fetch(self.loader, rows))), soft=self.cache[rows])
 
 
-def fetch(loader: DataLoader, rows: Sequence[int]):
+def _fetch(loader: DataLoader, rows: Sequence[int]):
     """The batch of some examples of the loader's dataset."""
     dataset = loader.dataset
     many = hasattr(dataset, "__getitems__")
     return loader.collate_fn(dataset.__getitems__(rows) if many else [dataset[i] for i in rows])
 
 
-def _calls(loader: DataLoader, size: int) -> Iterator[tuple[slice, Call]]:
+def _calls(loader: DataLoader, size: int) -> Iterator[Call]:
     """Every example once, in the dataset's order."""
-    for start in range(0, len(loader.dataset), size):
-        rows = slice(start, min(start + size, len(loader.dataset)))
-        yield rows, call_of(fetch(loader, range(rows.start, rows.stop)))
+    for rows in torch.arange(len(loader.dataset)).split(size):
+        yield call_of(_fetch(loader, rows.tolist()))
 
 
 def _inputs_digest(loader: DataLoader) -> str:
     name = ""
-    for _, call in _calls(loader, 256):  # whatever the loader's batch size
+    for call in _calls(loader, 256):  # whatever the loader's batch size
         name = digest(name, tensors_of([call.args, call.kwargs]))
     return name
 
@@ -127,12 +124,11 @@ def build_cache(
     temperature: float = 2.0,
     seed: int = 0,
 ) -> TeacherCache:
-    """Runs the teacher (or several, whose mean it takes) once over every example of
-    `loader.dataset` and keeps `sparse` targets.
+    """Runs the teacher (or several, for their mean) over `loader.dataset` once and keeps `sparse`
+    targets: 4k bytes a token (6k beyond 65,536 classes).
 
-    A token takes 4k bytes (6k beyond 65,536 classes). The folder appears when it is complete, in
-    place of one that exists. Raises ValueError for k or temperature out of range and teachers in
-    training mode.
+    The folder appears when it is complete, in place of one that exists. Raises ValueError for k or
+    temperature out of range and teachers in training mode.
     """
     teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
     if not 0 < temperature < float("inf"):
@@ -163,11 +159,9 @@ def sparse(p: Tensor, k: int, start: Tensor) -> tuple[SparseTarget, Tensor]:
 
     With the threshold tau that solves sum_i min(1, p_i / tau) = k, tokens above it are kept with
     p_i, any other with probability p_i / tau and then with tau: every sum over tokens is right in
-    the mean, the sum over all always, and no sample of k has a smaller variance (Cohen et al. 2009,
-    "VarOpt"). Which ones is decided by one uniform number a row, `start` (..., 1): those that
-    start, start + 1, ... fall on when p / tau is laid end to end (systematic sampling, Madow 1949).
-    Exact for k = V.
-    Raises ValueError for k out of range.
+    the mean, the sum over all always, with the smallest variance (Cohen et al. 2009, "VarOpt").
+    `start` (..., 1), uniform, decides which: those that start, start + 1, ... fall on when p / tau
+    is laid end to end (systematic sampling, Madow 1949). Raises ValueError for k out of range.
     """
     classes = p.shape[-1]
     if not 1 <= k <= classes:
@@ -191,28 +185,25 @@ def sparse(p: Tensor, k: int, start: Tensor) -> tuple[SparseTarget, Tensor]:
 
 def _fill(folder: Path, teachers, loader, k, temperature, seed) -> dict:
     """Writes the arrays; returns what of the header only the pass over the data tells."""
-    device, examples = device_of(teachers[0]), len(loader.dataset)
-    generator, arrays = torch.Generator().manual_seed(seed), {}
-    sampled = rounding = 0.0
-    for rows, call in _calls(loader, loader.batch_size):
+    device, examples, done = device_of(teachers[0]), len(loader.dataset), 0
+    generator, arrays, sampled, rounding = torch.Generator().manual_seed(seed), {}, 0.0, 0.0
+    for call in _calls(loader, loader.batch_size):
         outputs = [output_of(teacher, call.to(device)) for teacher in teachers]
+        classes = outputs[0].classes
         target, mass = _targets(outputs, k, temperature, generator)
-        for name, kind, values in zip(ARRAYS, (_integers(outputs[0].classes), np.float16), target):
+        types = np.uint16 if classes <= 2**16 else np.uint32, np.float16
+        for name, kind, values in zip(ARRAYS, types, target):
             if name not in arrays:
                 file, shape = folder / f"{name}.npy", (examples, *values.shape[1:])
                 arrays[name] = np.lib.format.open_memmap(file, "w+", kind, shape)
-            arrays[name][rows] = values.cpu().numpy()
-        sampled += mass.mean().item() * len(mass) / examples
+            arrays[name][done : done + len(values)] = values.cpu().numpy()
+        done, sampled = done + len(mass), sampled + mass.mean().item() * len(mass) / examples
         error = target.log_p.half().float().exp() - target.log_p.exp()
         rounding = max(rounding, error.abs().max().item())
     for array in arrays.values():
         array.flush()
-    found = {"vocabulary": outputs[0].classes, "sampled": sampled, "rounding": rounding}
+    found = {"vocabulary": classes, "sampled": sampled, "rounding": rounding}
     return found | {"examples": examples, "inputs": _inputs_digest(loader)}
-
-
-def _integers(classes: int) -> type:
-    return np.uint16 if classes <= 2**16 else np.uint32
 
 
 def _targets(outputs, k, temperature, generator) -> tuple[SparseTarget, Tensor]:

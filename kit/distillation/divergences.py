@@ -33,6 +33,13 @@ def _register(known: dict[str, Callable], name: str) -> Callable:
     return register
 
 
+def divergence_of(name: str) -> Callable:
+    """The divergence of that name. Raises ValueError when it is unknown."""
+    if name not in DIVERGENCES:
+        raise ValueError(f"divergence {name!r} is unknown: choose one of {', '.join(DIVERGENCES)}")
+    return DIVERGENCES[name]
+
+
 def soft_targets(logits: Tensor | Sequence[Tensor], temperature: float = 1.0) -> Tensor:
     """Log of the mean probability at `temperature` (..., V) of one teacher's logits, or
     several's."""
@@ -45,7 +52,8 @@ def soft_targets(logits: Tensor | Sequence[Tensor], temperature: float = 1.0) ->
 @register_divergence("forward")
 def forward(log_q: Tensor, log_p: Tensor) -> Tensor:
     """KL(p || q): Hinton, Vinyals, Dean 2015, less the teacher's entropy."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    p = log_p.exp()
+    return torch.linalg.vecdot(p, log_p) - torch.linalg.vecdot(p, log_q)
 
 
 @register_divergence("reverse")
@@ -79,7 +87,7 @@ def soft_loss(student: Tensor, teacher, temperature: float = 2.0, kind: str = "f
     mean-free squared distance of the logits over V (Hinton et al. 2015, section 2.1).
     """
     log_q, log_p = soft_targets(student, temperature), soft_targets(teacher, temperature)
-    return temperature**2 * DIVERGENCES[kind](log_q, log_p)
+    return temperature**2 * divergence_of(kind)(log_q, log_p)
 
 
 def as_real(feature: Tensor) -> Tensor:

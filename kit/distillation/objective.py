@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kit.core.protocols import Call, LanguageModel
-from kit.distillation.divergences import DIVERGENCES, soft_targets, sparse_divergence
+from kit.distillation.divergences import divergence_of, soft_targets, sparse_divergence
 from kit.training.losses import IGNORED, chunked_linear_loss, logits_of
 
 
@@ -81,9 +81,7 @@ def linear_distillation(
     """
     keep = (targets != IGNORED).flatten()
     if not keep.any():
-        raise ValueError(
-            f"every target is {IGNORED}: a batch needs at least one token to learn from"
-        )
+        raise ValueError(f"every target is {IGNORED}: a batch needs one token to learn from")
     keep = slice(None) if keep.all() else keep
     student, targets = student.tokens(keep), targets.flatten()[keep]
     divergence, count = _divergence(student, soft, keep, kind, temperature), len(targets)
@@ -105,8 +103,7 @@ def linear_distillation(
 
 def _divergence(student: Output, soft, keep, kind: str, temperature: float):
     """(log_q (n, V), rows) -> (n,), between student and teachers at this temperature."""
-    if kind not in DIVERGENCES:
-        raise ValueError(f"divergence {kind!r} is unknown: choose one of {', '.join(DIVERGENCES)}")
+    function = divergence_of(kind)
     if isinstance(soft, SparseTarget):
         if kind != "forward":
             raise ValueError(f"cached targets know the forward divergence only, not {kind!r}")
@@ -118,7 +115,7 @@ def _divergence(student: Output, soft, keep, kind: str, temperature: float):
     def divergence(log_q, rows):
         with torch.no_grad():
             log_p = soft_targets([teacher.logits(rows) for teacher in soft], temperature)
-        return DIVERGENCES[kind](log_q, log_p)
+        return function(log_q, log_p)
 
     return divergence
 

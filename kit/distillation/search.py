@@ -113,8 +113,9 @@ class StudentSearch:
         while (trained := len(self._trained())) < trials:
             number = len(self._trials())
             if number > 20 * (trials + 1):
-                what = f"{number - trained} of {number} students were over the budget of {self.budget:,} bytes"
-                raise ValueError(f"{what}, or alike: raise it, or change the search space")
+                what = f"{number - trained} of {number} students were over the budget"
+                what = f"{what} of {self.budget:,} bytes, or alike"
+                raise ValueError(f"{what}: raise it, or change the search space")
             seed = 1000 * self.config.seed + number
             self.study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=6)
             self.study.optimize(self._objective, n_trials=1)

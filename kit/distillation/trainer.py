@@ -6,15 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.data import DataLoader
 
 from kit.core.protocols import Call, LanguageModel, call_of, device_of, evaluating
-from kit.distillation.cache import TeacherCache, check_evaluating, fetch
-from kit.distillation.divergences import DIVERGENCES
+from kit.distillation.cache import TeacherCache, check_evaluating
+from kit.distillation.divergences import divergence_of
 from kit.distillation.features import FeatureLoss, capture, feature_pairs
 from kit.distillation.objective import Output, check_classes, linear_distillation, output_of
 from kit.training import TrainConfig, TrainResult, train
-from kit.training.losses import AUXILIARY_WEIGHT, VocabularySample
+from kit.training.losses import AUXILIARY_WEIGHT, VocabularySample, labelled
 
 Schedule = Callable[[float], float]
 
@@ -34,18 +33,18 @@ class DistillationTrainer:
     """alpha * T^2 KL(teacher || student) + (1 - alpha) * cross-entropy + feature_weight * features.
 
     An instance is a `loss(model, batch)` for `kit.training.train`; `fit` calls that with what
-    belongs to it. A `LanguageModel`'s logits are never all in memory; any other model is called and
-    its logits (..., V) compared. Of several teachers, the mean of the probabilities counts, and the
-    features of the first. A `TeacherCache` may take the teacher's place: batches come from
-    `cache.wrap(loader)`, and there are no features. A teacher receives no gradients and must be in
-    evaluation mode.
+    belongs to it. A `LanguageModel`'s logits are never all in memory; those of any other model
+    (..., V) are compared as it returns them. A teacher must be in evaluation mode; of several, the
+    mean of the probabilities counts, and the features of the first. With a `TeacherCache` instead,
+    batches come from `cache.wrap(loader)`, and there are no features.
 
-    Features are the BK-core's reflection coefficients of the layers that `features.layer_mapping`
-    pairs; `features` names other pairs of submodules (student's, teacher's), `()` none.
+    temperature, alpha: numbers, or schedules of the progress in [0, 1].
+    kind, feature_loss: names in `divergences.DIVERGENCES` and `FEATURE_LOSSES`.
+    features: pairs of submodule names (student's, teacher's); by default the BK-core's reflection
+        coefficients of the layers that `features.layer_mapping` pairs.
+    sample: compares language models on part of a large vocabulary, at temperature 1.
 
-    temperature, alpha: numbers, or schedules of the progress in [0, 1]. kind, feature_loss: names
-    in `divergences.DIVERGENCES` and `FEATURE_LOSSES`. sample: compares language models on part of a
-    large vocabulary, at temperature 1. `parts` holds the last batch's soft, hard and feature loss.
+    `parts` holds the last batch's soft, hard and feature loss.
     """
 
     def __init__(
@@ -63,9 +62,8 @@ class DistillationTrainer:
     ):
         """Raises ValueError for settings out of range, unknown names, unequal vocabularies."""
         self.cache = teacher if isinstance(teacher, TeacherCache) else None
-        self.teachers = (
-            [teacher] if isinstance(teacher, nn.Module) else [] if self.cache else list(teacher)
-        )
+        several = [] if self.cache else teacher if isinstance(teacher, Sequence) else [teacher]
+        self.teachers = list(several)
         self.student, self.temperature, self.alpha, self.kind = student, temperature, alpha, kind
         self.feature_weight, self.sample, self.parts = feature_weight, sample, {}
         # A parameter, so that checkpoints hold it.
@@ -74,7 +72,7 @@ class DistillationTrainer:
         if features is None:
             features = feature_pairs(student, self.teachers[0]) if self.teachers else ()
         self.features = FeatureLoss(features, feature_loss) if features and feature_weight else None
-        for side, model in self._sides():
+        for side, model in enumerate((student, *self.teachers[:1])):
             with capture(model, [pair[side] for pair in features]):
                 pass
 
@@ -91,10 +89,10 @@ class DistillationTrainer:
         self.progress.zero_()
         if self.features is None or self.features.projections is not None:
             return
-        batch = fetch(loader, [0]) if isinstance(loader, DataLoader) else next(iter(loader))
-        call, sides = call_of(batch).to(device_of(self.student)), self._sides()
-        with evaluating(*(model for _, model in sides)):
-            self.features.prepare(*(self._forward(model, call, side)[1] for side, model in sides))
+        call = call_of(next(iter(loader))).to(device_of(self.student))
+        with evaluating(self.student, self.teachers[0]):
+            (_, own), (_, taught) = self._passes(self.student, call)[:2]
+        self.features.prepare(own, taught)
 
     def parameters(self) -> list[nn.Parameter]:
         """Learned projections and the schedules' position: the training's `extra_parameters`."""
@@ -105,31 +103,29 @@ class DistillationTrainer:
         self.progress.fill_(step / steps)
 
     def __call__(self, model: nn.Module, batch) -> Tensor:
-        call = call_of(batch)
+        call = labelled(batch)
         check_evaluating(self.teachers)
-        output, own = self._forward(model, call, 0)
-        with torch.no_grad():
-            passes = [
-                self._forward(teacher, call, 1 - i) for i, teacher in enumerate(self.teachers)
-            ]
-        loss = self._logit_loss(output, call, [taught for taught, _ in passes])
+        (output, own), *taught = self._passes(model, call)
+        loss = self._logit_loss(output, call, [output for output, _ in taught])
         if self.features is not None:
-            features = self.features(own, passes[0][1])
+            features = self.features(own, taught[0][1])
             self.parts["features"] = features.detach()
             loss = loss + self.feature_weight * features
         if isinstance(model, LanguageModel):
             loss = loss + AUXILIARY_WEIGHT * model.auxiliary_loss()
         return loss
 
-    def _forward(self, model, call: Call, side: int) -> tuple[Output, dict[str, Tensor]]:
-        """The model's output, and the features of that side of the pairs (0 student, 1 first
-        teacher)."""
-        names = [pair[side] for pair in self.features.pairs] if self.features and side >= 0 else []
-        with (
-            capture(model, names) as features,
-            parametrize.cached(),
-        ):  # a tied table is needed twice
-            return output_of(model, call), features
+    def _passes(self, student: nn.Module, call: Call) -> list[tuple[Output, dict[str, Tensor]]]:
+        """Outputs of student and teachers, each with its features: of the student and the first."""
+        names = list(zip(*self.features.pairs)) if self.features else []
+        names += [()] * (1 + len(self.teachers) - len(names))
+        passes = []
+        for model, wanted in zip((student, *self.teachers), names):
+            grad = torch.is_grad_enabled() and not passes  # for the student alone
+            with torch.set_grad_enabled(grad), capture(model, wanted) as features:
+                with parametrize.cached():  # a tied table is needed twice
+                    passes.append((output_of(model, call), features))
+        return passes
 
     def _logit_loss(self, own: Output, call: Call, soft) -> Tensor:
         targets = call.targets
@@ -152,38 +148,24 @@ class DistillationTrainer:
         if name == "temperature" and not 0 < value < float("inf"):
             raise ValueError(f"temperature is {value}: it must be positive and finite")
         if name == "alpha" and not 0 <= value <= 1:
-            raise ValueError(
-                f"alpha is {value}: it must lie in [0, 1] (0: labels only, 1: teacher only)"
-            )
+            raise ValueError(f"alpha is {value}: it must lie in [0, 1], from labels to teacher")
         return value
 
-    def _sides(self) -> list[tuple[int, nn.Module]]:
-        return list(enumerate((self.student, *self.teachers[:1])))
-
     def _check(self) -> None:
-        temperature, _ = self._now("temperature"), self._now("alpha")
-        models = (self.student, *self.teachers)
+        temperature, models = self._now("temperature"), (self.student, *self.teachers)
         language = [model for model in models if isinstance(model, LanguageModel)]
+        self._now("alpha")
+        divergence_of(self.kind)
         if not self.feature_weight >= 0:
-            raise ValueError(
-                f"feature_weight is {self.feature_weight}: it must be 0 (off) or positive"
-            )
-        if self.kind not in DIVERGENCES:
-            raise ValueError(
-                f"divergence {self.kind!r} is unknown: choose one of {', '.join(DIVERGENCES)}"
-            )
+            raise ValueError(f"feature_weight is {self.feature_weight}: it must be 0 or positive")
         if not self.teachers and self.cache is None:
-            raise ValueError(
-                "there is no teacher: give a module, a list of at least one, or a TeacherCache"
-            )
+            raise ValueError("there is no teacher: give a module, some in a list, or a cache")
         if self.sample and (self.cache or len(language) < len(models) or self.temperature != 1):
             what = f"language models, no cache, and temperature 1 (it is {self.temperature})"
             raise ValueError(f"a sample of the vocabulary needs {what}")
         if self.cache and self.temperature != self.cache.temperature:
             made = f"the cached targets were made at {self.cache.temperature}"
-            raise ValueError(
-                f"temperature is {temperature}, {made}: use that, or build another cache"
-            )
+            raise ValueError(f"temperature is {temperature}, {made}: use that, or build another")
         if isinstance(self.student, LanguageModel):
             with torch.no_grad():
                 classes = [len(model.output()[0]) for model in language]

@@ -16,18 +16,15 @@ from kit.core.store import atomic
 
 def write_checkpoint(path: str | Path, tensors: dict[str, Tensor], header: dict) -> None:
     """Writes the file whole or not at all: a kill leaves the old one or the new one."""
-    tensors = {  # clones: safetensors refuses tensors that share memory
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
+    # Clones: safetensors refuses tensors that share memory.
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     text = json.dumps(header, default=lambda number: number.item())  # NumPy's scalars
     with atomic(path) as partial:
         save_file(tensors, partial, metadata={"kit.training": text})
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, header). Raises ValueError for a file that is damaged, not a checkpoint, or holds
-    NaN."""
+    """(tensors, header). Raises ValueError for a damaged file, another kind of file, and NaN."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["kit.training"])
@@ -45,8 +42,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def check_fit(targets: dict[str, Tensor], sources: dict[str, Tensor], what: str) -> None:
-    """Raises ValueError naming the first tensor that is missing, new, or of another shape or
-    dtype."""
+    """Raises ValueError for the first tensor that is missing, new, or of another shape or type."""
     for name in [*targets, *sources]:
         ours, theirs = (_kind(tensors.get(name)) for tensors in (targets, sources))
         if ours != theirs:
@@ -56,11 +52,9 @@ def check_fit(targets: dict[str, Tensor], sources: dict[str, Tensor], what: str)
 
 
 def _kind(tensor: Tensor | None) -> str:
-    return (
-        "absent"
-        if tensor is None
-        else f"{tensor.dtype} {tuple(tensor.shape)}".removeprefix("torch.")
-    )
+    if tensor is None:
+        return "absent"
+    return f"{tensor.dtype} {tuple(tensor.shape)}".removeprefix("torch.")
 
 
 @torch.no_grad()

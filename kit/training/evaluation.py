@@ -8,8 +8,8 @@ import numpy as np
 import torch.nn.functional as F
 from torch import nn
 
-from kit.core.protocols import Call, LanguageModel, call_of, device_of, evaluating
-from kit.training.losses import IGNORED, linear_token_losses, logits_of
+from kit.core.protocols import Call, LanguageModel, device_of, evaluating
+from kit.training.losses import IGNORED, labelled, linear_token_losses, logits_of
 
 RESAMPLES = 2000
 
@@ -47,14 +47,11 @@ class Evaluation:
         """Percentile bootstrap over windows (Efron 1979) of the perplexity, or of a classifier's
         accuracy."""
         if self.classifier:
-            return _bootstrap(self.window_correct, self.window_tokens, level, seed)
-        low, high = _bootstrap(self.window_nll, self.window_tokens, level, seed)
-        return float(np.exp(low)), float(np.exp(high))
+            return _interval(_resampled(self.window_correct, self.window_tokens, seed), level)
+        return _interval(np.exp(_resampled(self.window_nll, self.window_tokens, seed)), level)
 
 
-def paired_interval(
-    a: Evaluation, b: Evaluation, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
+def paired_interval(a: Evaluation, b: Evaluation, level=0.95, seed=0) -> tuple[float, float]:
     """Bootstrap interval of log(perplexity of b) - log(perplexity of a) on the same windows; above
     0: b is worse. Pairing removes what makes windows hard for both, so that it is far narrower than
     the two intervals side by side.
@@ -63,27 +60,21 @@ def paired_interval(
     """
     if not np.array_equal(a.window_tokens, b.window_tokens):
         sizes = " and ".join(f"{len(x.window_tokens)} ({x.tokens} tokens)" for x in (a, b))
-        raise ValueError(
-            f"The evaluations cover different windows, {sizes}: use one loader for both."
-        )
-    return _bootstrap(b.window_nll - a.window_nll, a.window_tokens, level, seed)
+        raise ValueError(f"The evaluations cover different windows, {sizes}: use one loader.")
+    change = _resampled(b.window_nll - a.window_nll, a.window_tokens, seed)
+    return _interval(change, level)
 
 
-def _bootstrap(
-    totals: np.ndarray, tokens: np.ndarray, level: float, seed: int
-) -> tuple[float, float]:
-    """Interval of sum(totals) / sum(tokens) over windows drawn with replacement."""
-    rng, windows, both, ratios = (
-        np.random.default_rng(seed),
-        len(tokens),
-        np.stack([totals, tokens]),
-        [],
-    )
-    for _ in range(20):
-        draw = rng.integers(windows, size=(RESAMPLES // 20, windows))
-        sums = both[:, draw].sum(2)
-        ratios.append(sums[0] / sums[1])
-    low, high = np.quantile(np.concatenate(ratios), [(1 - level) / 2, (1 + level) / 2])
+def _resampled(totals: np.ndarray, tokens: np.ndarray, seed: int) -> np.ndarray:
+    """(RESAMPLES,): sum(totals) / sum(tokens) over windows drawn with replacement."""
+    both, windows, rng = np.stack([totals, tokens]), len(tokens), np.random.default_rng(seed)
+    draws = (rng.integers(windows, size=(RESAMPLES // 20, windows)) for _ in range(20))
+    sums = np.concatenate([both[:, draw].sum(2) for draw in draws], axis=1)
+    return sums[0] / sums[1]
+
+
+def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
@@ -98,14 +89,13 @@ def evaluate(model: nn.Module, loader) -> Evaluation:
     device, rows, classifier = device_of(model), [], False
     with evaluating(model):
         for batch in loader:
-            call = call_of(batch).to(device)
+            call = labelled(batch).to(device)
             rows.append(_batch_sums(model, call))
             classifier = call.targets.dim() == 1
     nll, tokens, correct = np.concatenate(rows, axis=1) if rows else np.zeros((3, 0))
     if not tokens.sum():
-        raise ValueError(
-            "The loader holds no tokens to evaluate: give a longer text or a shorter seq_len."
-        )
+        advice = "give a longer text or a shorter seq_len."
+        raise ValueError(f"The loader holds no tokens to evaluate: {advice}")
     if bad := int((~np.isfinite(nll)).sum()):
         advice = "the weights hold NaN or have diverged; train with a lower lr."
         raise ValueError(f"The loss of {bad} of {len(nll)} windows is not finite: {advice}")
@@ -117,10 +107,6 @@ def evaluate(model: nn.Module, loader) -> Evaluation:
 def _batch_sums(model: nn.Module, call: Call) -> np.ndarray:
     """(3, B): nats, tokens and hits of each row."""
     targets = call.targets
-    if targets is None:
-        raise ValueError(
-            "a batch holds no targets: give (inputs, targets), or a dict with 'labels'."
-        )
     if isinstance(model, LanguageModel):
         losses, hits = linear_token_losses(call(model.hidden), *model.output(), targets)
     else:

@@ -1,10 +1,10 @@
-"""The one training loop: language models, classifiers, distillation (its loss passed in),
-quantization-aware training and masks (steps of the weights, hooks). It knows nothing of any of
-them."""
+"""The one training loop: of language models, classifiers, students and teachers, under masks and
+quantizers. It knows none of them: losses, hooks and steps of the weights are passed in."""
 
 import math
 import random
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from numbers import Integral, Real
@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from kit.core.measurement import oversubscribed
 from kit.core.protocols import call_of, tensors_of, tree_map
-from kit.training.checkpoint import (
-    Batches, check_fit, copy_into, read_checkpoint, rng_state, set_rng_state, write_checkpoint,
-)  # fmt: skip
+from kit.training import checkpoint as files
 from kit.training.losses import IGNORED, next_token_loss
 
 LOG_SECONDS = 20  # between two lines of the log
 SAVE_SECONDS = 120  # between two checkpoints, when evaluations are further apart
 
+_COUNT = (Integral, type(None))
 RULES = {  # of TrainConfig's fields: type, test, and what to say of a value that fails
     "steps": (Integral, lambda x: x >= 1, "a whole number, at least 1"),
     "lr": (Real, lambda x: 0 < x < math.inf, "a finite number above 0"),
@@ -31,16 +30,8 @@ RULES = {  # of TrainConfig's fields: type, test, and what to say of a value tha
     "warmup": (Real, lambda x: 0 <= x <= 1, "a fraction of the steps, 0 to 1"),
     "final_lr": (Real, lambda x: 0 <= x <= 1, "a fraction of lr, 0 to 1"),
     "clip": (Real, lambda x: x > 0, "a number above 0"),
-    "eval_every": (
-        (Integral, type(None)),
-        lambda x: x is None or x >= 1,
-        "None or a whole number, at least 1",
-    ),
-    "patience": (
-        (Integral, type(None)),
-        lambda x: x is None or x >= 1,
-        "None or a whole number, at least 1",
-    ),
+    "eval_every": (_COUNT, lambda x: x is None or x >= 1, "None or a whole number, at least 1"),
+    "patience": (_COUNT, lambda x: x is None or x >= 1, "None or a whole number, at least 1"),
     "precision": (str, lambda x: x in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
     "seed": (Integral, lambda x: abs(x) < 2**63, "a whole number below 2^63"),
 }
@@ -48,13 +39,12 @@ RULES = {  # of TrainConfig's fields: type, test, and what to say of a value tha
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """AdamW (Loshchilov & Hutter 2019) with linear warm-up, cosine decay and clipping of the
-    gradient.
+    """AdamW (Loshchilov & Hutter 2019) with linear warm-up, cosine decay and clipping.
 
-    `warmup` is a fraction of the steps, `final_lr` a fraction of `lr`, `clip` the largest norm of
-    the gradient; parameters with one axis (biases, norms) are not decayed. `eval_every` defaults to
-    a tenth of the steps; training stops after `patience` evaluations without improvement.
-    `precision` "bfloat16" computes the loss under autocast.
+    `warmup` is a fraction of the steps, `final_lr` of `lr`, `clip` the gradient's largest norm;
+    parameters with one axis (biases, norms) are not decayed. `eval_every` defaults to a tenth of
+    the steps; training stops after `patience` evaluations without improvement. With `precision`
+    "bfloat16" the loss is computed under autocast.
     """
 
     steps: int
@@ -87,8 +77,7 @@ class TrainResult:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of step 0 .. steps - 1: linear warm-up to lr, then a cosine down to final_lr *
-    lr."""
+    """The rate of step 0 .. steps - 1: linear warm-up to lr, then a cosine to final_lr * lr."""
     warm = round(config.warmup * config.steps)
     if step < warm:
         return config.lr * (step + 1) / warm
@@ -109,24 +98,20 @@ def train(
     log: bool = True,
     extra_parameters: Iterable[nn.Parameter] = (),
 ) -> TrainResult:
-    """Trains `model` in place on the batches of `loader` (repeated), on the device the model is on.
+    """Trains `model` in place on the batches of `loader` (repeated), on the model's device.
 
-    Submodules that are in evaluation mode stay so (frozen batch norms), unless the whole model is;
-    every module's own mode comes back at the end. Seeds torch, NumPy and random.
+    Submodules in evaluation mode stay so (frozen batch norms), unless the whole model is; all modes
+    come back at the end. Seeds torch, NumPy and random.
 
     Args:
         loss: (model, batch) -> scalar; a batch is any that `call_of` understands.
         validate: (model) -> number, lower is better. The best state is restored at the end;
             infinity is for states that must not be chosen, as while a mask still grows.
-        hooks: (step, steps, model), called after each optimizer step, counted from 1. One that
-            returns
-            True has replaced parameters: the optimizer takes them over, the best state is
-                forgotten.
-        checkpoint: file written at every evaluation. Called again with the same arguments after a
-            kill, the run ends with the same numbers, bit for bit, as without the kill. The model
-            then needs
-            the same tensors as when it was written: put masks and quantizers on before, not in a
-                hook.
+        hooks: (step, steps, model) after each optimizer step, counted from 1. One that returns True
+            has replaced parameters: the optimizer takes them over, the best state is forgotten.
+        checkpoint: file written at every evaluation. Called again after a kill with the same
+            arguments and the same tensors in the model (masks and quantizers are put on before, not
+            in a hook), the run ends with the same numbers, bit for bit, as without it.
         extra_parameters: trained too, such as projections of a distillation loss.
 
     Raises ValueError when nothing can be trained, the loss is not finite, or the checkpoint does
@@ -135,24 +120,19 @@ def train(
     run, hooks = _Run(model, loader, config, extra_parameters), list(hooks)
     if config.patience and validate is None:
         raise ValueError(
-            f"patience is {config.patience} without anything to validate: pass validate=."
+            f"patience is {config.patience}, but nothing is validated: pass validate=."
         )
     if checkpoint and Path(checkpoint).exists():
         run.restore(Path(checkpoint))
     else:
-        (
-            torch.manual_seed(config.seed),
-            np.random.seed(config.seed % 2**32),
-            random.seed(config.seed),
-        )
-    every, record_every = (
-        config.eval_every or max(1, config.steps // 10),
-        max(1, config.steps // 100),
-    )
-    report, saved = _Report(config, log), time.perf_counter()
+        torch.manual_seed(config.seed)
+        np.random.seed(config.seed % 2**32)
+        random.seed(config.seed)
+    steps, report, saved = config.steps, _Report(config, log), time.perf_counter()
+    every, record_every = config.eval_every or max(1, steps // 10), max(1, steps // 100)
     while not run.finished:
         run.advance(loss, hooks)
-        milestone = run.step % every == 0 or run.step == config.steps
+        milestone = run.step % every == 0 or run.step == steps
         if milestone or run.step % record_every == 0:
             run.record(validate if milestone else None)
             report(run)
@@ -160,22 +140,20 @@ def train(
             run.save(Path(checkpoint))
             saved = time.perf_counter()
     run.finish()
-    return TrainResult(
-        run.history, run.tokens, run.seconds, run.best_validation, run.best_step or run.step
-    )
+    best_step = run.best_step or run.step
+    return TrainResult(run.history, run.tokens, run.seconds, run.best_validation, best_step)
 
 
 class _Run:
     """Everything a checkpoint holds, and the steps that change it."""
 
-    HEADER = (
-        "step tokens stale best_step best_validation seconds loss_sum loss_steps history".split()
-    )
+    SAVED = "step tokens stale best_step best_validation seconds loss_sum loss_steps history"
 
     def __init__(self, model, loader, config, extra_parameters):
-        self.model, self.config, self.batches = model, config, Batches(loader)
+        self.model, self.config, self.batches = model, config, files.Batches(loader)
         self.extra = {f"extra.{i}": p for i, p in enumerate(extra_parameters)}
-        self.modes = [(module, module.training) for module in model.modules()]
+        self.modes = {module: module.training for module in model.modules()}
+        self.frozen = [m for m, training in self.modes.items() if model.training and not training]
         self.step = self.tokens = self.stale = self.best_step = self.loss_steps = 0
         self.seconds, self.loss_sum, self.best_validation = 0.0, 0.0, None
         self.history, self.best, self.optimizer = [], {}, None
@@ -194,32 +172,27 @@ class _Run:
         return dict(self.model.named_parameters()) | dict(self.model.named_buffers()) | self.extra
 
     def build_optimizer(self) -> None:
-        """A new AdamW over the present parameters; those that were there before keep their
-        moments."""
+        """A new AdamW over the present parameters; those it had before keep their moments."""
         parameters = list(self.parameters().values())
         if not parameters:
             raise ValueError("The model has no trainable parameters: set requires_grad on some.")
         self.device = parameters[0].device
         old = self.optimizer.state if self.optimizer else {}
-        matrices, vectors = (
-            [p for p in parameters if p.ndim > 1],
-            [p for p in parameters if p.ndim <= 1],
-        )
-        groups = [(matrices, self.config.weight_decay), (vectors, 0.0)]
-        groups = [{"params": ps, "weight_decay": decay} for ps, decay in groups if ps]
+        matrices = [p for p in parameters if p.ndim > 1], self.config.weight_decay
+        vectors = [p for p in parameters if p.ndim <= 1], 0.0
+        groups = [{"params": ps, "weight_decay": w} for ps, w in (matrices, vectors) if ps]
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
         self.optimizer = torch.optim.AdamW(groups, lr=self.config.lr, fused=fused or None)
-        for p in parameters:
-            if p in old and old[p]["exp_avg"].shape == p.shape:
-                self.optimizer.state[p] = old[p]
+        kept = {p: old[p] for p in parameters if p in old and old[p]["exp_avg"].shape == p.shape}
+        self.optimizer.state.update(kept)
 
     def advance(self, loss, hooks) -> None:
         """One optimizer step on the next batch."""
         start = time.perf_counter()
         batch = tree_map(lambda t: t.to(self.device, non_blocking=True), self.batches.next())
         self.model.train()
-        for module, training in self.modes if self.modes[0][1] else ():
-            module.training = training
+        for module in self.frozen:
+            module.training = False
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
         half = self.config.precision == "bfloat16"
@@ -228,8 +201,7 @@ class _Run:
         loss_now.backward()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
-        value = loss_now.item()
-        self._check(value, norm.item())
+        self._check(value := loss_now.item(), norm.item())
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step, self.tokens = self.step + 1, self.tokens + _count_targets(batch)
@@ -241,9 +213,8 @@ class _Run:
 
     def _check(self, loss: float, norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = (
-                f"The gradient (loss {loss:.4g})" if math.isfinite(loss) else f"The loss ({loss})"
-            )
+            what = f"The gradient (loss {loss:.4g})"
+            what = what if math.isfinite(loss) else f"The loss ({loss})"
             rate = self.optimizer.param_groups[0]["lr"]
             where = f"at step {self.step + 1} of {self.config.steps} (lr {rate:.2e})"
             advice = "lower lr, lengthen warmup, or look for NaN in the weights and inputs."
@@ -251,21 +222,16 @@ class _Run:
 
     def record(self, validate) -> None:
         """Appends to the history; with `validate`, evaluates and keeps the best state so far."""
-        entry = {
-            "step": self.step,
-            "loss": self.loss_sum / self.loss_steps,
-            "seconds": self.seconds,
-        }
-        entry["lr"] = self.optimizer.param_groups[0]["lr"]
+        entry = {"step": self.step, "loss": self.loss_sum / self.loss_steps}
+        entry |= {"seconds": self.seconds, "lr": self.optimizer.param_groups[0]["lr"]}
         self.loss_sum, self.loss_steps = 0.0, 0
         if validate is not None:
-            state = rng_state()
+            state = files.rng_state()
             value = entry["validation"] = float(validate(self.model))
-            set_rng_state(state)  # evaluating changes nothing about the training that follows
+            files.set_rng_state(state)  # evaluating changes nothing about the training that follows
             if math.isnan(value):
-                raise ValueError(
-                    f"The validation loss is NaN at step {self.step}: lower lr, check the data."
-                )
+                advice = "lower lr, check the data."
+                raise ValueError(f"The validation loss is NaN at step {self.step}: {advice}")
             if value < (math.inf if self.best_validation is None else self.best_validation):
                 self.best = {name: t.detach().clone() for name, t in self.tensors().items()}
                 self.best_validation, self.best_step, self.stale = value, self.step, 0
@@ -276,67 +242,61 @@ class _Run:
     def finish(self) -> None:
         """The best state, and the modes from before the training."""
         if self.best and self.best_step != self.step:
-            copy_into(self.tensors(), self.best, "The best state")
-        self.model.train(self.modes[0][1])
-        for module, training in self.modes:
+            files.copy_into(self.tensors(), self.best, "The best state")
+        self.model.train(self.modes[self.model])
+        for module, training in self.modes.items():
             module.training = training
 
     def save(self, path: Path) -> None:
         states = {name: self.optimizer.state[p] for name, p in self.parameters().items()}
         moments = {f"{name}/{key}": t for name, state in states.items() for key, t in state.items()}
         groups = {"model": self.tensors(), "best": self.best, "optimizer": moments}
-        groups |= {"rng.now": rng_state(), "rng.epoch": self.batches.epoch_rng}
-        header = {key: getattr(self, key) for key in self.HEADER}
+        groups |= {"rng.now": files.rng_state(), "rng.epoch": self.batches.epoch_rng}
+        header = {key: getattr(self, key) for key in self.SAVED.split()}
         header |= {"position": self.batches.position, "config": asdict(self.config)}
         tensors = {f"{group}/{name}": t for group, ts in groups.items() for name, t in ts.items()}
-        write_checkpoint(path, tensors, header)
+        files.write_checkpoint(path, tensors, header)
 
     def restore(self, path: Path) -> None:
-        tensors, header = read_checkpoint(path)
+        tensors, header = files.read_checkpoint(path)
         what = f"The checkpoint {path}"
         for name, ours in asdict(self.config).items():
-            theirs = header["config"].get(name, ours)
-            if theirs != ours:
+            if (theirs := header["config"].get(name, ours)) != ours:
                 difference = f"was written with {name}={theirs!r}, not {ours!r}"
-                raise ValueError(
-                    f"{what} {difference}: use the same settings, or delete it to start anew."
-                )
-        groups: dict[str, dict] = {
-            g: {} for g in ("model", "best", "rng.now", "rng.epoch", "optimizer")
-        }
+                advice = "use the same settings, or delete it to start anew."
+                raise ValueError(f"{what} {difference}: {advice}")
+        groups: dict[str, dict] = defaultdict(dict)
         for name, tensor in tensors.items():
             group, key = name.split("/", 1)
             groups[group][key] = tensor
-        check_fit(self.tensors(), groups["model"], what)
+        files.check_fit(self.tensors(), groups["model"], what)
         self._load_moments(groups["optimizer"], what)
-        copy_into(self.tensors(), groups["model"], what)
-        vars(self).update({key: header[key] for key in self.HEADER}, best=groups["best"])
+        files.copy_into(self.tensors(), groups["model"], what)
+        vars(self).update({key: header[key] for key in self.SAVED.split()}, best=groups["best"])
         self.batches.resume(groups["rng.epoch"], header["position"])
-        set_rng_state(groups["rng.now"])
+        files.set_rng_state(groups["rng.now"])
 
     def _load_moments(self, moments: dict[str, Tensor], what: str) -> None:
-        """AdamW's step and moments; absent for a parameter that has had no gradient yet."""
-        moments, expected, states = dict(moments), {}, {}
-        names = {p: name for name, p in self.parameters().items()}
-        order = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for index, (p, name) in enumerate((p, names[p]) for p in order):
+        """AdamW's steps and moments; absent for a parameter that has had no gradient yet."""
+        expected = {}
+        for name, p in self.parameters().items():
             like = {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
-            if any(f"{name}/{key}" in moments for key in like):
-                expected |= {f"{name}/{key}": tensor for key, tensor in like.items()}
-                states[index] = {key: moments.get(f"{name}/{key}") for key in like}
-        check_fit(expected, moments, what)
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": states})
+            like = {f"{name}/{key}": tensor for key, tensor in like.items()}
+            if found := {key: moments[key].to(p.device) for key in like if key in moments}:
+                expected |= like
+                self.optimizer.state[p] = {key.split("/")[-1]: t for key, t in found.items()}
+        files.check_fit(expected, moments, what)
 
 
 def _count_targets(batch) -> int:
     """Targets that count, or examples where there are none."""
-    targets = tensors_of(call_of(batch).targets)
-    return int(sum((t != IGNORED).sum() for t in targets)) if targets else len(tensors_of(batch)[0])
+    if targets := tensors_of(call_of(batch).targets):
+        return sum(int((t != IGNORED).sum()) for t in targets)
+    return len(tensors_of(batch)[0])
 
 
 class _Report:
-    """One plain line at most every LOG_SECONDS, and a last one, for terminals, notebooks and
-    logs."""
+    """One plain line at most every LOG_SECONDS, and a last one, for terminals and notebooks."""
 
     def __init__(self, config: TrainConfig, log: bool):
         self.config, self.log, self.hinted = config, log, False
@@ -348,18 +308,12 @@ class _Report:
             return
         self.wall, self.cpu, entry = self.wall + wall, self.cpu + cpu, run.history[-1]
         parts = [f"step {run.step}/{self.config.steps}", f"loss {entry['loss']:.4f}"]
-        parts += [f"validation {entry['validation']:.4f}"] if "validation" in entry else []
+        if "validation" in entry:
+            parts.append(f"validation {entry['validation']:.4f}")
         left = run.seconds / run.step * (self.config.steps - run.step)
         left = "" if run.finished else f", about {left:.0f} s left"
-        speed = f"{run.tokens / run.seconds:,.0f} tokens/s"
-        print(
-            *parts,
-            f"lr {entry['lr']:.1e}",
-            speed,
-            f"{run.seconds:.0f} s{left}",
-            sep="  ",
-            flush=True,
-        )
+        parts += [f"lr {entry['lr']:.1e}", f"{run.tokens / run.seconds:,.0f} tokens/s"]
+        print(*parts, f"{run.seconds:.0f} s{left}", sep="  ", flush=True)
         hint = oversubscribed(cpu / wall if run.device.type == "cpu" else 1.0)
         if hint and not self.hinted and wall > 1:
             print(hint, flush=True)

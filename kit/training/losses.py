@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kit.core.protocols import LanguageModel, call_of, tensors_of
+from kit.core.protocols import Call, LanguageModel, call_of, tensors_of
 
 IGNORED = -100  # as a target: this token does not count
 AUXILIARY_WEIGHT = 0.01  # of the load-balancing loss: Fedus et al. 2021, "Switch Transformers", 2.2
 CPU_BLOCK = 30_000_000  # bytes of logits held at once: malloc maps 32 MB or more anew each time
 CUDA_BLOCK = 2**29
-FUNCTION_BLOCK = 2**21  # bytes on a CPU where autograd holds several: they stay in cache
+FUNCTION_BLOCK = 2**22  # bytes on a CPU where autograd holds several: they stay in cache
 
 
 def linear_cross_entropy(
@@ -105,21 +105,18 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, block, dtype, chunk):
-        width, accumulator = hidden.shape[1], torch.promote_types(dtype, torch.float32)
-        tensors = (hidden, weight, bias)
-        grads = [
-            torch.zeros_like(t, dtype=accumulator) if needed else None
-            for t, needed in zip(tensors, ctx.needs_input_grad)
-        ]
+        width, high = hidden.shape[1], torch.promote_types(dtype, torch.float32)
+        needed = zip((hidden, weight, bias), ctx.needs_input_grad)
+        grads = [torch.zeros_like(t, dtype=high) if need else None for t, need in needed]
         h, w = _with_bias(hidden, weight, bias, dtype)
-        total = hidden.new_zeros(1, dtype=accumulator)
+        total = hidden.new_zeros(1, dtype=high)
         with torch.autocast(h.device.type, enabled=False):
             for rows, logits in _logit_blocks(h, w, chunk):
                 values, error = block(logits, rows, h[rows], w)
                 total = total + values
                 _accumulate(grads, rows, error, h[rows, :width], w[:, :width])
         ctx.save_for_backward(*grads)
-        ctx.dtypes = [t is not None and t.dtype for t in tensors]
+        ctx.dtypes = [t is not None and t.dtype for t in (hidden, weight, bias)]
         ctx.mark_non_differentiable(total)
         return total[0].clone(), total
 
@@ -174,22 +171,19 @@ def _errors_(logits, h, w, targets):
     At the target, the error is minus the sum of the others: exact in bfloat16 too, where 1 - p is
     lost in rounding.
     """
-    at_target = (
-        torch.arange(len(logits), device=logits.device),
-        targets,
-    )  # scatter_ would copy the block
+    at_target = torch.arange(len(logits), device=logits.device), targets
     probability = torch.softmax(logits, 1, out=logits)[at_target]
-    logits[at_target] = 0
+    logits[at_target] = 0  # scatter_ would copy the block
     others = logits.sum(1)
     logits[at_target] = -others
-    accumulator = torch.promote_types(logits.dtype, torch.float32)
-    probability, others = probability.to(accumulator), others.to(accumulator)
+    high = torch.promote_types(logits.dtype, torch.float32)
+    probability, others = probability.to(high), others.to(high)
     losses = torch.where(probability > 0.5, -torch.log1p(-others), -probability.log())
     lost = (probability < 1e-30).nonzero()[:, 0]
     if len(lost):  # too small for its digits: measure from the largest probability instead
-        top, h = logits[lost].argmax(1), h[lost].to(accumulator)
+        top, h = logits[lost].argmax(1), h[lost].to(high)
         gap = (h * (w[top] - w[targets[lost]])).sum(1)
-        losses[lost] = gap - logits[lost, top].to(accumulator).log()
+        losses[lost] = gap - logits[lost, top].to(high).log()
     return losses
 
 
@@ -206,9 +200,8 @@ def _counted(hidden, weight, bias, targets):
     """Flattens to (N, D) and (N,), without the tokens that do not count."""
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1:] != weight.shape[1:]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (hidden, weight, targets))
-        raise ValueError(
-            f"hidden, weight and targets of {shapes} do not fit: give (..., D), (V, D) and (...)."
-        )
+        need = "hidden (..., D), weight (V, D) and targets (...)"
+        raise ValueError(f"shapes {shapes} do not fit: give {need}.")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be {(len(weight),)}.")
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
@@ -258,22 +251,21 @@ def next_token_loss(model: LanguageModel, batch, sample: VocabularySample | None
     On a CPU, bfloat16 autocast is for the product with the vocabulary alone; in narrow layers its
     casts cost more than it saves.
     """
-    call = call_of(batch)
+    call = labelled(batch)
     targets, device = call.targets, call.targets.device.type
     with torch.autocast(device, enabled=device != "cpu" and torch.is_autocast_enabled(device)):
         hidden = call(model.hidden)
     output = model.output()
     if sample is not None:
         targets, output = sample.restrict(targets, output)
-    return (
-        linear_cross_entropy(hidden, *output, targets) + AUXILIARY_WEIGHT * model.auxiliary_loss()
-    )
+    loss = linear_cross_entropy(hidden, *output, targets)
+    return loss + AUXILIARY_WEIGHT * model.auxiliary_loss()
 
 
 def classification_loss(model: nn.Module, batch) -> Tensor:
     """Mean cross-entropy of a model's logits (`logits_of`) against labels, int64 of the same shape
     without the classes, or probabilities of the same shape."""
-    call = call_of(batch)
+    call = labelled(batch)
     logits = logits_of(call(model), call.targets)
     labels = call.targets.reshape(-1, *call.targets.shape[logits.ndim - 1 :])
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels)
@@ -288,15 +280,18 @@ def training_loss(model: nn.Module) -> Callable:
     return partial(next_token_loss, sample=VocabularySample()) if large else next_token_loss
 
 
+def labelled(batch) -> Call:
+    """`call_of` a batch. Raises ValueError when that holds no targets."""
+    if (call := call_of(batch)).targets is None:
+        raise ValueError("a batch holds no targets: give (inputs, targets) or a dict with labels.")
+    return call
+
+
 def logits_of(output, targets: Tensor | None = None) -> Tensor:
     """The logits (..., C) in what a model returned: a tensor, the entry called `logits`, or else
     the first tensor. The classes come last, also of (B, C, ...) for targets (B, ...)."""
     named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     logits = tensors_of(output)[0] if named is None else named
-    if (
-        targets is not None
-        and targets.ndim == logits.ndim - 1
-        and logits.shape[:-1] != targets.shape
-    ):
-        return logits.movedim(1, -1)
-    return logits
+    if targets is None or targets.ndim != logits.ndim - 1 or targets.shape == logits.shape[:-1]:
+        return logits
+    return logits.movedim(1, -1)
