@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kit.core.compiled import compiled
 from kit.models import bk_core, bk_kernels, bk_scan
 from kit.models.bk_core import gated_parts, left_resolvent, resolvent_diagonal, staggered_reflection
 
@@ -191,9 +192,13 @@ def test_kernels_compile_without_a_cache_directory(monkeypatch):
             raise RuntimeError("cannot cache function: no locator available")
         return lambda function: (function, settings)
 
-    monkeypatch.setattr(bk_kernels.numba, "njit", njit)
-    function, settings = bk_kernels._compile(len)
-    assert function is len and settings["nogil"]
+    monkeypatch.setattr("numba.njit", njit)
+    function, settings = compiled()(len_of).machine_code
+    assert function is len_of and settings["nogil"]
+
+
+def len_of(x):
+    return len(x)
 
 
 @pytest.mark.parametrize(

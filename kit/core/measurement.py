@@ -1,16 +1,14 @@
-"""Measurement: size of the float32 file, latency side by side, peak memory, multiply-accumulates, the
-machine."""
+"""Measurement: size of the float32 file, latency side by side, peak memory, multiply-accumulates."""
 
+import ctypes
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -20,16 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import kit
 
 BLOCK_SECONDS, ROUNDS = 0.004, 50
-PACKAGES = (
-    "torch",
-    "numpy",
-    "numba",
-    "tokenizers",
-    "safetensors",
-    "scikit-learn",
-    "pandas",
-    "papermill",
-)
 
 
 @dataclass(frozen=True)
@@ -102,6 +90,20 @@ def _now() -> float:
     return time.perf_counter()
 
 
+def tune_process() -> bool:
+    """Lets glibc keep freed blocks of up to 32 MiB for the next use, in this process.
+
+    It would hand them back to the system, and each new activation would pay for its pages again. What
+    notebooks call first; False where the C library is another.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError, OSError):
+        return False
+    mmap_threshold, trim_threshold = -3, -1
+    return bool(mallopt(mmap_threshold, 32 * 2**20) and mallopt(trim_threshold, 2**31 - 1))
+
+
 def peak_memory(device: torch.device | str = "cpu") -> int:
     """Bytes: the largest resident size of this process so far, or torch's largest allocation on a CUDA
     device."""
@@ -149,38 +151,6 @@ def macs(model: nn.Module, example: Tensor | tuple) -> int:
         model.eval()(*(example if isinstance(example, tuple) else (example,)))
     model.train(was_training)
     return counter.get_total_flops() // 2
-
-
-def environment() -> dict:
-    """What a timing depends on: versions, processor, cores, threads, accelerator."""
-    versions = {"python": platform.python_version(), "kit": kit.__version__}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            pass
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "versions": versions,
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cores": _cores(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def has_fast_bfloat16(device: torch.device | str = "cpu") -> bool:

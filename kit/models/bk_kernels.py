@@ -6,32 +6,24 @@ cut into tiles (batch rows x channels) that torch.get_num_threads() threads draw
 barrier, so a busy machine costs little, and nothing that a forked process could inherit broken.
 """
 
-import functools
 import itertools
-import os
-from concurrent.futures import ThreadPoolExecutor
 
-import numba
 import numpy as np
 import torch
+
+from kit.core.compiled import compiled, in_threads
 
 GRAIN = 250_000  # elements a thread must get to be worth waking
 BLOCK = 32  # fewest channels in a tile, cut only where the batch has too few rows
 
 
-def _compile(function):
-    """Compile at first use; kept on disk where numba finds a writable place for it."""
-    settings = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
-    try:
-        return numba.njit(cache=True, **settings)(function)
-    except RuntimeError:  # no writable cache directory
-        return numba.njit(**settings)(function)
+kernel = compiled(fastmath={"contract", "nsz"})
 
 
 # Slices of rows and short loops over few arrays: LLVM vectorizes a loop only if it can prove in at most eight pointer
 # comparisons that its arrays do not overlap. What both recursions share is inlined, or the proof fails. With `sign` 1 it is
 # g_i = 1 / (x_i - 1j*eta - p_i g_{i-1}), with -1 h_i = 1 / (x_i - 1j*eta + p_i conj(h_{i-1})).
-@numba.njit(inline="always")
+@compiled(inline="always")
 def _resolve(x_i, p_i, eta, sign, real, imag):
     """(real, imag) from step i-1 to step i."""
     one = eta.dtype.type(1)
@@ -43,7 +35,7 @@ def _resolve(x_i, p_i, eta, sign, real, imag):
         imag[c] = e * scale
 
 
-@numba.njit(inline="always")
+@compiled(inline="always")
 def _resolve_backward(g, p, sign, u_real, u_imag, dx, dp, deta, b, i, low, high):
     """Gradients of step i from u = g_i^2 lambda_i, and u made what step i adds to lambda_{i-1}."""
     dx_i, dp_i, deta_b = dx[b, i, low:high], dp[b, i, low:high], deta[b, low:high]
@@ -61,7 +53,7 @@ def _resolve_backward(g, p, sign, u_real, u_imag, dx, dp, deta, b, i, low, high)
             u_imag[c] *= p_i[c]
 
 
-@_compile
+@kernel
 def _forward(x, p, eta, g, first, last, low, high):
     eta = eta[low:high]
     real, imag = np.empty_like(eta), np.empty_like(eta)
@@ -77,7 +69,7 @@ def _forward(x, p, eta, g, first, last, low, high):
                 g_i[2 * c + 1] = imag[c]
 
 
-@_compile
+@kernel
 def _backward(g, p, grad, dx, dp, deta, first, last, low, high):
     u_real, u_imag = np.empty_like(deta[0, low:high]), np.empty_like(deta[0, low:high])
     one = deta.dtype.type(1)
@@ -95,7 +87,7 @@ def _backward(g, p, grad, dx, dp, deta, first, last, low, high):
             _resolve_backward(g, p, one, u_real, u_imag, dx, dp, deta, b, i, low, high)
 
 
-@_compile
+@kernel
 def _reflection(x, p, eta, h, r, first, last, low, high):
     eta = eta[low:high]
     real, imag = np.empty_like(eta), np.empty_like(eta)
@@ -115,7 +107,7 @@ def _reflection(x, p, eta, h, r, first, last, low, high):
                 r_i[2 * c + 1] = -(real[c] + real[c]) * scale
 
 
-@_compile
+@kernel
 def _reflection_backward(h, p, grad, dx, dp, deta, first, last, low, high):
     u_real, u_imag = np.empty_like(deta[0, low:high]), np.empty_like(deta[0, low:high])
     one = deta.dtype.type(1)
@@ -141,7 +133,7 @@ def _reflection_backward(h, p, grad, dx, dp, deta, first, last, low, high):
             _resolve_backward(h, p, -one, u_real, u_imag, dx, dp, deta, b, i, low, high)
 
 
-@_compile
+@kernel
 def _gate(r, gate, y, first, last, low, high):  # y = [Re r, Im r] * gate
     channels = r.shape[2] // 2
     for b in range(first, last):
@@ -155,7 +147,7 @@ def _gate(r, gate, y, first, last, low, high):  # y = [Re r, Im r] * gate
                 y_i[c] = r_i[2 * c + 1] * a_i[c]
 
 
-@_compile
+@kernel
 def _gate_backward(r, gate, grad, dr, dgate, first, last, low, high):
     channels = r.shape[2] // 2
     for b in range(first, last):
@@ -172,7 +164,7 @@ def _gate_backward(r, gate, grad, dr, dgate, first, last, low, high):
                 da_imag[c] = w_imag[c] * r_i[2 * c + 1]
 
 
-@_compile
+@kernel
 def _convolve(x, taps, bias, y, first, last, low, high):
     steps, reach = x.shape[1], taps.shape[0] - 1
     for b in range(first, last):
@@ -185,7 +177,7 @@ def _convolve(x, taps, bias, y, first, last, low, high):
                     y_i[c] += tap[c] * x_k[c]
 
 
-@_compile
+@kernel
 def _convolve_backward(x, taps, grad, dx, dtaps, first, last, low, high):  # dtaps[:, -1] is the gradient of the bias
     steps, reach = x.shape[1], taps.shape[0] - 1
     for b in range(first, last):
@@ -202,34 +194,25 @@ def _convolve_backward(x, taps, grad, dx, dtaps, first, last, low, high):  # dta
                 dbias[c] += w_i[c]
 
 
-@functools.cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="bk_core")
-
-
 def _cuts(size: int, pieces: int) -> list[tuple[int, int]]:
     edges = [size * k // pieces for k in range(pieces + 1)]
     return list(zip(edges, edges[1:]))
 
 
-def _run(kernel, shape: tuple[int, int, int], *tensors: torch.Tensor) -> None:
+def _run(function, shape: tuple[int, int, int], *tensors: torch.Tensor) -> None:
     batch, steps, channels = shape
     arrays = [tensor.detach().numpy() for tensor in tensors]
     threads = max(1, min(torch.get_num_threads(), batch * steps * channels // GRAIN))
     if threads == 1:
-        return kernel(*arrays, 0, batch, 0, channels)
+        return function(*arrays, 0, batch, 0, channels)
     rows, blocks = min(batch, 4 * threads), max(1, min(threads // batch, channels // BLOCK))
     tiles = itertools.product(_cuts(batch, rows), _cuts(channels, blocks))
 
     def work():
         for (first, last), (low, high) in tiles:
-            kernel(*arrays, first, last, low, high)
+            function(*arrays, first, last, low, high)
 
-    helpers = [_pool(os.getpid(), threads - 1).submit(work) for _ in range(threads - 1)]
-    work()
-    for helper in helpers:
-        if not helper.cancel():
-            helper.result()
+    in_threads(work, threads)
 
 
 def forward(x: torch.Tensor, p: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
@@ -245,10 +228,10 @@ def backward(g: torch.Tensor, p: torch.Tensor, grad: torch.Tensor) -> tuple[torc
 
 
 def _adjoint(
-    kernel, g: torch.Tensor, p: torch.Tensor, grad: torch.Tensor
+    function, g: torch.Tensor, p: torch.Tensor, grad: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dx, dp, deta = torch.empty_like(p), torch.empty_like(p), p.new_zeros(p.shape[0], p.shape[2])
-    _run(kernel, p.shape, torch.view_as_real(g).flatten(2), p, torch.view_as_real(grad).flatten(2), dx, dp, deta)
+    _run(function, p.shape, torch.view_as_real(g).flatten(2), p, torch.view_as_real(grad).flatten(2), dx, dp, deta)
     return dx, dp, deta.sum(0)
 
 
