@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from kit import artifact
 from kit.data import Corpus, Loaders, cache_dir, load_corpus, token_loaders
-from kit.core.store import code_digest, digest
+from kit.core.store import code_digest, digest, lock
 from kit.training.evaluation import Evaluation, evaluate
 from kit.training.losses import training_loss
 from kit.core.measurement import has_fast_bfloat16, peak_memory
@@ -76,8 +76,9 @@ def load_or_train(*, corpus: str = "docs", vocab_size: int = 4096, train_bytes: 
                 "batch_size": batch_size, "text": text.sha256, "vocab_size": vocab_size,
                 "device": device, "sources": code_digest(SOURCES)}
     folder = cache_dir() / "baselines" / f"{model}-{digest(**settings)}"
-    if not (folder / "record.json").exists():
-        _train(dense, loaders, training, folder, settings, log)
+    with lock(folder / "record.json"):
+        if not (folder / "record.json").exists():
+            _train(dense, loaders, training, folder, settings, log)
     record = json.loads((folder / "record.json").read_text())
     path = folder / "model.kit"
     dense = artifact.load(path).to(device)
