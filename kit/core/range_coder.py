@@ -13,7 +13,8 @@ while coding, and before only what IEEE 754 rounds exactly, so a stream decodes 
 import math
 
 import numpy as np
-from numba import njit
+
+from kit.core.compiled import compiled
 
 UNARY = 14            # decisions before the Elias-gamma tail
 TAIL = 32             # decisions on the tail's length
@@ -64,7 +65,7 @@ def _first_chances() -> np.ndarray:
 FIRST_CHANCES = _first_chances()
 
 
-@njit(cache=True)
+@compiled()
 def _level(average, level):
     """The class of an average, searched from a class that it had before."""
     while level < LEVELS - 1 and average >= EDGES[level]:
@@ -74,14 +75,14 @@ def _level(average, level):
     return level
 
 
-@njit(cache=True)
+@compiled()
 def _adapt(chances, counts, i, bit):
     """Moves P(bit = 0) towards what came."""
     chances[i] += (((0 if bit else 1 << FINE) - chances[i]) * RECIPROCAL[counts[i]]) >> BITS
     counts[i] = min(counts[i] + 1, LIMIT)
 
 
-@njit(cache=True)
+@compiled()
 def _shift(out, coder):
     low = coder[0]
     if low < np.uint64(0xFF000000) or low > MASK:
@@ -100,7 +101,7 @@ def _shift(out, coder):
     coder[0] = (low << BYTE) & MASK
 
 
-@njit(cache=True)
+@compiled()
 def _code(buffer, coder, probability, bit):
     """Writes `bit`, or reads and returns it if it is negative, where P(0) = probability / ONE.
 
@@ -126,7 +127,7 @@ def _code(buffer, coder, probability, bit):
     return bit
 
 
-@njit(cache=True)
+@compiled()
 def _code_alone(buffer, coder, chances, counts, i, bit):
     """Codes a bit by one adaptive estimate; returns it and its information content."""
     probability = min(max(chances[i] >> (FINE - BITS), 32), ONE - 32)
@@ -135,7 +136,7 @@ def _code_alone(buffer, coder, chances, counts, i, bit):
     return bit, COST[ONE - probability if bit else probability]
 
 
-@njit(inline="always")  # a call would count references to its arrays, at three times the cost
+@compiled(inline="always")  # a call would count references to its arrays, at three times the cost
 def _code_mixed(buffer, coder, chances, counts, contexts, weights, logits, step, bit):
     """Codes a bit by the mixture of the estimates of its contexts; returns it and its information content."""
     total = 0
@@ -151,7 +152,7 @@ def _code_mixed(buffer, coder, chances, counts, contexts, weights, logits, step,
     return bit, COST[ONE - probability if bit else probability]
 
 
-@njit(cache=True)
+@compiled()
 def _code_tail(buffer, coder, chances, counts, tail):
     """Elias-gamma: codes tail >= 1, or reads and returns it if it is 0, and its information content."""
     length, bits, reads = 0, 0.0, tail == 0
@@ -173,7 +174,7 @@ def _code_tail(buffer, coder, chances, counts, tail):
     return value, bits
 
 
-@njit(cache=True)
+@compiled()
 def _estimates(columns):
     """First values of P(bit = 0) for each step of the unary part and each context: (classes recent in row and column), (on
     the whole), (column, class of the row)."""
@@ -186,7 +187,7 @@ def _estimates(columns):
     return chances
 
 
-@njit(cache=True)
+@compiled()
 def _pass(codes, buffer, coder, reads):
     """Writes the codes into `buffer`, or reads them from it; returns their information content, -1 if they do not fit."""
     rows, columns = codes.shape
@@ -235,7 +236,7 @@ def _pass(codes, buffer, coder, reads):
     return ideal
 
 
-@njit(cache=True)
+@compiled()
 def _encode(codes, out):
     coder = np.array([0, 0xFFFFFFFF, 0, 0, 0], np.uint64)
     ideal = _pass(codes, out, coder, False)
@@ -244,7 +245,7 @@ def _encode(codes, out):
     return np.int64(coder[4]), ideal
 
 
-@njit(cache=True)
+@compiled()
 def _decode(data, codes):
     coder = np.array([0, 0xFFFFFFFF, 0, 0, 5], np.uint64)
     for i in range(5):

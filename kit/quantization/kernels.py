@@ -6,11 +6,12 @@ the forward pass.
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
-EXACT = {"cache": True, "nogil": True, "error_model": "numpy"}
-SUMS = {**EXACT, "fastmath": {"contract", "nsz", "reassoc"}}  # sums in any order, so that they vectorize
+from kit.core.compiled import compiled
+
+exact = compiled()
+sums = compiled(fastmath={"contract", "nsz", "reassoc"})  # in any order, so that they vectorize
 
 
 def fits(x: Tensor, scale: Tensor, zero: Tensor | None) -> bool:
@@ -19,7 +20,7 @@ def fits(x: Tensor, scale: Tensor, zero: Tensor | None) -> bool:
             and x.ndim == 2 and scale.shape == (len(x), 1))
 
 
-@njit(**EXACT)
+@exact
 def _round(x, scale, low, high, out):
     for b in range(x.shape[0]):
         step, row, to = scale[b, 0], x[b], out[b]
@@ -27,7 +28,7 @@ def _round(x, scale, low, high, out):
             to[i] = (min(max(np.rint(row[i] / step), low), high) + np.float32(0)) * step
 
 
-@njit(**SUMS)
+@sums
 def _round_backward(x, scale, low, high, grad, dx, dscale):
     for b in range(x.shape[0]):
         step, row, g, to, total = scale[b, 0], x[b], grad[b], dx[b], np.float32(0)
@@ -40,7 +41,7 @@ def _round_backward(x, scale, low, high, grad, dx, dscale):
         dscale[b, 0] = total
 
 
-@njit(**EXACT)
+@exact
 def _magnitude(x, scale, out):
     for b in range(x.shape[0]):
         step, row, to = scale[b, 0], x[b], out[b]
@@ -48,7 +49,7 @@ def _magnitude(x, scale, out):
             to[i] = abs(np.rint(row[i] / step))
 
 
-@njit(**SUMS)
+@sums
 def _magnitude_backward(x, scale, grad, dx, dscale):
     for b in range(x.shape[0]):
         inverse, row, g, to, total = np.float32(1) / scale[b, 0], x[b], grad[b], dx[b], np.float32(0)
@@ -59,7 +60,7 @@ def _magnitude_backward(x, scale, grad, dx, dscale):
         dscale[b, 0] = total * inverse
 
 
-@njit(**EXACT)
+@exact
 def _compose(rows, left, right, parts):
     for i in range(rows.shape[0]):
         if parts[i, 0] >= 0:
@@ -68,7 +69,7 @@ def _compose(rows, left, right, parts):
                 row[d] += left[d] * first[d] + right[d] * second[d]
 
 
-@njit(**EXACT)
+@exact
 def _compose_backward(rows, left, right, parts, grad, dleft, dright):
     for i in range(rows.shape[0] - 1, -1, -1):
         if parts[i, 0] >= 0:
