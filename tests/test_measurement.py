@@ -8,7 +8,6 @@ from torch import nn
 from kit.core import measurement
 from kit.core.measurement import (
     Latency,
-    environment,
     float32_bytes,
     has_fast_bfloat16,
     macs,
@@ -84,11 +83,8 @@ def test_peak_memory_is_what_the_kernel_says():
     assert peak_memory() == pytest.approx(high_water, rel=0.05)
 
 
-def test_environment_names_the_machine():
-    facts = environment()
-    assert facts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+def test_fast_bfloat16_is_a_plain_answer():
     assert isinstance(has_fast_bfloat16(), bool)
-    assert facts["threads"] == torch.get_num_threads() and facts["cores"] >= 1 and facts["cpu"]
 
 
 def test_hint_only_when_busy():

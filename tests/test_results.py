@@ -6,16 +6,30 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kit.lab import records as results
-from kit.lab.records import dominated_by, pareto_front, quality_column, read_results, read_stages, write_result
+from kit.core import store
+from kit.lab.records import (
+    dominated_by,
+    environment,
+    pareto_front,
+    quality_column,
+    read_results,
+    read_stages,
+    write_result,
+)
 
 
 def record(**more):
-    return {"notebook": "05", "parameters": {"steps": 3, "vocab_size": 512}, "seed": 0,
-            "corpus": {"name": "docs", "sha256": "aa"}, **more}
+    return {
+        "notebook": "05",
+        "parameters": {"steps": 3, "vocab_size": 512},
+        "seed": 0,
+        "corpus": {"name": "docs", "sha256": "aa"},
+        **more,
+    }
 
 
 def test_what_is_written_is_read_with_nested_keys_dotted(tmp_path):
@@ -23,9 +37,21 @@ def test_what_is_written_is_read_with_nested_keys_dotted(tmp_path):
     write_result(tmp_path / "a", written)
     frame = read_results(tmp_path)
     row = frame.iloc[0]
-    assert tuple(row[["bytes", "perplexity", "parameters.steps", "corpus.sha256"]]) == (7, 2.5, 3, "aa")
+    assert tuple(row[["bytes", "perplexity", "parameters.steps", "corpus.sha256"]]) == (
+        7,
+        2.5,
+        3,
+        "aa",
+    )
     assert row["extra.x"] == [1, 2] and row["run"] == str(tmp_path / "a")
     assert row["versions.numpy"] == np.__version__
+
+
+def test_environment_names_the_machine():
+    facts = environment()
+    assert facts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert {"python", "kit", "scikit-learn", "papermill"} <= set(facts["versions"])
+    assert facts["threads"] == torch.get_num_threads() and facts["cores"] >= 1 and facts["cpu"]
 
 
 def test_values_that_json_lacks_are_converted(tmp_path):
@@ -33,8 +59,16 @@ def test_values_that_json_lacks_are_converted(tmp_path):
     class Settings:
         lr: float
 
-    path = write_result(tmp_path, record(nan=math.nan, array=np.arange(3), where=Path("x/y"),
-                                         settings=Settings(0.5), versions={"torch": "1"}))
+    path = write_result(
+        tmp_path,
+        record(
+            nan=math.nan,
+            array=np.arange(3),
+            where=Path("x/y"),
+            settings=Settings(0.5),
+            versions={"torch": "1"},
+        ),
+    )
     read = json.loads(path.read_text())
     assert read["nan"] is None and read["array"] == [0, 1, 2] and read["where"] == "x/y"
     assert read["settings"] == {"lr": 0.5} and read["versions"] == {"torch": "1"}
@@ -45,17 +79,20 @@ def test_a_failed_write_leaves_the_old_record_alone(tmp_path, monkeypatch):
     before = path.read_bytes()
     with pytest.raises(TypeError):
         write_result(tmp_path, record(bytes=object()))
-    monkeypatch.setattr(results.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(store.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write_result(tmp_path, record(bytes=2))
     assert path.read_bytes() == before and len(read_results(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("broken, says", [
-    ({"notebook": "05", "parameters": {}}, "lacks seed"),
-    (record(corpus={"name": "docs"}), "expected its name and sha256"),
-    (record(stages=[{"bytes": 3}]), "has no name"),
-])
+@pytest.mark.parametrize(
+    "broken, says",
+    [
+        ({"notebook": "05", "parameters": {}}, "lacks seed"),
+        (record(corpus={"name": "docs"}), "expected its name and sha256"),
+        (record(stages=[{"bytes": 3}]), "has no name"),
+    ],
+)
 def test_incomplete_records_are_refused(tmp_path, broken, says):
     with pytest.raises(ValueError, match=says):
         write_result(tmp_path, broken)
@@ -87,7 +124,9 @@ def test_no_runs_give_an_empty_frame_that_can_be_worked_with(tmp_path):
 def test_runs_on_another_corpus_are_flagged(tmp_path):
     for name, sha256 in (("a", "aa"), ("b", "aa"), ("c", "bb")):
         stages = [{"name": "dense", "bytes": 9}]
-        write_result(tmp_path / name, record(corpus={"name": "docs", "sha256": sha256}, stages=stages))
+        write_result(
+            tmp_path / name, record(corpus={"name": "docs", "sha256": sha256}, stages=stages)
+        )
     assert list(read_results(tmp_path)["comparable"]) == [True, True, False]
     assert list(read_stages(tmp_path)["comparable"]) == [True, True, False]
 
@@ -117,7 +156,9 @@ def test_interval_in_bits_per_byte_is_that_of_the_likelihood(tmp_path):
 def test_quality_is_what_the_runs_share(tmp_path):
     write_result(tmp_path / "a", record(perplexity=9.0, bits_per_byte=1.0))
     assert quality_column(read_results(tmp_path)) == "perplexity"
-    write_result(tmp_path / "b", record(perplexity=9.0, bits_per_byte=1.0, parameters={"vocab_size": 4}))
+    write_result(
+        tmp_path / "b", record(perplexity=9.0, bits_per_byte=1.0, parameters={"vocab_size": 4})
+    )
     assert quality_column(read_results(tmp_path)) == "bits_per_byte"
     write_result(tmp_path / "c" / "d", record(accuracy=0.9))
     assert quality_column(read_results(tmp_path / "c")) == "accuracy"
@@ -130,7 +171,10 @@ points = st.lists(st.tuples(*[st.integers(0, 4)] * 3), min_size=1, max_size=9)
 def test_dominance_is_that_of_its_definition(rows):
     names = [f"run {i}" for i in range(len(rows))]
     frame = pd.DataFrame(rows, columns=["bytes", "perplexity", "accuracy"], index=names)
-    named, front = dominated_by(frame, maximize=["accuracy"]), pareto_front(frame, maximize=["accuracy"])
+    named, front = (
+        dominated_by(frame, maximize=["accuracy"]),
+        pareto_front(frame, maximize=["accuracy"]),
+    )
 
     def dominates(a, b):
         no_worse = a[0] <= b[0] and a[1] <= b[1] and a[2] >= b[2]

@@ -1,4 +1,4 @@
-"""Measurement: size of the float32 file, latency side by side, peak memory, multiply-accumulates."""
+"""Measurement: size of the float32 file, timings side by side, peak memory, operations."""
 
 import ctypes
 import math

@@ -1,124 +1,113 @@
-"""Records of runs: one ``result.json`` a run folder, and all of them as a DataFrame."""
+"""Records of runs: one `result.json` a run folder, and all of them as a DataFrame."""
 
 import glob
+import importlib.metadata
 import json
-from collections.abc import Iterable, Sequence
+import os
+import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+import kit
 from kit.core.store import write_json
 
 RESULT = "result.json"
-_CORE = ["run", "notebook", "seed", "bytes", "ratio", "perplexity", "low", "high", "bits_per_byte",
-         "bits_per_byte_low", "bits_per_byte_high", "accuracy", "corpus.name", "corpus.sha256", "comparable"]
+FIGURES = ["bytes", "ratio", "perplexity", "low", "high", "bits_per_byte", "accuracy"]
+PACKAGES = "torch numpy numba tokenizers safetensors scikit-learn pandas papermill".split()
+Places = str | Path | Iterable[str | Path]
 
 
 def write_result(folder: str | Path, record: dict) -> Path:
-    """Write the record of a finished run to ``folder/result.json``, atomically: the last act of a run.
+    """Writes the record of a finished run to `folder/result.json`, whole: the last act of a run.
 
-    Args:
-        record: ``notebook``, ``parameters`` (dict) and ``seed`` are required. Tables and plots read
-            ``corpus`` ``{name, sha256}``, ``stages`` (a list of ``{name, bytes, ratio, perplexity, low, high,
-            bits_per_byte, seconds, tokens}``) and the run's own ``bytes``, ``ratio``, ``perplexity`` or
-            ``accuracy``, ``low``, ``high``, ``bits_per_byte``. Anything else is kept. Versions and machine
-            (`kit.core.measurement.environment`) are added.
-
-    Raises:
-        ValueError: a required key is missing, or ``corpus`` or ``stages`` lacks what the comparison needs.
+    A record needs `notebook`, `parameters` (dict) and `seed`. Tables and plots read `corpus` {name,
+    sha256}, `stages` (a list of {name, seconds, tokens} and FIGURES) and the run's own FIGURES.
+    Anything else is kept; `environment` is added. Raises ValueError for what is missing.
     """
     missing = [key for key in ("notebook", "parameters", "seed") if key not in record]
     if missing:
-        raise ValueError(f"The record of {folder} lacks {', '.join(missing)}; add it before writing.")
-    if "corpus" in record and not {"name", "sha256"} <= set(record["corpus"]):
-        raise ValueError(f"The corpus of {folder} is {record['corpus']!r}, expected its name and sha256.")
+        raise ValueError(
+            f"The record of {folder} lacks {', '.join(missing)}; add it before writing."
+        )
+    if not {"name", "sha256"} <= set(record.get("corpus", ("name", "sha256"))):
+        corpus = record["corpus"]
+        raise ValueError(f"The corpus of {folder} is {corpus!r}, expected its name and sha256.")
     if any("name" not in stage for stage in record.get("stages", [])):
         raise ValueError(f"A stage of {folder} has no name; give each stage a dict with a name.")
-    from kit.core.measurement import environment  # loads torch, which reading records does not need
-
     return write_json(Path(folder) / RESULT, {**environment(), **record})
 
 
-def read_results(where: str | Path | Iterable[str | Path] = "runs") -> pd.DataFrame:
-    """All records under a folder, a glob pattern or a list of those: a row a run, nested keys dotted.
+def environment() -> dict:
+    """What a timing depends on: versions, processor, cores, threads, accelerator."""
+    import torch  # which reading records does not need
 
-    Column ``run`` names the folder; ``comparable`` is False where the corpus hash differs from that of most
-    runs, as perplexities on different texts cannot be compared. No records give an empty frame.
+    installed = {d.name: d.version for d in importlib.metadata.distributions()}
+    versions = {name: installed[name] for name in PACKAGES if name in installed}
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "")
+    return {
+        "versions": {"python": platform.python_version(), "kit": kit.__version__, **versions},
+        "platform": platform.platform(),
+        "cpu": cpu or platform.processor() or platform.machine(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
 
-    Raises:
-        ValueError: a record is not readable JSON.
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_results(where: Places = "runs") -> pd.DataFrame:
+    """All records under a folder, a glob pattern or a list of these: a row a run, keys dotted.
+
+    Column `run` names the folder; `comparable` is False where the corpus hash differs from that
+    of most runs, as perplexities on different texts do not compare. No records: an empty frame.
+    Raises ValueError for a record that is not readable JSON.
     """
-    rows = [{"run": name, **{key: value for key, value in record.items() if key != "stages"}}
-            for name, record in _records(where)]
-    frame = pd.json_normalize(rows)
-    frame = frame.reindex(columns=_CORE + [column for column in frame if column not in _CORE])
-    return _flag(_bits_interval(frame))
+    return _frame([{"run": run, **record, "stages": None} for run, record in _records(where)])
 
 
-def read_stages(where: str | Path | Iterable[str | Path] = "runs") -> pd.DataFrame:
-    """The stages of all records found as by `read_results`: a row a stage, numbered by ``order`` from 0."""
-    shared = ("notebook", "seed")
-    rows = [{"run": name, **{key: record.get(key) for key in shared}, "corpus": record.get("corpus"),
-             "order": order, **stage}
-            for name, record in _records(where) for order, stage in enumerate(record.get("stages", []))]
-    frame = pd.json_normalize(rows)
-    core = ["run", "order", "name", *_CORE[1:]]
-    frame = frame.reindex(columns=core + [column for column in frame if column not in core])
-    return _flag(_bits_interval(frame)).drop(columns="corpus", errors="ignore")
+def read_stages(where: Places = "runs") -> pd.DataFrame:
+    """The stages of all records that `read_results` finds: a row a stage, numbered by `order`."""
+    rows = []
+    for run, record in _records(where):
+        shared = {key: record.get(key) for key in ("notebook", "seed", "corpus")}
+        for order, stage in enumerate(record.get("stages", [])):
+            rows.append({"run": run, "order": order, **shared, **stage})
+    return _frame(rows)
 
 
-def quality_column(frame: pd.DataFrame) -> str:
-    """The column that orders these runs by quality: ``accuracy`` where there is no perplexity,
-    ``bits_per_byte`` where vocabularies differ, else ``perplexity``.
-    """
-    if frame["perplexity"].isna().all() and frame["accuracy"].notna().any():
-        return "accuracy"
-    several = "parameters.vocab_size" in frame and frame["parameters.vocab_size"].nunique() > 1
-    return "bits_per_byte" if several and frame["bits_per_byte"].notna().any() else "perplexity"
+def _frame(rows: list[dict]) -> pd.DataFrame:
+    """A table of rows, with `comparable` and with the interval in bits per byte."""
+    frame = pd.json_normalize(rows).drop(columns=["stages", "corpus"], errors="ignore")
+    core = ["run", "notebook", "seed", "corpus.name", "corpus.sha256", *FIGURES]
+    frame = frame.reindex(columns=[*core, *frame.columns.difference(core, sort=False)])
+    numbers = frame[FIGURES].apply(pd.to_numeric)
+    constant = numbers["bits_per_byte"] / np.log(numbers["perplexity"])  # of the text
+    limits = {f"bits_per_byte_{end}": constant * np.log(numbers[end]) for end in ("low", "high")}
+    hashes, usual = frame["corpus.sha256"], frame["corpus.sha256"].mode()
+    same = hashes == usual[0] if len(usual) else hashes.isna()
+    return frame.assign(**numbers, **limits, comparable=same)
 
 
-def dominated_by(frame: pd.DataFrame, minimize: Sequence[str] = ("bytes", "perplexity"),
-                 maximize: Sequence[str] = ()) -> pd.Series:
-    """For each row the index label of one that dominates it (no worse in any column, better in one) or None.
-
-    Of several dominating rows the one best in the last column is named. Rows with a missing value dominate
-    nothing and are dominated by nothing.
-
-    Raises:
-        ValueError: a column is absent.
-    """
-    absent = [column for column in (*minimize, *maximize) if column not in frame]
-    if absent:
-        raise ValueError(f"There is no column {absent[0]!r} to compare, only {', '.join(map(str, frame))}.")
-    costs = np.hstack([frame[list(minimize)].to_numpy(float), -frame[list(maximize)].to_numpy(float)])
-    names = []
-    for cost in costs:
-        better = np.flatnonzero((costs <= cost).all(axis=1) & (costs < cost).any(axis=1))
-        names.append(frame.index[better[costs[better, -1].argmin()]] if len(better) else None)
-    return pd.Series(names, index=frame.index, dtype=object)
-
-
-def pareto_front(frame: pd.DataFrame, minimize: Sequence[str] = ("bytes", "perplexity"),
-                 maximize: Sequence[str] = ()) -> pd.Series:
-    """True for the complete rows that no other row dominates (see `dominated_by`)."""
-    complete = frame[[*minimize, *maximize]].notna().all(axis=1)
-    return complete & dominated_by(frame, minimize, maximize).isna()
-
-
-def _records(where) -> list[tuple[str, dict]]:
-    """(folder, record) of each result file; the folder is relative to the working directory if inside it."""
-    places = [where] if isinstance(where, (str, Path)) else list(where)
+def _records(where: Places) -> list[tuple[str, dict]]:
+    """(folder, record) of each result file; folders are relative to the working directory."""
     files = set()
-    for place in places:
+    for place in [where] if isinstance(where, (str, Path)) else where:
         found = [place] if Path(place).exists() else glob.glob(str(place), recursive=True)
         for path in map(Path, found):
-            files.update([path] if path.name == RESULT else path.rglob(RESULT) if path.is_dir() else [])
-    return [(_relative(file.parent), _read(file)) for file in sorted(files)]
+            files.update([path] if path.name == RESULT else path.rglob(RESULT))
+    return [(_relative(file.parent.resolve()), _read(file)) for file in sorted(files)]
 
 
 def _relative(folder: Path) -> str:
-    folder = folder.resolve()
     return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
 
 
@@ -126,22 +115,37 @@ def _read(file: Path) -> dict:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); delete it and run its notebook again.") from None
+        record = error
     if not isinstance(record, dict):
-        raise ValueError(f"{file} holds no record but a {type(record).__name__}; run its notebook again.")
+        raise ValueError(f"{file} holds no record ({record}): run its notebook again.")
     return record
 
 
-def _flag(frame: pd.DataFrame) -> pd.DataFrame:
-    hashes = frame["corpus.sha256"].dropna()
-    usual = hashes.value_counts().index[0] if len(hashes) else None
-    return frame.assign(comparable=(frame["corpus.sha256"] == usual) if usual else frame["run"].notna())
+def quality_column(frame: pd.DataFrame) -> str:
+    """The column that orders these runs by quality: `accuracy` where there is no perplexity,
+    `bits_per_byte` where vocabularies differ, else `perplexity`."""
+    if frame["perplexity"].isna().all() and frame["accuracy"].notna().any():
+        return "accuracy"
+    several = frame.get("parameters.vocab_size", pd.Series(dtype=float)).nunique() > 1
+    return "bits_per_byte" if several and frame["bits_per_byte"].notna().any() else "perplexity"
 
 
-def _bits_interval(frame: pd.DataFrame) -> pd.DataFrame:
-    """Bits per byte is log-perplexity times a constant of the text: the interval of one gives the other's."""
-    numbers = ["bytes", "ratio", "perplexity", "low", "high", "bits_per_byte", "accuracy"]
-    numeric = frame[numbers].apply(pd.to_numeric)
-    constant = numeric["bits_per_byte"] / np.log(numeric["perplexity"])
-    return frame.assign(**numeric, bits_per_byte_low=constant * np.log(numeric["low"]),
-                        bits_per_byte_high=constant * np.log(numeric["high"]))
+def dominated_by(frame: pd.DataFrame, minimize=("bytes", "perplexity"), maximize=()) -> pd.Series:
+    """For each row the index label of one that dominates it (no worse in any column and better in
+    one), of several the best in the last column, or None. Rows with a missing value neither
+    dominate nor are dominated. Raises ValueError for a column that is absent."""
+    absent = [column for column in (*minimize, *maximize) if column not in frame]
+    if absent:
+        raise ValueError(f"There is no column {absent[0]!r} to compare, only {[*frame]}.")
+    costs = np.hstack([frame[[*minimize]].to_numpy(float), -frame[[*maximize]].to_numpy(float)])
+    names = []
+    for cost in costs:
+        better = np.flatnonzero((costs <= cost).all(axis=1) & (costs < cost).any(axis=1))
+        names.append(frame.index[better[costs[better, -1].argmin()]] if len(better) else None)
+    return pd.Series(names, index=frame.index, dtype=object)
+
+
+def pareto_front(frame: pd.DataFrame, minimize=("bytes", "perplexity"), maximize=()) -> pd.Series:
+    """True for the complete rows that no other row dominates (see `dominated_by`)."""
+    complete = frame[[*minimize, *maximize]].notna().all(axis=1)
+    return complete & dominated_by(frame, minimize, maximize).isna()
