@@ -211,10 +211,12 @@ class _Graph:
         return self.finished(nodes)
 
     def finished(self, nodes: list[NodeProto]) -> ModelProto:
-        """The graph with these nodes, and without constants that none of them reads."""
+        """The graph with these nodes, and the constants that they read and do not compute."""
         graph = self.proto.graph
         used = {name for node in nodes_of(nodes) for name in node.input}
-        kept = [t for t in graph.initializer if t.name in used.union(y.name for y in graph.output)]
+        used |= {output.name for output in graph.output}
+        used -= {name for node in nodes for name in node.output}
+        kept = [tensor for tensor in graph.initializer if tensor.name in used]
         del graph.node[:], graph.initializer[:]
         graph.node.extend(nodes)
         graph.initializer.extend(kept)

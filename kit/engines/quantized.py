@@ -84,7 +84,7 @@ class QuantizedModel(nn.Module):
         self.model, self.config, self.dtype = model.eval(), config, dtype
         self.choice: Choice | None = None
         self._floats: nn.Module | None = None  # for calls that the chosen engine does not take
-        self._rows, self._limit = 0, 0
+        self._rows, self._limit = 0, sys.maxsize  # the batch that the engine was chosen for
         self._watched, self._built = (), None  # dicts of tensors, and their state when engines were built
 
     def forward(self, *args, **kwargs):
@@ -97,9 +97,9 @@ class QuantizedModel(nn.Module):
         rows = batch_size(call)
         if self._built is not None and self._built != self._state():
             self.choice = self._floats = self._built = None
-        if self.choice is None and rows:
+        if self.choice is None or (rows and not self._rows):
             self._tune(call)
-        if not rows or not getattr(self.choice.engine, "takes", lambda call: True)(call):
+        if not getattr(self.choice.engine, "takes", lambda call: True)(call):
             return call(self._float_engine())
         if rows >= self._limit:
             self._warn_of_growth(rows)
@@ -114,7 +114,10 @@ class QuantizedModel(nn.Module):
 
     def _tune(self, call: Call) -> Choice:
         allowed, name = self.config.max_error, self.config.engine
-        if name != "auto":
+        self._rows = batch_size(call)
+        if not self._rows:  # there is nothing to measure, and exporters freeze what is empty
+            self.choice = Choice("float32", self._float_engine())
+        elif name != "auto":
             self.choice = Choice(name, build_engine(self.model, name, call))
         else:
             self.choice = choose_engine(self.model, call, reference=self.reference(), max_error=allowed)
@@ -122,8 +125,7 @@ class QuantizedModel(nn.Module):
             if error > allowed:
                 warnings.warn(f"rounding the weights alone changes the output by {error:.2g} of its power, "
                               f"over max_error={allowed:g}: allow more, or train with prepare_qat_model")  # fmt: skip
-        self._rows = batch_size(call)
-        self._limit = GROWTH * self._rows if self.config.backend == "auto" else sys.maxsize
+        self._limit = GROWTH * self._rows if name == "auto" and self._rows else sys.maxsize
         self._watch()
         return self.choice
 
