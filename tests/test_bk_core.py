@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kit.core.compiled import compiled
 from kit.models import bk_core, bk_kernels, bk_scan
 from kit.models.bk_core import gated_parts, left_resolvent, resolvent_diagonal, staggered_reflection
 
@@ -184,21 +183,6 @@ def test_forked_processes_compute(monkeypatch):
     assert ours.poll(20)
     np.testing.assert_array_equal(ours.recv(), truth)
     child.join(20)
-
-
-def test_kernels_compile_without_a_cache_directory(monkeypatch):
-    def njit(cache=False, **settings):
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return lambda function: (function, settings)
-
-    monkeypatch.setattr("numba.njit", njit)
-    function, settings = compiled()(len_of).machine_code
-    assert function is len_of and settings["nogil"]
-
-
-def len_of(x):
-    return len(x)
 
 
 @pytest.mark.parametrize(
