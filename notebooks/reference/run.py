@@ -29,6 +29,7 @@ import torch
 
 from kit import artifact
 from kit.core import range_coder as coding
+from kit.core.measurement import tune_process
 from notebooks.reference import frontier
 from kit.lab.baseline import Baseline, load_or_train
 from kit.data import token_loaders
@@ -50,6 +51,7 @@ WINDOWS = 16  # of 128 tokens, a step of the compression; chosen on validation, 
 
 
 def main() -> None:
+    tune_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", help="docs, or text:<file, folder or glob>")
     parser.add_argument("--vocab-size", type=int, default=30000)
