@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 import kit
-from kit.lab import batches as experiments, grid
+from kit.core.store import write_json
+from kit.lab import batches
 from kit.lab.batches import Run, main, plan, profile_overrides, run_batch
 
 PARAMETERS = """\
@@ -41,9 +42,11 @@ record = {"notebook": "tiny", "parameters": {"steps": steps, "lr": lr}, "seed": 
 
 
 def write_notebook(path, body=BODY, parameters=PARAMETERS):
-    cells = [nbformat.v4.new_markdown_cell("# Tiny", id="title"),
-             nbformat.v4.new_code_cell(parameters, id="parameters", metadata={"tags": ["parameters"]}),
-             nbformat.v4.new_code_cell(body, id="body")]
+    cells = [
+        nbformat.v4.new_markdown_cell("# Tiny", id="title"),
+        nbformat.v4.new_code_cell(parameters, id="parameters", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(body, id="body"),
+    ]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
     return path
@@ -62,18 +65,30 @@ def notebook(tmp_path):
 @pytest.fixture
 def script(monkeypatch):
     """Runs the given Python code in place of papermill; its sys.argv[1] is the run's folder."""
+
     def replace(code):
-        monkeypatch.setattr(Run, "command", lambda run: [sys.executable, "-S", "-c", code, str(run.folder)])
+        monkeypatch.setattr(
+            Run, "command", lambda run: [sys.executable, "-S", "-c", code, str(run.folder)]
+        )
+
     return replace
 
 
 def test_a_grid_is_every_combination_with_every_seed(notebook, tmp_path):
-    runs = plan(notebook, {"steps": [1, 3], "lr": [0.1, 0.2]}, seeds=[0, 1], folder=tmp_path / "runs")
+    runs = plan(
+        notebook, {"steps": [1, 3], "lr": [0.1, 0.2]}, seeds=[0, 1], folder=tmp_path / "runs"
+    )
     defaults = {"lr": 0.1, "seed": 0}
-    found = {tuple({**defaults, **run.parameters}[name] for name in ("steps", "lr", "seed")) for run in runs}
+    found = {
+        tuple({**defaults, **run.parameters}[name] for name in ("steps", "lr", "seed"))
+        for run in runs
+    }
     assert found == set(itertools.product([1, 3], [0.1, 0.2], [0, 1]))
     assert len({run.folder for run in runs}) == 8
-    assert [run.parameters for run in plan(notebook, [{"steps": 1}, {"lr": 1}])] == [{"steps": 1}, {"lr": 1}]
+    assert [run.parameters for run in plan(notebook, [{"steps": 1}, {"lr": 1}])] == [
+        {"steps": 1},
+        {"lr": 1},
+    ]
 
 
 def test_the_folder_follows_code_parameters_and_version_only(notebook, tmp_path, monkeypatch):
@@ -99,21 +114,24 @@ def test_what_equals_the_default_is_the_same_run(notebook):
     assert len(runs) == 1 and runs[0].parameters == {}
 
 
-@pytest.mark.parametrize("grid, says", [
-    ({"step": [1]}, r"no parameter 'step'; did you mean 'steps'\?"),
-    ({"zzz": [1]}, "no parameter 'zzz'; it has steps, lr"),
-    ({"lr": ["1e-3"]}, "write 1.0e-3"),
-    ({"steps": [1.5]}, "steps is 1.5, expected int"),
-    ({"steps": [True]}, "steps is True, expected int"),
-    ({"flag": [1]}, "flag is 1, expected bool"),
-    ({"name": [3]}, "name is 3, expected str"),
-    ({"widths": [8]}, "expected tuple"),
-    ({"out": ["x"]}, "sets 'out' itself"),
-    ({"steps": 3}, "expected a list of values"),
-    ({"steps": []}, "expected a list of values"),
-    ([3], "a mapping of names to lists or a list of mappings"),
-    ([], "a mapping of names to lists or a list of mappings"),
-])
+@pytest.mark.parametrize(
+    "grid, says",
+    [
+        ({"step": [1]}, r"no parameter 'step'; did you mean 'steps'\?"),
+        ({"zzz": [1]}, "no parameter 'zzz'; it has steps, lr"),
+        ({"lr": ["1e-3"]}, "write 1.0e-3"),
+        ({"steps": [1.5]}, "steps is 1.5, expected int"),
+        ({"steps": [True]}, "steps is True, expected int"),
+        ({"flag": [1]}, "flag is 1, expected bool"),
+        ({"name": [3]}, "name is 3, expected str"),
+        ({"widths": [8]}, "expected tuple"),
+        ({"out": ["x"]}, "sets 'out' itself"),
+        ({"steps": 3}, "expected a list of values"),
+        ({"steps": []}, "expected a list of values"),
+        ([3], "a mapping of names to lists or a list of mappings"),
+        ([], "a mapping of names to lists or a list of mappings"),
+    ],
+)
 def test_bad_grids_are_one_sentence(notebook, grid, says):
     with pytest.raises(ValueError, match=says) as error:
         plan(notebook, grid)
@@ -129,12 +147,18 @@ def test_notebooks_that_a_batch_cannot_drive_are_refused(tmp_path):
         plan(tmp_path / "none.ipynb", {})
     with pytest.raises(ValueError, match="no parameter 'out'"):
         plan(write_notebook(tmp_path / "a.ipynb", parameters="steps = 1\n"), {"steps": [1]})
-    with pytest.raises(ValueError, match="cannot read the parameter 'tied'"):
-        two_signs = "out = ''\ntied = True  # head = embedding\n"
-        plan(write_notebook(tmp_path / "b.ipynb", parameters=two_signs), {})
     (tmp_path / "c.ipynb").write_text("{}")
     with pytest.raises(ValueError, match="c.ipynb"):
-        grid.identify(tmp_path / "c.ipynb", {})
+        plan(tmp_path / "c.ipynb", {})
+
+
+def test_parameters_are_read_whatever_their_comments_and_values(tmp_path):
+    cell = "out = ''\ntied = True  # head = embedding\nlow = -1.5\nfree = 2 * 3\n"
+    notebook = write_notebook(tmp_path / "b.ipynb", parameters=cell)
+    [run] = plan(notebook, [{"tied": False, "low": 2, "free": "anything"}])
+    assert run.parameters == {"tied": False, "low": 2, "free": "anything"}
+    with pytest.raises(ValueError, match="tied is 1, expected bool"):
+        plan(notebook, {"tied": [1]})
 
 
 def test_more_jobs_than_cores_are_refused(notebook):
@@ -144,7 +168,9 @@ def test_more_jobs_than_cores_are_refused(notebook):
 
 def test_profiles_hold_shared_names_and_apply_to_those_that_exist(notebook, monkeypatch):
     assert profile_overrides({"steps": 1}) == {}
-    profiles = {path.stem: yaml.safe_load(path.read_text()) for path in grid.PROFILES.glob("*.yaml")}
+    profiles = {
+        path.stem: yaml.safe_load(path.read_text()) for path in batches.PROFILES.glob("*.yaml")
+    }
     assert set(profiles) == {"smoke", "quick", "reference"}
     assert len({frozenset(profile) for profile in profiles.values()}) == 1
     monkeypatch.setenv("KIT_PROFILE", "smoke")
@@ -152,7 +178,10 @@ def test_profiles_hold_shared_names_and_apply_to_those_that_exist(notebook, monk
     assert profile_overrides({"steps": 1, "mine": 2}) == {"steps": smoke["steps"]}
     assert profile_overrides({"out": "runs/mine"}) == {"out": "runs-smoke/mine"}
     assert profile_overrides({"out": "/tmp/mine"}) == {}
-    assert [run.parameters["steps"] for run in plan(notebook, [{}, {"steps": 5}])] == [smoke["steps"], 5]
+    assert [run.parameters["steps"] for run in plan(notebook, [{}, {"steps": 5}])] == [
+        smoke["steps"],
+        5,
+    ]
     monkeypatch.setenv("KIT_PROFILE", "smok")
     with pytest.raises(ValueError, match="'smok', expected one of quick, reference, smoke"):
         profile_overrides({})
@@ -160,29 +189,35 @@ def test_profiles_hold_shared_names_and_apply_to_those_that_exist(notebook, monk
 
 def test_a_batch_through_papermill(notebook, tmp_path, capsys):
     runs = [{"steps": 4}, {"name": "broken"}]
-    batch = run_batch(notebook, runs, jobs=min(2, experiments._cores()), folder=tmp_path / "runs")
-    assert list(batch.frame["parameters.steps"]) == [4] and batch.axes.get_xlabel() == "bytes of the file"
-    [(failed, lines)] = batch.failed.items()
+    frame, failed = run_batch(
+        notebook, runs, jobs=min(2, batches.cores()), folder=tmp_path / "runs"
+    )
+    assert list(frame["parameters.steps"]) == [4]
+    [(failed, lines)] = failed.items()
     assert failed.startswith("tiny-name=broken") and "the loss is not finite" in lines
-    done = Path(batch.frame["run"][0])
+    done = Path(frame["run"][0])
     assert (done / "tiny.ipynb").exists()
     assert yaml.safe_load((done / "parameters.yaml").read_text()) == {"steps": 4, "out": str(done)}
     assert re.search(r"\[[12]/2\] failed", capsys.readouterr().out)
 
 
 def test_success_is_exit_code_and_record(notebook, tmp_path, script):
-    script("import os, sys; steps = os.path.basename(sys.argv[1]).split('steps=')[1][0]\n"
-           "if steps != '1': open(sys.argv[1] + '/result.json', 'w').write('{\"notebook\": \"tiny\"}')\n"
-           "sys.exit(steps == '3')")
-    batch = run_batch(notebook, {"steps": [1, 3, 5]}, folder=tmp_path)
-    assert len(batch.frame) == 1 and "steps=5" in batch.frame["run"][0] and batch.axes is None
-    assert sorted(name.split("-")[1] for name in batch.failed) == ["steps=1", "steps=3"]
+    script(
+        "import os, sys; steps = os.path.basename(sys.argv[1]).split('steps=')[1][0]\n"
+        "if steps != '1': open(sys.argv[1] + '/result.json', 'w').write('{\"notebook\": \"tiny\"}')\n"
+        "sys.exit(steps == '3')"
+    )
+    frame, failed = run_batch(notebook, {"steps": [1, 3, 5]}, folder=tmp_path)
+    assert len(frame) == 1 and "steps=5" in frame["run"][0]
+    assert sorted(name.split("-")[1] for name in failed) == ["steps=1", "steps=3"]
 
 
 def test_finished_are_skipped_failed_wait_for_retry_killed_continue(notebook, tmp_path, script):
-    script("import sys; open(sys.argv[1] + '/tries', 'a').write('.')\n"
-           "if 'broken' in sys.argv[1]: sys.exit(1)\n"
-           "open(sys.argv[1] + '/result.json', 'w').write('{}')")
+    script(
+        "import sys; open(sys.argv[1] + '/tries', 'a').write('.')\n"
+        "if 'broken' in sys.argv[1]: sys.exit(1)\n"
+        "open(sys.argv[1] + '/result.json', 'w').write('{}')"
+    )
     call = dict(notebook=notebook, grid={"name": ["small", "broken"]}, folder=tmp_path)
     good, bad = (run.folder for run in plan(**call))
 
@@ -191,12 +226,12 @@ def test_finished_are_skipped_failed_wait_for_retry_killed_continue(notebook, tm
 
     run_batch(**call)
     assert tries() == (1, 1)
-    assert len(run_batch(**call).failed) == 1 and tries() == (1, 1)
+    assert len(run_batch(**call)[1]) == 1 and tries() == (1, 1)
     run_batch(**call, retry=True)
     assert tries() == (1, 2)
     dead = subprocess.Popen(["true"])
     dead.wait()
-    experiments.write_json(good / "status.json", {"pid": dead.pid, "started": 1.0})
+    write_json(good / "status.json", {"pid": dead.pid, "started": 1.0})
     run_batch(**call)
     assert tries() == (2, 2)
 
@@ -205,30 +240,34 @@ def test_a_run_of_another_living_batch_is_left_alone(notebook, tmp_path, script,
     script("raise SystemExit('must not start')")
     folder = plan(notebook, [{}], folder=tmp_path)[0].folder
     status = {"pid": os.getpid(), "started": psutil.Process().create_time()}
-    experiments.write_json(folder / "status.json", status)
-    batch = run_batch(notebook, [{}], folder=tmp_path)
-    assert not len(batch.frame) and not batch.failed and not (folder / "log.txt").exists()
+    write_json(folder / "status.json", status)
+    frame, failed = run_batch(notebook, [{}], folder=tmp_path)
+    assert not len(frame) and not failed and not (folder / "log.txt").exists()
     assert "still being run" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text, tries", [("zmq.error.ZMQError: Address already in use", 2), ("NaN", 1)])
+@pytest.mark.parametrize(
+    "text, tries", [("zmq.error.ZMQError: Address already in use", 2), ("NaN", 1)]
+)
 def test_a_kernel_that_did_not_start_is_started_once_more(notebook, tmp_path, script, text, tries):
     script(f"import sys; open(sys.argv[1] + '/tries', 'a').write('.'); sys.exit({text!r})")
-    batch = run_batch(notebook, [{}], folder=tmp_path)
-    [folder] = [tmp_path / name for name in batch.failed]
+    _, failed = run_batch(notebook, [{}], folder=tmp_path)
+    [folder] = [tmp_path / name for name in failed]
     assert len((folder / "tries").read_text()) == tries
 
 
 def test_threads_are_shared_out_and_jobs_bounded(notebook, tmp_path, script, monkeypatch):
-    monkeypatch.setattr(experiments, "_cores", lambda: 6)
+    monkeypatch.setattr(batches, "cores", lambda: 6)
     monkeypatch.setenv("KIT_PROFILE", "smoke")
-    script("import os, sys, json\nwhere = os.path.dirname(sys.argv[1])\n"
-           "open(sys.argv[1] + '/running', 'w').close()\n"
-           "others = sum(os.path.exists(f'{where}/{n}/running') for n in os.listdir(where))\n"
-           "record = {'threads': os.environ['OMP_NUM_THREADS'], 'profile': 'KIT_PROFILE' in os.environ,\n"
-           "          'at once': others}\n"
-           "json.dump(record, open(sys.argv[1] + '/result.json', 'w'))\nos.remove(sys.argv[1] + '/running')")
-    frame = run_batch(notebook, {"steps": [1, 2, 3, 4, 5]}, jobs=3, folder=tmp_path).frame
+    script(
+        "import os, sys, json\nwhere = os.path.dirname(sys.argv[1])\n"
+        "open(sys.argv[1] + '/running', 'w').close()\n"
+        "others = sum(os.path.exists(f'{where}/{n}/running') for n in os.listdir(where))\n"
+        "record = {'threads': os.environ['OMP_NUM_THREADS'], 'profile': 'KIT_PROFILE' in os.environ,\n"
+        "          'at once': others}\n"
+        "json.dump(record, open(sys.argv[1] + '/result.json', 'w'))\nos.remove(sys.argv[1] + '/running')"
+    )
+    frame, _ = run_batch(notebook, {"steps": [1, 2, 3, 4, 5]}, jobs=3, folder=tmp_path)
     assert len(frame) == 5 and set(frame["threads"]) == {"2"} and not frame["profile"].any()
     assert frame["at once"].max() <= 3
 
@@ -236,21 +275,29 @@ def test_threads_are_shared_out_and_jobs_bounded(notebook, tmp_path, script, mon
 def test_dry_run_prints_commands_and_starts_nothing(notebook, tmp_path, capsys):
     (tmp_path / "grid.yaml").write_text("grid: {steps: [1, 3]}\nseeds: [0, 1]\n")
     folder = tmp_path / "runs"
-    assert main([str(notebook), str(tmp_path / "grid.yaml"), "--dry-run", "--folder", str(folder)]) == 0
+    assert (
+        main([str(notebook), str(tmp_path / "grid.yaml"), "--dry-run", "--folder", str(folder)])
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     assert sum("-m papermill" in line and "-k python3 -f" in line for line in lines) == 4
     assert not folder.exists()
 
 
 def test_the_command_line_reports_and_exits_with_the_outcome(notebook, tmp_path, script, capsys):
-    script("import sys; steps = sys.argv[1].split('steps=')[1][0]\n"
-           "if steps == '3': sys.exit('out of luck')\n"
-           "record = '{\"notebook\": \"tiny\", \"bytes\": 5, \"perplexity\": 2}'\n"
-           "open(sys.argv[1] + '/result.json', 'w').write(record)")
+    script(
+        "import sys; steps = sys.argv[1].split('steps=')[1][0]\n"
+        "if steps == '3': sys.exit('out of luck')\n"
+        'record = \'{"notebook": "tiny", "bytes": 5, "perplexity": 2}\'\n'
+        "open(sys.argv[1] + '/result.json', 'w').write(record)"
+    )
     (tmp_path / "grid.yaml").write_text("grid: {steps: [1, 3]}\n")
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
-        assert main([str(notebook), str(tmp_path / "grid.yaml"), "--folder", str(tmp_path / "runs")]) == 1
+        assert (
+            main([str(notebook), str(tmp_path / "grid.yaml"), "--folder", str(tmp_path / "runs")])
+            == 1
+        )
     finally:
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
             signal.signal(number, handler)
@@ -259,11 +306,16 @@ def test_the_command_line_reports_and_exits_with_the_outcome(notebook, tmp_path,
     assert (tmp_path / "runs" / "tiny.csv").exists() and (tmp_path / "runs" / "tiny.png").exists()
 
 
-@pytest.mark.parametrize("text, says", [
-    (None, "no grid file"), ("grid: [", "not valid YAML"), ("steps: [1]", "expected the key grid"),
-    ("grid: {step: [1]}", "did you mean 'steps'"),
-    ("grid: {steps: [1]}\nseeds: 3", "seeds are 3, expected a list"),
-])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        (None, "no grid file"),
+        ("grid: [", "not valid YAML"),
+        ("steps: [1]", "expected the key grid"),
+        ("grid: {step: [1]}", "did you mean 'steps'"),
+        ("grid: {steps: [1]}\nseeds: 3", "seeds are 3, expected a list"),
+    ],
+)
 def test_bad_grid_files_end_with_one_sentence(notebook, tmp_path, capsys, text, says):
     if text:
         (tmp_path / "grid.yaml").write_text(text)
@@ -274,12 +326,23 @@ def test_bad_grid_files_end_with_one_sentence(notebook, tmp_path, capsys, text, 
 
 def test_an_interrupt_ends_the_kernels_and_the_run_can_continue(notebook, tmp_path):
     (tmp_path / "grid.yaml").write_text("grid: {name: [hang]}\n")
-    command = [sys.executable, "-m", "kit.lab.batches", str(notebook), str(tmp_path / "grid.yaml"),
-               "--folder", str(tmp_path / "runs")]
-    batch = psutil.Popen(command, cwd=experiments.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "kit.lab.batches",
+        str(notebook),
+        str(tmp_path / "grid.yaml"),
+        "--folder",
+        str(tmp_path / "runs"),
+    ]
+    batch = psutil.Popen(
+        command, cwd=batches.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     [run] = plan(notebook, {"name": ["hang"]}, folder=tmp_path / "runs")
     deadline = time.monotonic() + 60
-    while not (run.folder / "started").exists() and time.monotonic() < deadline and batch.is_running():
+    while (
+        not (run.folder / "started").exists() and time.monotonic() < deadline and batch.is_running()
+    ):
         time.sleep(0.05)
     assert run.state() == "running"
     family = batch.children(recursive=True)
