@@ -1,7 +1,9 @@
 import copy
+import pickle
 import subprocess
 import sys
 import warnings
+from dataclasses import dataclass
 
 import kit
 import pytest
@@ -13,6 +15,7 @@ from kit import (
     QuantizationConfig,
     QuantizedModel,
     artifact,
+    engines,
     quick_optimize,
     quick_quantize,
 )
@@ -290,6 +293,120 @@ def test_resnet_bk_is_exported_in_float_and_qdq(tmp_path):
     integers = optimizer.export_onnx(quantized, tmp_path / "qdq.onnx", tokens)
     assert integers["engine"] == "onnx-static" and integers["relative_error"] < 1e-3
     assert b"Scan" in (tmp_path / "qdq.onnx").read_bytes() and integers["bytes"] < 0.4 * floats["bytes"]
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    state: tuple | None = None
+
+
+class Flexible(nn.Module):
+    """Called by keyword, with a flag, for a dataclass."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = {"classes": 8}
+        self.net = mlp(16, 32, 8)
+
+    def forward(self, x, *, scale=None, probs=False):
+        y = self.net(x) if scale is None else self.net(x) * scale
+        return Output(y.softmax(-1) if probs else y, (None, y.argmax(-1)))
+
+    def generate(self, x):
+        return self(x).logits.argmax(-1)
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnx-float32"])
+def test_a_quantized_model_is_called_as_the_original_is(backend):
+    torch.manual_seed(0)
+    model, x, scale = Flexible().eval(), torch.randn(4, 16), torch.full((4, 1), 2.0)
+    quantized = quick_quantize(model, x, backend=backend)
+    calls = [lambda m: m(x), lambda m: m(x=x), lambda m: m(x, scale=scale), lambda m: m(x, probs=True)]
+    with torch.no_grad():
+        for call in [*calls, lambda m: m(torch.cat([x] * 3))]:
+            y, expected = call(quantized), call(model)
+            assert type(y) is Output and y.state[0] is None
+            assert 0 < relative_error(y.logits, expected.logits) == relative_error(y, expected) < 1e-3
+        assert quantized.config is not model.config  # its own settings come first
+        assert quantized.net[0].weight.shape == (32, 16)
+        assert torch.equal(quantized.generate(x), quantized.model.generate(x))
+    with pytest.raises(AttributeError, match="nothing"):
+        quantized.nothing
+    by_name = quick_quantize(model, {"x": x, "scale": scale})
+    table = by_name.choice.table.set_index("engine")
+    assert "by position" in table["why not"]["onnx-int8"] and by_name(x=x).logits.shape == (4, 8)
+
+
+def test_another_size_than_the_exported_one_is_computed_all_the_same():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return sum(self.layer(x[:, t]).tanh() for t in range(x.shape[1]))
+
+    torch.manual_seed(0)
+    for model, first, other in [
+        (Loop().eval(), (4, 6, 8), (4, 9, 8)),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), (2, 3, 8, 8), (1, 3, 11, 9)),
+        (mlp(16, 4).eval(), (16,), (3, 16)),
+    ]:
+        quantized = quick_quantize(model, torch.randn(first), backend="onnx-float32")
+        x = torch.randn(other)
+        with torch.no_grad():
+            assert relative_error(quantized(x), model(x)) < 1e-3
+
+
+def test_engines_follow_the_weights():
+    torch.manual_seed(0)
+    x, a, b = torch.randn(8, 16), quick_quantize(mlp(16, 32, 4)), quick_quantize(mlp(16, 32, 4))
+    other = b(x)
+    assert relative_error(a(x), other) > 0.1
+    a.load_state_dict(b.state_dict())
+    assert relative_error(a(x), other) < 1e-3
+    with torch.no_grad():
+        a.model[0].bias.add_(1)
+        assert relative_error(a(x), a.model(x)) < 1e-3
+        copied = copy.deepcopy(a)
+        a.model[2].bias = nn.Parameter(torch.ones(4))
+        assert relative_error(a(x), a.model(x)) < 1e-3 < relative_error(copied(x), a(x))
+        assert copied.choice is not None
+    assert a.double()(x.double()).dtype == torch.float64
+    with pytest.raises(TypeError, match="save"):
+        pickle.dumps(a)
+
+
+def test_an_empty_batch_is_computed_and_not_measured():
+    quantized = quick_quantize(mlp(16, 8, 4), backend="torch-int8")
+    assert quantized(torch.zeros(0, 16)).shape == (0, 4)
+    assert quantized(torch.randn(3, 16)).shape == (3, 4) and quantized.choice.name == "torch-int8"
+
+
+def test_calls_that_are_no_batches():
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.out = nn.Linear(16, 64), nn.Linear(64, 4)
+
+        def forward(self, x, edges, factor):
+            h = self.layer(x).relu() * factor
+            return self.out(torch.zeros_like(h).index_add(0, edges[1], h[edges[0]]))
+
+    torch.manual_seed(0)
+    model, inputs = Graph().eval(), (torch.randn(10, 16), torch.randint(0, 10, (2, 30)), 2.0)
+    _, result = quick_optimize(model, inputs, prune_amount=0.0)
+    assert result.relative_error < 1e-3
+
+
+def test_the_report_says_why_no_integer_engine_was_used():
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    optimized, _ = quick_optimize(mlp(8, 4), x, config=QuantizationConfig(dtype="float16"))
+    optimized.choice = engines.choose_engine(optimized.model, x, names=("torch-int8",), seconds=0.01)
+    result = compare_models(mlp(8, 4), optimized, x, seconds=0.01)
+    assert any("no integer engine can be used (torch-int8" in note for note in result.notes)
 
 
 def test_import_is_light():
