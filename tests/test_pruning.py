@@ -203,6 +203,7 @@ def test_schedule_hook_reaches_the_target_and_never_revives_a_weight():
     assert [int((m.weight == 0).sum()) for m in model] == [90, 60]
     last = pruner.statistics()
     assert list(last.kept) == [30, 20] and list(last.sparsity) == [0.75, 0.75]
+    assert list(last.dead_rows) == [int((m.weight == 0).all(1).sum()) for m in model]
 
 
 def test_schedule_in_the_training_loop_keeps_the_best_of_the_final_sparsity():
@@ -272,7 +273,7 @@ def test_rounds_with_rewinding_train_from_the_early_weights():
     (lambda m: MagnitudePruner(m).prune({"2.weight": 0.5}), "no tensor '2.weight'.*0.weight, 1.weight"),
     (lambda m: MagnitudePruner(m, "conv*"), "no weight of two or more dimensions is named 'conv.*0.weight"),
     (lambda m: MagnitudePruner(m, "*.bias"), "no weight of two or more dimensions is named"),
-    (lambda m: MagnitudePruner(m).prune_pattern(2, 8), "'0.weight': the pattern 2:8 needs rows .* not 12"),
+    (lambda m: MagnitudePruner(m).prune_pattern(2, 8), "pattern 2:8 needs rows that 8 divides, not the 12 of 0.weight"),
     (lambda m: MagnitudePruner(m).prune_pattern(5, 4), "must keep between 1 and 4"),
     (lambda m: MagnitudePruner(m, score="wanda"), "wanda needs the input norms of '0.weight'"),
     (lambda m: MagnitudePruner(m, score="fisher"), "unknown score 'fisher'; choose from magnitude"),

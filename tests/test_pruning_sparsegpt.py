@@ -141,7 +141,7 @@ def test_pruned_weights_stay_pruned():
     ({"sparsity": 1.5}, r"sparsity 1.5 is outside"),
     ({"sparsity": 0.5, "batches": []}, "at least one batch"),
     ({"sparsity": 0.5, "tensors": "embedding.*"}, r"'embedding.weight' \(Embedding\) cannot be"),
-    ({"pattern": (2, 4)}, "needs rows whose length 4 divides, not 10"),
+    ({"pattern": (2, 4)}, "needs rows that 4 divides, not the 10 of linear.weight"),
 ])
 def test_bad_input(arguments, message):
     model = nn.Sequential()

@@ -1,6 +1,8 @@
 """What a weight sees: second moments of its inputs, from one pass over calibration batches."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -58,25 +60,6 @@ def _is_output(weight: Weight) -> bool:
     return output.shape == weight.original.shape and torch.equal(output, weight.value)
 
 
-def watch(
-    model: nn.Module, batches: Iterable, watched: Iterable[tuple[nn.Module, Callable]]
-) -> list[Tensor]:
-    """`run` for pairs (module, see): see(x, output) is called after each forward pass of a module,
-    with its first argument and what it returned."""
-
-    def hook(see: Callable) -> Callable:
-        return lambda module, args, kwargs, y: see(
-            args[0] if args else next(iter(kwargs.values())), y
-        )
-
-    handles = [m.register_forward_hook(hook(see), with_kwargs=True) for m, see in watched]
-    try:
-        return run(model, batches)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def input_grams(
     model: nn.Module, batches: Iterable, select: str | Iterable[str] = "*", strict: bool = True
@@ -93,21 +76,22 @@ def input_grams(
     """
     grams: dict[str, Tensor] = {}
 
-    def collect(weight: Weight, reader: Callable, x: Tensor) -> None:
-        rows = reader(weight.module, weight.attribute, x)
-        if rows is not None:
-            gram = torch.stack([part.double().T @ part.double() for part in rows])
-            grams[weight.name] = grams.get(weight.name, 0) + gram
+    def collect(pairs: list[tuple[Weight, Callable]], x: Tensor, output: Tensor | None) -> None:
+        for weight, reader in pairs:
+            rows = reader(weight.module, weight.attribute, x)
+            if rows is not None:
+                gram = torch.stack([part.double().T @ part.double() for part in rows])
+                grams[weight.name] = grams.get(weight.name, 0) + gram
 
-    found = weights(model, select, matrices=True)
-    outputs = [weight for weight in found if _is_output(weight)]
-    called = [(w, _reader(w)) for w in found if w not in outputs and _reader(w)]
-    hidden = watch(
-        model, batches, [(w.module, lambda x, _, w=w, r=r: collect(w, r, x)) for w, r in called]
-    )
-    for weight in outputs:
-        for x in hidden:
-            collect(weight, _linear, x)
+    found, outputs, called = weights(model, select, matrices=True), [], defaultdict(list)
+    for weight in found:
+        if _is_output(weight):
+            outputs.append((weight, _linear))
+        elif reader := _reader(weight):
+            called[weight.name.rpartition(".")[0]].append((weight, reader))
+    watch = {path: partial(collect, pairs) for path, pairs in called.items()}
+    for x in run(model, batches, watch):
+        collect(outputs, x, None)
     for weight in found:
         if strict and weight.name not in grams:
             kind = type(weight.module).__name__

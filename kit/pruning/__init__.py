@@ -1,4 +1,4 @@
-"""Pruning: weights, channels, neurons and experts, in place as masks or as a new, smaller dense model."""
+"""Pruning: weights, channels, neurons and experts, as masks or as a new, smaller dense model."""
 
 from kit.core.calibration import input_norms
 from kit.core.weights import copy_model

@@ -8,22 +8,19 @@ from torch import Tensor
 
 from kit.core.weights import Weight
 
-CRITERIA: dict[str, Callable] = {}
-NEEDS_NORMS = set()
+CRITERIA: dict[str, tuple[Callable, bool]] = {}  # name -> score, and whether it needs norms
 
 
 def register_criterion(name: str, needs_norms: bool = False) -> Callable:
     """Decorator for a score, by which `MagnitudePruner(score=name)` finds it.
 
-    criterion(weight, norm, seed) -> scores (rows, columns), the lowest go first. norm (groups, columns)
-    holds the norms of the weight's inputs (`kit.core.calibration.input_norms`), which are asked for if
-    `needs_norms`, else it is None.
+    criterion(weight, norm, seed) -> scores (rows, columns), the lowest go first. norm (groups,
+    columns) holds the norms of the weight's inputs (`kit.core.calibration.input_norms`), which are
+    asked for if `needs_norms`, else it is None.
     """
 
     def register(function: Callable) -> Callable:
-        CRITERIA[name] = function
-        if needs_norms:
-            NEEDS_NORMS.add(name)
+        CRITERIA[name] = function, needs_norms
         return function
 
     return register
@@ -38,8 +35,7 @@ def magnitude(weight: Weight, norm: Tensor | None, seed: int) -> Tensor:
 @register_criterion("random")
 def random(weight: Weight, norm: Tensor | None, seed: int) -> Tensor:
     """Uniform, the control that every criterion has to beat; drawn from the seed and the name."""
-    generator = torch.Generator().manual_seed(seed + zlib.crc32(weight.name.encode()))
-    scores = torch.rand(weight.original.shape, generator=generator)
+    scores = random_scores(weight.name, weight.original.shape, seed)
     return weight.view.matrix(scores.to(weight.original.device))
 
 
@@ -50,55 +46,65 @@ def wanda(weight: Weight, norm: Tensor, seed: int) -> Tensor:
     return (magnitudes * norm.to(magnitudes.device)[:, None]).flatten(0, 1)
 
 
+def random_scores(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Uniform scores that depend on nothing but these."""
+    generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+    return torch.rand(shape, generator=generator)
+
+
 def check_sparsity(sparsity: float) -> float:
-    """The sparsity. Raises ValueError outside [0, 1), where nothing would be left or it is no share."""
+    """The sparsity. Raises ValueError outside [0, 1): it is the share that goes; not all may."""
     if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity {sparsity} is outside [0, 1): give the share of weights to remove")
+        raise ValueError(f"sparsity {sparsity} is outside [0, 1): give the share to remove")
     return float(sparsity)
 
 
 def prune_mask(scores: Tensor, sparsity: float) -> Tensor:
-    """Bool mask that drops exactly round(sparsity * n) of each row's n lowest scores; ties go by position.
+    """Bool mask that drops exactly round(sparsity * n) of each row's n lowest scores.
 
-    scores: (..., n), each row a group of its own; a flat tensor is ranked as a whole.
+    scores: (..., n), each row a group of its own; a flat tensor is ranked as a whole. Of equal
+    scores the first go.
     """
-    drop = round(check_sparsity(sparsity) * scores.shape[-1])
+    return without_lowest(scores, round(check_sparsity(sparsity) * scores.shape[-1]))
+
+
+def without_lowest(scores: Tensor, count: int) -> Tensor:
+    """Bool mask (..., n) that drops the `count` lowest of each row."""
     order = scores.argsort(dim=-1, stable=True)
     mask = torch.ones_like(scores, dtype=torch.bool)
-    return mask.scatter_(-1, order[..., :drop], False)
+    return mask.scatter_(-1, order[..., :count], False)
 
 
 def global_masks(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-    """Masks for all tensors together: round(sparsity * total) weights go, exactly, wherever they stand."""
+    """Masks for all tensors together: exactly round(sparsity * total) weights go, from wherever."""
     flat = torch.cat([tensor.flatten() for tensor in scores.values()])
     parts = prune_mask(flat, sparsity).split([tensor.numel() for tensor in scores.values()])
     return {name: part.view_as(scores[name]) for name, part in zip(scores, parts)}
 
 
 def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
-    """Bool mask that keeps the n highest of every m neighbours along the last dimension (2:4 and the like).
+    """Bool mask that keeps the n highest of every m neighbours along the last dimension (2:4).
 
     Raises ValueError: n is not in 1..m, or m does not divide the last dimension.
     """
     check_pattern(scores.shape[-1], n, m)
-    groups = scores.unflatten(-1, (-1, m))
-    order = groups.argsort(dim=-1, stable=True)
-    mask = torch.ones_like(groups, dtype=torch.bool)
-    return mask.scatter_(-1, order[..., : m - n], False).flatten(-2)
+    return without_lowest(scores.unflatten(-1, (-1, m)), m - n).flatten(-2)
 
 
-def check_pattern(width: int, n: int, m: int) -> None:
-    """Raises ValueError unless `n` of `m` is a pattern that tiles `width` columns."""
+def check_pattern(width: int, n: int, m: int, what: str = "the scores") -> None:
+    """Raises ValueError unless `n` of `m` is a pattern that tiles the `width` columns of `what`."""
     if not 0 < n <= m:
-        raise ValueError(f"the pattern {n}:{m} keeps {n} of {m} weights; it must keep between 1 and {m}")
+        raise ValueError(f"the pattern {n}:{m} must keep between 1 and {m} of {m} weights, not {n}")
     if width % m:
-        raise ValueError(f"the pattern {n}:{m} needs rows whose length {m} divides, not {width}")
+        raise ValueError(
+            f"the pattern {n}:{m} needs rows that {m} divides, not the {width} of {what}"
+        )
 
 
 def cubic_sparsity(step: int, start: int, end: int, final: float, initial: float = 0.0) -> float:
     """Sparsity after `step` steps: s_f + (s_i - s_f) (1 - (t - t_0) / (t_n - t_0))^3, flat outside.
 
-    Zhu and Gupta 2017, "To prune, or not to prune", eq. 1: fast while much is redundant, slow at the end.
+    Zhu and Gupta 2017, "To prune, or not to prune", eq. 1: fast while much is redundant.
     """
     if end <= start:
         return final if step >= end else initial

@@ -1,12 +1,12 @@
-"""Least squares after structured pruning: what reads the units that stay makes up for those that went."""
+"""Least squares after structured pruning: what reads the units that stay makes up for the rest."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from kit.core.protocols import run
-from kit.core.weights import Weight, weight_of
+from kit.core.weights import weight_of
 from kit.models import MoE
 from kit.models.moe import expert_rows
 from kit.pruning.mask import Mask
@@ -18,11 +18,11 @@ SWEEPS = 5
 def least_squares(
     features: Tensor, targets: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The weight (R, K) and bias (R,) nearest to the given ones that make features reproduce targets.
+    """The weight (R, K) and bias (R,) nearest to the given ones that turn features into targets.
 
-    Minimizes || s (h W^T + b) - y ||^2 + lambda || [W, b] - [W_0, b_0] ||^2 with lambda a hundredth of
-    the mean diagonal of the Gram matrix (He et al. 2017, "Channel Pruning", with a prior at the present
-    weights).
+    Minimizes || s (h W^T + b) - y ||^2 + lambda || [W, b] - [W_0, b_0] ||^2 with lambda a hundredth
+    of the mean diagonal of the Gram matrix (He et al. 2017, "Channel Pruning", with a prior at the
+    present weights).
 
     Args:
         features: (m, K). targets: (m, R). scale: s, (m,), such as the gates of an expert.
@@ -30,7 +30,8 @@ def least_squares(
     if not len(features):
         return weight, bias
     ones = features.new_ones(len(features), 1)
-    inputs = torch.cat([features, ones], 1).double() * (1 if scale is None else scale.double()[:, None])
+    scales = 1 if scale is None else scale.double()[:, None]
+    inputs = torch.cat([features, ones], 1).double() * scales
     before = torch.cat([weight, bias[:, None]], 1).double().T
     gram = inputs.T @ inputs
     damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
@@ -38,23 +39,17 @@ def least_squares(
     return after[:-1].T.to(weight.dtype), after[-1].to(bias.dtype)
 
 
-def layer_examples(model: nn.Module, names: Sequence[str], batches: Sequence) -> dict[str, tuple[Tensor, Tensor]]:
+def layer_examples(
+    model: nn.Module, names: Iterable[str], batches: Iterable
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Inputs and outputs of submodules over `batches`, as rows: name -> ((M, D_in), (M, D_out))."""
-    seen: dict[str, tuple[list, list]] = {name: ([], []) for name in names}
+    seen: dict[str, list] = {name: [] for name in names}
 
     def keep(name: str) -> Callable:
-        def rows(x: Tensor, output: Tensor) -> None:
-            for found, part in zip(seen[name], (x, output)):
-                found.append(part.reshape(-1, part.shape[-1]))
+        return lambda *pair: seen[name].append([part.flatten(0, -2) for part in pair])
 
-        return rows
-
-    run(model, batches, {name: keep(name) for name in names})
-    return {name: (torch.cat(inputs), torch.cat(outputs)) for name, (inputs, outputs) in seen.items()}
-
-
-def _is_masked(weight: Weight) -> bool:
-    return weight.find(Mask) is not None
+    run(model, batches, {name: keep(name) for name in seen})
+    return {name: tuple(map(torch.cat, zip(*pairs))) for name, pairs in seen.items()}
 
 
 @torch.no_grad()
@@ -65,23 +60,23 @@ def refit_experts(moe: MoE, inputs: Tensor, outputs: Tensor) -> None:
     expert a token, in several sweeps. A masked w_out is left alone.
     """
     w_out, b_out = weight_of(moe, "w_out"), weight_of(moe, "b_out")
-    if _is_masked(w_out):
+    if w_out.find(Mask):
         return
+    seen = list(expert_rows(moe, inputs))
     for _ in range(1 if moe.top_k == 1 else SWEEPS):
-        for expert in range(moe.w_in.shape[0]):
-            residual = outputs - moe(inputs)
-            rows, _, hidden, gates = list(expert_rows(moe, inputs))[expert]
+        for expert, (rows, _, hidden, gates) in enumerate(seen):
             weight, bias = w_out.value[expert], b_out.value[expert]
             own = gates[:, None] * (hidden @ weight.T + bias)
-            fitted = least_squares(hidden, residual[rows] + own, weight, bias, gates)
+            targets = (outputs - moe(inputs))[rows] + own
+            fitted = least_squares(hidden, targets, weight, bias, gates)
             w_out.original[expert], b_out.original[expert] = fitted
     moe.reset_usage()
 
 
 @torch.no_grad()
 def refit_linear(layer: nn.Linear, features: Tensor, outputs: Tensor) -> None:
-    """Fits a linear layer, in place, to map `features` (M, K) to `outputs` (M, R), unless it is masked."""
+    """Fits a layer, in place, to map `features` (M, K) to `outputs` (M, R), unless it is masked."""
     weight, bias = weight_of(layer), weight_of(layer, "bias")
-    if not _is_masked(weight):
-        for part, value in zip((weight, bias), least_squares(features, outputs, weight.value, bias.value)):
-            part.assign(value)
+    if not weight.find(Mask):
+        fitted = least_squares(features, outputs, weight.value, bias.value)
+        weight.assign(fitted[0]), bias.assign(fitted[1])

@@ -1,7 +1,7 @@
 """Masks: a pruned weight is `where(mask, weight, 0)`, on any tensor of any module.
 
-The trained weight keeps its identity (optimizers go on holding it), its gradient is zero where it is
-masked, and a quantizer on the same tensor sees the masked weight.
+The trained weight keeps its identity (optimizers go on holding it), its gradient is zero where it
+is masked, and a quantizer on the same tensor sees the masked weight.
 """
 
 import torch
@@ -16,7 +16,6 @@ class Mask(Step):
     """Keeps the entries of a weight where `mask` (bool, shape of the weight) is true."""
 
     rank, projection = 0, True
-    mask: Tensor
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
@@ -32,8 +31,9 @@ class Mask(Step):
         return {"explicit": 1}
 
     @classmethod
-    def decode(cls, entry: dict, read, weight: Weight, stored: Tensor, parts) -> tuple["Mask", None]:
-        return cls(read.tensor(stored.shape, torch.bool) if "explicit" in entry else stored != 0), None
+    def decode(cls, entry: dict, read, weight: Weight, stored: Tensor, parts) -> tuple:
+        explicit = "explicit" in entry
+        return cls(read.tensor(stored.shape, torch.bool) if explicit else stored != 0), None
 
     def resized(self, select, before: Tensor) -> "Mask":
         return Mask(select(self.mask))
@@ -46,23 +46,22 @@ def mask_of(weight: Weight) -> Tensor:
 
 
 def put_mask(weight: Weight, mask: Tensor) -> None:
-    """Masks a weight wherever the model reads it; a mask that is there already is overwritten in place.
-
-    Raises ValueError for a weight that stands in another order or basis than its values.
-    """
-    mask, present = mask.view_as(weight.original).to(weight.original.device), weight.find(Mask)
-    if present is not None:
+    """Masks a weight wherever the model reads it; a mask that is there is overwritten in place.
+    Raises ValueError as `check_prunable`."""
+    check_prunable(weight)
+    present = weight.find(Mask)
+    if present is None:
+        weight.put(Mask(mask.to(weight.original.device)))
+    else:
         present.mask.copy_(mask)
-        return
-    check_maskable(weight)
-    weight.put(Mask(mask))
 
 
-def check_maskable(weight: Weight) -> None:
-    """Raises ValueError for a weight whose entries are not those of what it computes."""
-    transform = next((step for step in weight.steps if isinstance(step, Step) and step.rank > 10), None)
-    if transform is not None:
-        raise ValueError(f"{weight.name!r} carries a {transform.kind} step: mask it before that, or leave it out")
+def check_prunable(weight: Weight) -> None:
+    """Raises ValueError for a weight that is kept in another order or basis than it is used in."""
+    for step in weight.steps:
+        if isinstance(step, Step) and step.rank > 10:
+            what = f"{weight.name!r} carries a {step.kind} step"
+            raise ValueError(f"{what}: prune or rewind it before that, or leave it out")
 
 
 def get_mask(module: nn.Module, name: str = "weight") -> Tensor | None:
@@ -71,15 +70,19 @@ def get_mask(module: nn.Module, name: str = "weight") -> Tensor | None:
     return None if step is None else step.mask
 
 
-def set_mask(module: nn.Module, name: str, mask: Tensor, model: nn.Module | None = None) -> nn.Module:
-    """Puts `mask` (bool, true = keep) on `module.<name>`, before other steps; returns the module.
+def set_mask(
+    module: nn.Module, name: str, mask: Tensor, model: nn.Module | None = None
+) -> nn.Module:
+    """Puts `mask` (bool, true: keep) before the other steps of `module.<name>`; returns it.
 
-    Give `model` to mask a tied tensor everywhere. Raises ValueError: no such tensor, not a bool mask, or
-    another shape than the tensor.
+    model: in all of which a tied tensor is to be masked. Raises ValueError: no such tensor, no mask
+    of its shape, or as `check_prunable`.
     """
     weight = weight_of(module, name, model)
-    shape = tuple(weight.original.shape)
-    if mask.dtype != torch.bool or mask.shape != shape:
-        raise ValueError(f"a mask of {name!r} must be bool of shape {shape}, not {mask.dtype} of {tuple(mask.shape)}")
+    shape, given = tuple(weight.original.shape), tuple(mask.shape)
+    if mask.dtype != torch.bool or given != shape:
+        raise ValueError(
+            f"a mask of {name!r} must be bool of shape {shape}, not {mask.dtype} {given}"
+        )
     put_mask(weight, mask)
     return module
