@@ -37,10 +37,3 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
         model.set_submodule(layer_name, fuse(layer, norm))
         model.set_submodule(norm_name, nn.Identity())
     return model
-
-
-@torch.no_grad()
-def scale_and_shift(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm as y = scale x + shift, both (channels,)."""
-    scale = (norm.running_var + norm.eps).rsqrt() * (norm.weight if norm.affine else 1)
-    return scale, (norm.bias if norm.affine else 0) - norm.running_mean * scale

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kit.core.weights import is_plain, weight_of
-from kit.engines.folding import batch_norm_pairs, scale_and_shift
+from kit.engines.folding import fold_batch_norms
 from kit.engines.layers import IntegerWeight, float_copy, integer_weight
 
 # Without VNNI, x86 adds pairs of uint8 x int8 products in int16, which saturates.
@@ -47,18 +47,9 @@ class _Integer(nn.Module):
     def __getstate__(self):
         return {**self.__dict__, "packed": None}
 
-    def fold(self, scale: Tensor, shift: Tensor) -> None:
-        """From now on returns scale y + shift, both (rows,)."""
-        self.codes, self.packed = self.codes * self._by_row(scale.sign().to(torch.int8)), None
-        self.scale = self.scale * scale.abs()
-        self.bias = shift if self.bias is None else self.bias * scale + shift
-
-    def _by_row(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, *[1] * (self.codes.ndim - 1))
-
     @property
     def weight(self) -> Tensor:
-        return self.codes.float() * self._by_row(self.scale)
+        return self.codes.float() * self.scale.reshape(-1, *[1] * (self.codes.ndim - 1))
 
 
 class Int8Linear(_Integer):
@@ -98,36 +89,37 @@ class Int8Conv2d(_Integer):
         return torch.ops.onednn.qconv_pointwise(*inputs, *self.geometry, *FLOAT_OUTPUT)
 
 
-def int8_layer(layer: nn.Module) -> nn.Module | None:
-    """The integer layer in place of a plain nn.Linear or nn.Conv2d with codes; None for anything else."""
+def int8_layer(layer: nn.Module, floats: nn.Module | None = None) -> nn.Module | None:
+    """The integer layer in place of a plain nn.Linear or nn.Conv2d with codes; None for anything else.
+
+    floats: its float copy, into which a batch norm may be folded.
+    """
     weight = integer_weight(weight_of(layer)) if isinstance(layer, (nn.Linear, nn.Conv2d)) else None
     if weight is None or not weight.per_row:
         return None
-    layer = float_copy(layer)  # without the kit's own hooks, which round its inputs
-    if is_plain(layer, nn.Linear):
+    layer = floats or float_copy(layer)  # without the kit's own hooks, which round its inputs
+    weight = weight.as_found(weight.view.matrix(layer.weight))
+    if weight and is_plain(layer, nn.Linear):
         return Int8Linear(weight, layer.bias)
-    fits = ONEDNN and is_plain(layer, nn.Conv2d) and layer.padding_mode == "zeros"
+    fits = weight and ONEDNN and is_plain(layer, nn.Conv2d) and layer.padding_mode == "zeros"
     return Int8Conv2d(layer, weight) if fits and not isinstance(layer.padding, str) else None
 
 
+@torch.no_grad()
 def int8_model(model: nn.Module) -> nn.Module:
     """A copy of a quantized model with integer layers where there are kernels, float32 elsewhere.
 
     Raises ValueError if no layer can be replaced.
     """
-    made = {layer: int8_layer(layer) for layer in model.modules()}
-    names = model.named_modules(remove_duplicate=False)
-    layers = {name: made[layer] for name, layer in names if made.get(layer) is not None}
-    if not layers:
+    copy, made = fold_batch_norms(float_copy(model)), {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            made[layer] = int8_layer(layer, copy.get_submodule(name))
+    if not any(made.values()):
         raise ValueError(f"{type(model).__name__} has no Linear or Conv2d with INT8 codes a row")
-    if "" in layers:
-        return layers[""].eval()
-    copy = float_copy(model)
-    folded = batch_norm_pairs(copy)
-    for name, layer in layers.items():
-        copy.set_submodule(name, layer)
-    for name, norm in folded:
-        if name in layers:
-            layers[name].fold(*scale_and_shift(copy.get_submodule(norm)))
-            copy.set_submodule(norm, nn.Identity())
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if made.get(layer) and not name:
+            return made[layer].eval()
+        if made.get(layer):
+            copy.set_submodule(name, made[layer])
     return copy.eval()
