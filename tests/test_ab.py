@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from kit.lab.ab import assign, bootstrap_interval, cohens_d, compare, non_inferiority
+from notebooks.reference.ab import assign, bootstrap_interval, cohens_d, compare, non_inferiority
 from notebooks.reference.thompson import Log, ThompsonSampler
 
 UNITS = range(6000)

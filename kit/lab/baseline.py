@@ -1,103 +1,101 @@
-"""The dense model that everything else is compared with: trained once for its settings, then read from
-disk.
-"""
+"""The dense model that everything else is compared with: trained once for its settings, then read
+from disk."""
 
 import dataclasses
 import itertools
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
+from torch import nn
 
 from kit import artifact
-from kit.data import Corpus, Loaders, cache_dir, load_corpus, token_loaders
-from kit.core.store import code_digest, digest, lock
+from kit.core.measurement import has_fast_bfloat16, peak_memory
+from kit.core.protocols import device_of
+from kit.core.store import cache_dir, code_digest, digest, lock, write_json
+from kit.data import Corpus, Loaders, load_corpus, token_loaders
+from kit.models import build_model
+from kit.training import TrainConfig, train
 from kit.training.evaluation import Evaluation, evaluate
 from kit.training.losses import training_loss
-from kit.core.measurement import has_fast_bfloat16, peak_memory
-from kit.models import build_model
-from kit.core.store import write_json
-from kit.training import TrainConfig, train
 
-VALIDATION_BATCHES = 32    # that decide when training stops: the whole split would take a third of the time
-SOURCES = ("models", "data", "training")
+VALIDATION_BATCHES = 32  # that decide when training stops: the whole split would take as long
+TRAINING = {"steps": 600, "lr": 1e-2, "patience": 3}  # where TrainConfig's own defaults differ
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A trained dense model, reloaded from its float32 file, with its data and its figures on the test
-    split.
-    """
+    """A trained dense model, loaded from its float32 file, with its data and test figures."""
 
     model: nn.Module
     corpus: Corpus
     loaders: Loaders
+    path: Path  # of the float32 artifact
+    bytes: int  # of that file
     test: Evaluation
-    path: Path          # of the float32 artifact
-    bytes: int          # of that file
-    history: list       # of training: step, loss, lr, validation (nats per token)
-    tokens: int         # seen in training
+    history: list  # of training: step, loss, lr, validation (nats per token)
+    tokens: int  # seen in training
     seconds: float
-    peak_memory: int    # bytes
+    peak_memory: int  # bytes
 
     @property
     def bits_per_byte(self) -> float:
         return self.test.bits_per_byte(self.corpus.utf8_bytes["test"])
 
-    def validate(self, model: nn.Module) -> float:
-        """Nats per token on the validation split."""
-        return evaluate(model, self.loaders.validation).loss
 
+def load_or_train(
+    *,
+    corpus="docs",
+    vocab_size=4096,
+    train_bytes=None,
+    batch_size=16,
+    seq_len=128,
+    model="ResNetBK",
+    device="cpu",
+    log=True,
+    **settings,
+) -> Baseline:
+    """Trains `model` (a name in kit.models.MODELS) until validation stops improving or its steps
+    are done, and writes it as a float32 artifact; with the same settings, data and code it is only
+    read. A killed training resumes. The test split is measured once, on the model from the file.
 
-def load_or_train(*, corpus: str = "docs", vocab_size: int = 4096, train_bytes: int | None = None,
-                  batch_size: int = 16, seq_len: int = 128, steps: int = 600, lr: float = 1e-2, patience: int | None = 3,
-                  precision: str | None = None, weight_decay: float = 0.01, final_lr: float = 0.05, seed: int = 0,
-                  model: str = "ResNetBK", log: bool = True, device: str = "cpu", **shape) -> Baseline:
-    """Trains `model` (a name in kit.models.MODELS; `shape` is its config) until validation stops
-    improving or `steps` are done, and writes it as a float32 artifact; with the same settings, data and
-    code it is only read again.
-
-    `precision` None is bfloat16 where the device multiplies it in hardware, else float32. Training resumes when it was
-    killed. The test split is measured once, on the model reloaded from its file.
-    Raises ValueError for settings that the data or the model cannot have, before any training.
+    settings: fields of TrainConfig (`precision` is by default bfloat16 where the device multiplies
+    it in hardware) and of the model's config. Raises ValueError, before any training, for settings
+    that the data or the model cannot have.
     """
     text = load_corpus(corpus, vocab_size, train_bytes)
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    chosen = {**TRAINING, **{name: settings.pop(name) for name in fields & settings.keys()}}
+    chosen.setdefault("eval_every", max(chosen["steps"] // 12, 10))
+    chosen.setdefault("precision", "bfloat16" if has_fast_bfloat16(device) else "float32")
+    training = TrainConfig(**chosen)
+    torch.manual_seed(training.seed)
+    dense = build_model(model, {**settings, "vocab_size": text.tokenizer.vocab_size}).to(device)
     loaders = token_loaders(text, batch_size, seq_len)
-    precision = precision or ("bfloat16" if has_fast_bfloat16(device) else "float32")
-    training = TrainConfig(steps=steps, lr=lr, weight_decay=weight_decay, final_lr=final_lr, patience=patience,
-                           eval_every=max(steps // 12, 10), precision=precision, seed=seed)
-    torch.manual_seed(seed)
-    dense = build_model(model, {**shape, "vocab_size": text.tokenizer.vocab_size}).to(device)
-    settings = {"model": model, "shape": dataclasses.asdict(dense.config), "training": dataclasses.asdict(training), "seq_len": seq_len,
-                "batch_size": batch_size, "text": text.sha256, "vocab_size": vocab_size,
-                "device": device, "sources": code_digest(SOURCES)}
-    folder = cache_dir() / "baselines" / f"{model}-{digest(**settings)}"
-    with lock(folder / "record.json"):
-        if not (folder / "record.json").exists():
-            _train(dense, loaders, training, folder, settings, log)
-    record = json.loads((folder / "record.json").read_text())
-    path = folder / "model.kit"
+    windows, code = (batch_size, seq_len), code_digest(("models", "data", "training"))
+    key = digest(dense.config, training, windows, text.sha256, vocab_size, device, code)
+    folder = cache_dir() / "baselines" / f"{model}-{key}"
+    path, record = folder / "model.kit", folder / "record.json"
+    with lock(folder):
+        if not record.exists():
+            write_json(record, _train(dense, loaders, training, path, log))
+            path.with_name("checkpoint").unlink(missing_ok=True)
+    found = json.loads(record.read_text())
+    test = {k: np.array(v) if isinstance(v, list) else v for k, v in found.pop("test").items()}
     dense = artifact.load(path).to(device)
-    return Baseline(dense, text, loaders, _evaluation(record["test"]), path, path.stat().st_size, record["history"],
-                    record["tokens"], record["seconds"], record["peak_memory"])
+    return Baseline(dense, text, loaders, path, path.stat().st_size, Evaluation(**test), **found)
 
 
-def _train(model: nn.Module, loaders: Loaders, config: TrainConfig, folder: Path, settings: dict, log: bool) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / "checkpoint"
+def _train(model: nn.Module, loaders: Loaders, config: TrainConfig, path: Path, log: bool) -> dict:
+    """Trains a model and writes it to `path`; returns what Baseline says of it."""
     glance = list(itertools.islice(loaders.validation, VALIDATION_BATCHES))
-    result = train(model, loaders.train, config, loss=training_loss(model), checkpoint=checkpoint, log=log,
-                   validate=lambda m: evaluate(m, glance).loss)
-    artifact.save(model, folder / "model.kit", layouts=("dense",))
-    test = evaluate(artifact.load(folder / "model.kit").to(next(model.parameters()).device), loaders.test)
-    write_json(folder / "record.json", {"settings": settings, "test": dataclasses.asdict(test), "history": result.history,
-                                        "tokens": result.tokens, "seconds": result.seconds, "peak_memory": peak_memory()})
-    shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink(missing_ok=True)
-
-
-def _evaluation(record: dict) -> Evaluation:
-    return Evaluation(**{k: np.array(v) if isinstance(v, list) else v for k, v in record.items()})
+    options = {"loss": training_loss(model), "checkpoint": path.with_name("checkpoint"), "log": log}
+    done = train(
+        model, loaders.train, config, validate=lambda m: evaluate(m, glance).loss, **options
+    )
+    artifact.save(model, path, layouts=("dense",))
+    test = evaluate(artifact.load(path).to(device_of(model)), loaders.test)
+    found = {name: getattr(done, name) for name in ("history", "tokens", "seconds")}
+    return {**found, "test": test, "peak_memory": peak_memory()}

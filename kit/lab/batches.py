@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options["grid"], options["seeds"] = _read(options["grid"])
         if not options.pop("dry_run"):
-            return _report(*run_batch(**options), options["folder"] / options["notebook"].stem)
+            return _report(*run_batch(**options))
         for run in plan(*(options[name] for name in ("notebook", "grid", "seeds", "folder"))):
             skipped = "" if _is_due(run, options["retry"]) else ", skipped"
             print(f"# {run.state()}{skipped}: {run.parameters}\n{shlex.join(run.command())}")
@@ -321,17 +321,11 @@ def _read(path: Path) -> tuple[Grid, list]:
     return content["grid"], content.get("seeds") or []
 
 
-def _report(frame: pd.DataFrame, failed: dict[str, str], name: Path) -> int:
-    """Prints the table, saves it and a picture, and gives the end of each failed run's log."""
+def _report(frame: pd.DataFrame, failed: dict[str, str]) -> int:
+    """Prints the table and the end of each failed run's log."""
     if len(frame):
-        quality = quality_column(frame)
-        frame.to_csv(name.with_suffix(".csv"), index=False)
-        print(frame[["run", "bytes", "ratio", quality, "low", "high"]].to_string(index=False))
-        print(f"All columns: {name}.csv")
-        if frame[["bytes", quality]].notna().all(axis=1).any():
-            from kit.lab import plots  # loads matplotlib
-
-            print(f"Picture: {plots.save(plots.pareto(frame), name.with_suffix('.png'))}")
+        columns = ["run", "bytes", "ratio", quality_column(frame), "low", "high"]
+        print(frame[columns].to_string(index=False))
     for run, lines in failed.items():
         print(f"\nFailed: {run}\n{lines}")
     if failed:

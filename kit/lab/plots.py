@@ -17,8 +17,8 @@ from kit.lab import figures
 from kit.lab.figures import COLOURS, GREY, MARKERS, MUTED, new_axes, row_axes, save, styled
 from kit.lab.records import pareto_front, quality_column
 
-__all__ = ["bars", "component_bytes", "heat_map", "intervals", "lines", "pareto", "save"]
-__all__ += ["stage_waterfall", "weight_histogram"]
+__all__ = ["bars", "heat_map", "intervals", "lines", "pareto", "save", "stage_waterfall"]
+__all__ += ["weight_histogram"]
 AXIS = {"bytes": "bytes of the file", "bits_per_byte": "test bits per byte"}
 AXIS |= {"perplexity": "test perplexity", "accuracy": "test accuracy", "ratio": "compression ratio"}
 
@@ -69,28 +69,6 @@ def weight_histogram(weights, grid=None, *, xlabel="weight", bins=120, ax=None) 
         for level in levels:
             ax.axvline(level, color=COLOURS[1], linewidth=0.9, zorder=1)
         ax.set_title(f"{weights.size:,} weights (blue), {len(levels)} levels (red lines)")
-    return ax
-
-
-@styled
-def component_bytes(before: Mapping[str, float], after: Mapping[str, float], *, ax=None) -> Axes:
-    """Bytes of each component in the dense file and in the compressed one, largest on top; a
-    component that is absent from `after` was removed."""
-    names = sorted(before, key=before.get, reverse=True)
-    (ax, places), most = row_axes(ax, names, 0.52), max(before.values())
-    for place, name in zip(places, names):
-        large, small = before[name], after.get(name, 0)
-        change = f"{figures.byte_text(small)}  (÷ {large / small:.3g})" if small else "removed"
-        for size, at, text, colours in (
-            (large, place + 0.19, figures.byte_text(large), ("#C9C9C9", GREY)),
-            (small, place - 0.19, change, (COLOURS[0], COLOURS[0])),
-        ):
-            ax.barh(at, size, 0.36, color=colours[0])
-            ax.text(size + 0.01 * most, at, text, va="center", fontsize=9, color=colours[1])
-    totals = [figures.byte_text(sum(sizes.values())) for sizes in (before, after)]
-    ax.set(xlim=(0, 1.2 * most), xlabel="bytes in the file")
-    ax.set_title("{} dense (grey), {} compressed (blue)".format(*totals))
-    ax.xaxis.set_major_formatter(EngFormatter("B"))
     return ax
 
 

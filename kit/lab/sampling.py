@@ -3,24 +3,26 @@
 import torch
 from torch import nn
 
+from kit.core.protocols import device_of, evaluating
 
-@torch.no_grad()
-def continue_text(model: nn.Module, tokenizer, prompt: str, tokens: int = 40, temperature: float = 0.7, seed: int = 0,
-                  window: int = 128) -> str:
-    """The prompt and `tokens` sampled tokens after it, as text; temperature 0 takes the likeliest token each time.
 
-    The model sees the last `window` tokens. Raises ValueError for an empty prompt.
-    """
-    ids = tokenizer.encode(prompt).tolist()
+def continue_text(
+    model: nn.Module, tokenizer, prompt: str, tokens=40, *, temperature=0.7, seed=0, window=128
+) -> str:
+    """The prompt and `tokens` sampled tokens after it, as text. The model sees the last `window`
+    tokens; temperature 0 takes the likeliest each time. Raises ValueError for an empty prompt."""
+    ids, device = tokenizer.encode(prompt).tolist(), device_of(model)
     if not ids:
         raise ValueError("the prompt is empty: give a text to continue")
     generator = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
-    model.eval()
-    for _ in range(tokens):
-        logits = model(torch.tensor([ids[-window:]], device=device))[0, -1].cpu()
-        if temperature == 0:
-            ids.append(int(logits.argmax()))
-        else:
-            ids.append(int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)))
+    with evaluating(model):
+        for _ in range(tokens):
+            logits = model(torch.tensor([ids[-window:]], device=device))[0, -1].cpu()
+            likely = (logits / max(temperature, 1e-6)).softmax(-1)
+            drawn = (
+                torch.multinomial(likely, 1, generator=generator)
+                if temperature
+                else likely.argmax()
+            )
+            ids.append(int(drawn))
     return tokenizer.decode(ids)

@@ -34,7 +34,7 @@ from notebooks.reference import frontier
 from kit.lab.baseline import Baseline, load_or_train
 from kit.data import token_loaders
 from notebooks.reference.pointer import fit_pointer
-from kit.lab.ngram import KneserNey
+from notebooks.reference.ngram import KneserNey
 from kit.lab.sampling import continue_text
 from kit.pipeline import STAGES, CompressionPipeline
 from kit.quantization import quantizers

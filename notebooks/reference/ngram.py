@@ -10,8 +10,12 @@ class _Order:
     """Tables of one order: p(w | h) = direct[h w] + backoff[h] p(w | h without its first word)."""
 
     keys: np.ndarray  # (grams,) int64, increasing: index of h in the order below * vocab_size + w
-    direct: np.ndarray  # (grams + 1,) discounted count over the context's total; last: 0, of unseen grams
-    backoff: np.ndarray  # (contexts + 1,) share left to the order below; last: 1, of unseen contexts
+    direct: (
+        np.ndarray
+    )  # (grams + 1,) discounted count over the context's total; last: 0, of unseen grams
+    backoff: (
+        np.ndarray
+    )  # (contexts + 1,) share left to the order below; last: 1, of unseen contexts
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,9 @@ class KneserNey:
         """
         tokens = _checked(tokens, vocab_size)
         if order < 1 or tokens.size <= order:
-            raise ValueError(f"order={order} must be 1 or more and under the text's {tokens.size} tokens.")
+            raise ValueError(
+                f"order={order} must be 1 or more and under the text's {tokens.size} tokens."
+            )
         # grams[k][j]: index of the (k + 1)-gram beginning at j; firsts[k]: where each distinct one first does
         keys, grams = [np.arange(vocab_size)], [tokens]
         counts, firsts = np.bincount(tokens, minlength=vocab_size), [None]
@@ -52,13 +58,15 @@ class KneserNey:
                 counts_k = np.bincount(grams[k][firsts[k + 1] + 1], minlength=len(keys[k]))
             else:
                 counts_k = counts
-            tables.append(_table(keys[k], counts_k, vocab_size, contexts=len(keys[k - 1]) if k else 1))
+            tables.append(
+                _table(keys[k], counts_k, vocab_size, contexts=len(keys[k - 1]) if k else 1)
+            )
         return cls(order, vocab_size, tuple(tables))
 
     def probabilities(self, context):
         """Distribution of the token after ``context`` (tokens (n,), n may be 0): float64 (vocab_size,)."""
         context = _checked(context, self.vocab_size)
-        context = context[max(0, context.size - self.order + 1):]
+        context = context[max(0, context.size - self.order + 1) :]
         rows = np.tile(context, (self.vocab_size, 1))
         return self._likelihood(np.column_stack([rows, np.arange(self.vocab_size)]))[:, -1]
 
@@ -66,7 +74,9 @@ class KneserNey:
         """Negative log-likelihood in nats of each token but the first, given all before: float64 (n - 1,)."""
         tokens = _checked(tokens, self.vocab_size)
         if tokens.size < 2:
-            raise ValueError(f"A text of {tokens.size} tokens has nothing to predict: give 2 or more.")
+            raise ValueError(
+                f"A text of {tokens.size} tokens has nothing to predict: give 2 or more."
+            )
         return -np.log(self._likelihood(tokens)[1:])
 
     def perplexity(self, tokens):
@@ -103,6 +113,8 @@ def _table(keys, counts, vocab_size, contexts):
 def _checked(tokens, vocab_size):
     tokens = np.asarray(tokens, dtype=np.int64).reshape(-1)
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
-        raise ValueError(f"Tokens must lie in 0..{vocab_size - 1} (vocab_size={vocab_size}), "
-                         f"but they span {tokens.min()}..{tokens.max()}.")
+        raise ValueError(
+            f"Tokens must lie in 0..{vocab_size - 1} (vocab_size={vocab_size}), "
+            f"but they span {tokens.min()}..{tokens.max()}."
+        )
     return tokens
