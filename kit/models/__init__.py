@@ -1,4 +1,4 @@
-"""Models by name. A language model maps tokens (B, T) to logits (B, T, V); see ``base.LanguageModel``."""
+"""Models by name. Language models map tokens (B, T) to logits (B, T, V): `base.LanguageModel`."""
 
 import dataclasses
 
@@ -6,15 +6,14 @@ import torch
 from torch import nn
 
 from kit.core.weights import class_of, weights
-
 from kit.models.base import LanguageModel
 from kit.models.moe import MoE
 from kit.models.peers import (
+    LSTMLM,
     DigitsCNN,
     DigitsCNNConfig,
     DigitsMLP,
     DigitsMLPConfig,
-    LSTMLM,
     LSTMLMConfig,
     TransformerLM,
     TransformerLMConfig,
@@ -29,14 +28,14 @@ MODELS = {
     "DigitsMLP": (DigitsMLP, DigitsMLPConfig),
 }
 
-__all__ = ["BKMixer", "LanguageModel", "MODELS", "MoE", "build_model", "parameter_count", "recipe", "refresh_config"]
-__all__ += [cls.__name__ for pair in MODELS.values() for cls in pair]
+__all__ = ["BKMixer", "LanguageModel", "MODELS", "MoE", "build_model", "parameter_count"]
+__all__ += ["recipe", "refresh_config", *(cls.__name__ for pair in MODELS.values() for cls in pair)]
 
 
 def build_model(class_name: str, config: dict) -> nn.Module:
-    """Model from its name and ``dataclasses.asdict(model.config)``; lists (from JSON) become tuples.
+    """Model from its name and `dataclasses.asdict(model.config)`; lists (from JSON) become tuples.
 
-    Raises: ValueError for an unknown name or field, or a value the config rejects.
+    Raises ValueError for an unknown name or field, or a value that the config rejects.
     """
     if class_name not in MODELS:
         raise ValueError(f"unknown model {class_name!r}: choose one of {', '.join(MODELS)}")
@@ -44,7 +43,8 @@ def build_model(class_name: str, config: dict) -> nn.Module:
     unknown = set(config) - {field.name for field in dataclasses.fields(config_class)}
     if unknown:
         raise ValueError(f"{config_class.__name__} has no field {', '.join(sorted(unknown))}")
-    return model(config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}))
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    return model(config_class(**settings))
 
 
 def recipe(model: nn.Module) -> dict | None:
@@ -68,9 +68,9 @@ def refresh_config(model: nn.Module) -> None:
         rebuilt = build_model(recipe(model)["class"], dataclasses.asdict(config))
     wanted = {weight.name: tuple(weight.original.shape) for weight in weights(rebuilt)}
     for weight in weights(model):
-        shape = tuple(weight.original.shape)
+        shape, kind = tuple(weight.original.shape), type(config).__name__
         if shape != wanted[weight.name]:
-            raise ValueError(f"{weight.name!r} has become {shape}, which no {type(config).__name__} describes")
+            raise ValueError(f"{weight.name!r} has become {shape}, which no {kind} describes")
     model.config = config
 
 

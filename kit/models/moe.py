@@ -1,4 +1,5 @@
-"""Sparse mixture of experts: each token is computed by its top-k experts only, grouped by expert."""
+"""Sparse mixture of experts: each token is computed by its top-k experts only, grouped by
+expert."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -9,11 +10,12 @@ from torch import Tensor, nn
 
 from kit.core.calibration import register_inputs
 
-RESIDUAL_SCALE = 0.25  # of the first output weights of a block, so that it begins close to the identity
+RESIDUAL_SCALE = 0.25  # of a block's first output weights: it begins close to the identity
 
 
 class Permute(torch.autograd.Function):
-    """Rows of x in a new order; the backward is a gather too, where index_select's would be a scatter-add."""
+    """Rows of x in a new order; the backward is a gather too, where index_select's would be a
+    scatter-add."""
 
     @staticmethod
     def forward(ctx, x, order, inverse):
@@ -26,25 +28,27 @@ class Permute(torch.autograd.Function):
         return gradient.index_select(0, inverse), None, None
 
 
-def grouped_experts(x, expert, w_in, b_in, w_out, b_out) -> torch.Tensor:
-    """``w_out[e] gelu(w_in[e] x + b_in[e]) + b_out[e]`` with each row's own expert e.
+def grouped_experts(x, expert, w_in, b_in, w_out, b_out) -> Tensor:
+    """w_out[e] gelu(w_in[e] x + b_in[e]) + b_out[e] with each row's own expert e.
 
-    x (M, D), expert (M,) int64 in [0, E), w_in (E, F, D), b_in (E, F), w_out (E, D, F), b_out (E, D) -> (M, D).
-    Rows are sorted by expert, so that each expert is two matrix products; there is no capacity, no row is dropped.
+    x (M, D), expert (M,) int64 in [0, E), w_in (E, F, D), b_in (E, F), w_out (E, D, F), b_out (E,
+    D) -> (M, D). Rows are sorted by expert, so that each expert is two matrix products; there is no
+    capacity, no row is dropped.
     """
     order = expert.argsort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
     counts = torch.bincount(expert, minlength=w_in.shape[0]).tolist()
     rows = Permute.apply(x, order, inverse).split(counts)
+    experts = zip(rows, *(weight.unbind() for weight in (w_in, b_in, w_out, b_out)))
     outputs = [
         torch.addmm(c_out, F.gelu(torch.addmm(c_in, row, a.t())), b.t())
-        for row, a, c_in, b, c_out in zip(rows, w_in.unbind(), b_in.unbind(), w_out.unbind(), b_out.unbind())
+        for row, a, c_in, b, c_out in experts
     ]
     return Permute.apply(torch.cat(outputs), inverse, order)
 
 
-def all_experts(x, w_in, b_in, w_out, b_out) -> torch.Tensor:
+def all_experts(x, w_in, b_in, w_out, b_out) -> Tensor:
     """Every expert on every row, (M, D) -> (M, E, D): no data-dependent shapes, for export."""
     hidden = F.gelu(torch.einsum("md,efd->mef", x, w_in) + b_in)
     return torch.einsum("mef,edf->med", hidden, w_out) + b_out
@@ -53,21 +57,27 @@ def all_experts(x, w_in, b_in, w_out, b_out) -> torch.Tensor:
 class MoE(nn.Module):
     """Mixture of E two-layer experts (D -> F -> D), top-k softmax routing.
 
-    Args: d_model D, d_ff F (per expert), experts E, top_k experts computed per token.
-    Buffers: ``usage`` (E,) int64, tokens routed to each expert since ``reset_usage`` (not saved).
-    ``balance_loss``: Switch load-balancing loss of the last forward, 1 when balanced (Fedus et al. 2021, eq. 4).
-    Raises: ValueError if top_k is not in 1..experts.
+    usage (E,) int64: tokens routed to each expert since `reset_usage`, not saved. balance_loss: the
+    Switch load-balancing loss of the last forward pass, 1 when balanced (Fedus et al. 2021, eq. 4).
+
+    Args:
+        d_model: D. d_ff: F of each expert. experts: E. top_k: experts computed per token.
+
+    Raises:
+        ValueError: top_k is not in 1..experts.
     """
 
     def __init__(self, d_model: int, d_ff: int, experts: int, top_k: int = 1):
         super().__init__()
         if not 1 <= top_k <= experts:
-            raise ValueError(f"top_k = {top_k} must be between 1 and the number of experts, {experts}")
+            need = f"between 1 and the number of experts, {experts}"
+            raise ValueError(f"top_k = {top_k} must be {need}")
         self.top_k = top_k
         self.router = nn.Linear(d_model, experts)
         self.w_in = nn.Parameter(torch.randn(experts, d_ff, d_model) * d_model**-0.5)
         self.b_in = nn.Parameter(torch.zeros(experts, d_ff))
-        self.w_out = nn.Parameter(torch.randn(experts, d_model, d_ff) * RESIDUAL_SCALE * d_ff**-0.5)
+        scale = RESIDUAL_SCALE * d_ff**-0.5
+        self.w_out = nn.Parameter(torch.randn(experts, d_model, d_ff) * scale)
         self.b_out = nn.Parameter(torch.zeros(experts, d_model))
         self.register_buffer("usage", torch.zeros(experts, dtype=torch.int64), persistent=False)
         self.balance_loss = torch.zeros(())
@@ -75,13 +85,13 @@ class MoE(nn.Module):
     def reset_usage(self) -> None:
         self.usage.zero_()
 
-    def route(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """rows (M, D) -> probabilities (M, E), and the gates (M, k) and experts (M, k) int64 each row is sent to."""
+    def route(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """rows (M, D) -> probabilities (M, E), and the gates (M, k) and experts (M, k) int64 that
+        each row is sent to."""
         probabilities = self.router(rows).softmax(-1)
-        gates, chosen = probabilities.topk(self.top_k)
-        return probabilities, gates, chosen
+        return probabilities, *probabilities.topk(self.top_k)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
         rows = x.reshape(-1, x.shape[-1])
         probabilities, gates, chosen = self.route(rows)
@@ -89,16 +99,13 @@ class MoE(nn.Module):
         if torch.compiler.is_exporting():
             mixture = torch.zeros_like(probabilities).scatter(1, chosen, gates)
             return torch.einsum("med,me->md", all_experts(rows, *weights), mixture).reshape(x.shape)
-        self._count(probabilities, chosen)
-        copies = rows.repeat_interleave(self.top_k, 0) if self.top_k > 1 else rows
-        outputs = grouped_experts(copies, chosen.flatten(), *weights)
-        return (outputs.view(-1, self.top_k, rows.shape[1]) * gates.unsqueeze(-1)).sum(1).reshape(x.shape)
-
-    def _count(self, probabilities: torch.Tensor, chosen: torch.Tensor) -> None:
-        experts = probabilities.shape[1]
-        counts = torch.bincount(chosen.flatten(), minlength=experts)
+        counts = torch.bincount(chosen.flatten(), minlength=probabilities.shape[1])
         self.usage += counts
-        self.balance_loss = experts * (counts / chosen.numel() * probabilities.mean(0)).sum()
+        shares = counts / chosen.numel()
+        self.balance_loss = len(shares) * (shares * probabilities.mean(0)).sum()
+        copies = rows.repeat_interleave(self.top_k, 0) if self.top_k > 1 else rows
+        outputs = grouped_experts(copies, chosen.flatten(), *weights).unflatten(0, chosen.shape)
+        return (outputs * gates.unsqueeze(-1)).sum(1).reshape(x.shape)
 
     def __getstate__(self):
         """Copies and pickles leave the last forward's graph behind."""
@@ -106,7 +113,8 @@ class MoE(nn.Module):
 
 
 class ExpertRows(NamedTuple):
-    """What one expert sees: row numbers (m,) int64, inputs (m, D), hidden units (m, F), gates (m,)."""
+    """What one expert sees: row numbers (m,) int64, inputs (m, D), hidden units (m, F), gates
+    (m,)."""
 
     rows: Tensor
     inputs: Tensor
@@ -115,13 +123,12 @@ class ExpertRows(NamedTuple):
 
 
 def expert_rows(moe: MoE, x: Tensor) -> Iterator[ExpertRows]:
-    """Expert by expert, the rows of x (..., D) that are routed to it; hidden units are after GELU."""
+    """Expert by expert, the rows of x (..., D) routed to it; hidden units are after GELU."""
     rows = x.reshape(-1, x.shape[-1])
     _, gates, chosen = moe.route(rows)
-    w_in, b_in = moe.w_in, moe.b_in
-    for expert in range(w_in.shape[0]):
+    for expert, (weight, bias) in enumerate(zip(moe.w_in, moe.b_in)):
         token, choice = (chosen == expert).nonzero(as_tuple=True)
-        hidden = F.gelu(F.linear(rows[token], w_in[expert], b_in[expert]))
+        hidden = F.gelu(F.linear(rows[token], weight, bias))
         yield ExpertRows(token, rows[token], hidden, gates[token, choice])
 
 

@@ -1,17 +1,17 @@
-"""Models to compare with: an LSTM and a Transformer language model, a CNN and an MLP for the digits."""
+"""Models to compare with: an LSTM and a Transformer language model, a CNN and an MLP for digits."""
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from kit.models.base import LanguageModel, check_positive
+from kit.models.base import Config, LanguageModel
 
 
 @dataclass(frozen=True)
-class LSTMLMConfig:
-    """Shapes of an LSTMLM; ``hidden`` units a layer, projected back to d_model before the output layer."""
+class LSTMLMConfig(Config):
+    """Shapes of an LSTMLM; `hidden` units a layer, projected back to d_model before the output."""
 
     vocab_size: int = 30000
     d_model: int = 64
@@ -21,26 +21,24 @@ class LSTMLMConfig:
     embedding_rank: int | None = None
     dropout: float = 0.0
 
-    def __post_init__(self):
-        check_positive(self)
-
 
 class LSTMLM(LanguageModel):
     """LSTM language model."""
 
     def __init__(self, config: LSTMLMConfig):
         super().__init__(config)
-        between = config.dropout if config.layers > 1 else 0.0
-        self.lstm = nn.LSTM(config.d_model, config.hidden, config.layers, batch_first=True, dropout=between)
-        self.project = nn.Linear(config.hidden, config.d_model)
-        self.norm = nn.LayerNorm(config.d_model)
+        width, hidden, layers = config.d_model, config.hidden, config.layers
+        between = config.dropout if layers > 1 else 0.0
+        self.lstm = nn.LSTM(width, hidden, layers, batch_first=True, dropout=between)
+        self.project = nn.Linear(hidden, width)
+        self.norm = nn.LayerNorm(width)
 
-    def body(self, x: torch.Tensor) -> torch.Tensor:
+    def body(self, x: Tensor) -> Tensor:
         return self.norm(self.project(self.dropout(self.lstm(x)[0])))
 
 
 @dataclass(frozen=True)
-class TransformerLMConfig:
+class TransformerLMConfig(Config):
     """Shapes of a TransformerLM."""
 
     vocab_size: int = 30000
@@ -53,23 +51,25 @@ class TransformerLMConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        check_positive(self)
+        super().__post_init__()
         if self.d_model % (2 * self.heads):
-            raise ValueError(f"d_model = {self.d_model} must be a multiple of twice the number of heads, {self.heads}")
+            need = f"a multiple of twice the number of heads, {self.heads}"
+            raise ValueError(f"d_model = {self.d_model} must be {need}")
 
 
-def rotate(x: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor) -> Tensor:
     """Rotary position embedding (Su et al. 2021) of x (B, H, T, d), d even."""
     half = x.shape[-1] // 2
     frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32).unsqueeze(1) * frequency
+    angle = torch.arange(x.shape[-2], device=x.device).float().unsqueeze(1) * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 class TransformerLayer(nn.Module):
-    """Pre-norm block: causal self-attention with rotary positions, then a GELU feed-forward layer."""
+    """Pre-norm block: causal self-attention with rotary positions, then a GELU feed-forward
+    layer."""
 
     def __init__(self, d_model: int, heads: int, d_ff: int, dropout: float):
         super().__init__()
@@ -79,12 +79,12 @@ class TransformerLayer(nn.Module):
         self.ff_in, self.ff_out = nn.Linear(d_model, d_ff), nn.Linear(d_ff, d_model)
         self.dropout = nn.Dropout(dropout)
 
-    def attention(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+    def attention(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.attention(self.norm_attention(x)))
         return x + self.dropout(self.ff_out(F.gelu(self.ff_in(self.norm_ff(x)))))
 
@@ -94,42 +94,33 @@ class TransformerLM(LanguageModel):
 
     def __init__(self, config: TransformerLMConfig):
         super().__init__(config)
-        self.layers = nn.ModuleList(
-            TransformerLayer(config.d_model, config.heads, config.d_ff, config.dropout) for _ in range(config.layers)
-        )
+        shape = config.d_model, config.heads, config.d_ff, config.dropout
+        self.layers = nn.ModuleList(TransformerLayer(*shape) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.d_model)
-
-    def body(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return self.norm(x)
 
     def shapes(self) -> dict:
         """The config's fields that pruning changes, as the layers have them."""
         return {"d_ff": self.layers[0].ff_in.out_features}
 
 
-
 @dataclass(frozen=True)
-class DigitsCNNConfig:
+class DigitsCNNConfig(Config):
     """Output channels of each 3x3 convolution, and the number of classes."""
 
     channels: tuple[int, ...] = (16, 32)
     classes: int = 10
 
-    def __post_init__(self):
-        check_positive(self)
-
 
 class DigitsCNN(nn.Sequential):
-    """images (B, 1, 8, 8) -> logits (B, classes): convolutions with batch norm, 2x2 max pooling, one linear layer."""
+    """images (B, 1, 8, 8) -> logits (B, classes): convolutions with batch norm, 2x2 max pooling,
+    one linear layer."""
 
     def __init__(self, config: DigitsCNNConfig = DigitsCNNConfig()):
-        blocks = []
-        for i, o in zip((1, *config.channels), config.channels):
+        blocks, widths = [], (1, *config.channels)
+        for i, o in zip(widths, config.channels):
             blocks += [nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-        width = (1, *config.channels)[-1]
-        super().__init__(*blocks, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * width, config.classes))
+        head = nn.Linear(16 * widths[-1], config.classes)
+        super().__init__(*blocks, nn.MaxPool2d(2), nn.Flatten(), head)
         self.config = config
 
     def shapes(self) -> dict:
@@ -137,29 +128,24 @@ class DigitsCNN(nn.Sequential):
         return {"channels": tuple(m.out_channels for m in self if isinstance(m, nn.Conv2d))}
 
 
-
 @dataclass(frozen=True)
-class DigitsMLPConfig:
+class DigitsMLPConfig(Config):
     """Widths of the hidden layers, and the number of classes."""
 
     hidden: tuple[int, ...] = (64, 64)
     classes: int = 10
-
-    def __post_init__(self):
-        check_positive(self)
 
 
 class DigitsMLP(nn.Sequential):
     """images (B, 1, 8, 8) -> logits (B, classes)."""
 
     def __init__(self, config: DigitsMLPConfig = DigitsMLPConfig()):
-        blocks = []
-        for i, o in zip((64, *config.hidden), config.hidden):
+        blocks, widths = [], (64, *config.hidden)
+        for i, o in zip(widths, config.hidden):
             blocks += [nn.Linear(i, o), nn.ReLU()]
-        super().__init__(nn.Flatten(), *blocks, nn.Linear((64, *config.hidden)[-1], config.classes))
+        super().__init__(nn.Flatten(), *blocks, nn.Linear(widths[-1], config.classes))
         self.config = config
 
     def shapes(self) -> dict:
         """The config's fields that pruning changes, as the layers have them."""
         return {"hidden": tuple(m.out_features for m in self if isinstance(m, nn.Linear))[:-1]}
-

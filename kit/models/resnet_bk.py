@@ -1,13 +1,14 @@
-"""ResNet-BK: a causal language model that mixes tokens by tridiagonal resolvents (the BK-core), in O(N)."""
+"""ResNet-BK: a causal language model that mixes tokens by tridiagonal resolvents (the BK-core), in
+O(N)."""
 
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from kit.models.base import LanguageModel, check_positive
+from kit.models.base import Config, LanguageModel
 from kit.models.bk_core import gated_parts, staggered_reflection, staggered_reflection_pair
 from kit.models.convolution import causal_convolution
 from kit.models.moe import RESIDUAL_SCALE, MoE
@@ -16,10 +17,10 @@ ETA_FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
-class ResNetBKConfig:
-    """Shapes of a ResNetBK. ``experts``, ``d_ff`` and ``channels`` are one integer for all layers or a tuple with one
-    each; ``conv`` is the number of taps of the convolution before the BK-core; ``embedding_rank`` factors the (V, D)
-    matrices."""
+class ResNetBKConfig(Config):
+    """Shapes of a ResNetBK. `experts`, `d_ff` and `channels` are one integer for all layers or a
+    tuple with one each; `conv` is the number of taps of the convolution before the BK-core;
+    `embedding_rank` factors the (V, D) matrices."""
 
     vocab_size: int = 30000
     d_model: int = 64
@@ -34,13 +35,15 @@ class ResNetBKConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        check_positive(self)
+        super().__post_init__()
         for name in ("experts", "d_ff", "channels"):
-            value = getattr(self, name)
-            if isinstance(value, tuple) and len(value) != self.layers:
-                raise ValueError(f"{name} = {value} has {len(value)} entries for {self.layers} layers: give one each")
+            value, count = getattr(self, name), len(self.per_layer(name))
+            if count != self.layers:
+                there = f"{name} = {value} has {count} entries for {self.layers} layers"
+                raise ValueError(f"{there}: give one each")
         if min(self.per_layer("experts")) < self.top_k:
-            raise ValueError(f"top_k = {self.top_k} must be between 1 and the number of experts, {self.experts}")
+            need = f"between 1 and the number of experts, {self.experts}"
+            raise ValueError(f"top_k = {self.top_k} must be {need}")
 
     def per_layer(self, name: str) -> tuple[int, ...]:
         """A field as a tuple with one entry per layer."""
@@ -48,17 +51,14 @@ class ResNetBKConfig:
         return value if isinstance(value, tuple) else (value,) * self.layers
 
 
-def softplus_inverse(y: torch.Tensor) -> torch.Tensor:
-    return y + torch.log(-torch.expm1(-y))
-
-
 class BKMixer(nn.Module):
     """Causal token mixing by the left resolvent of a tridiagonal operator per channel.
 
-    A depthwise causal convolution, then per token and channel a potential v and an off-diagonal entry h (linear in the
-    convolved input, hopping p = h^2), the reflection coefficient r of the resolvent g (`staggered_reflection`) with learned energy E and
-    width eta per channel, and a projection of [Re r, Im r], each gated by the token.
-    ``quantize_v`` and ``quantize_g`` see v (B, N, C) and r (B, N, C) complex, ``|r| < 1``.
+    A depthwise causal convolution; then per token and channel a potential v and an off-diagonal
+    entry h (linear in the convolved input, hopping p = h^2); the reflection coefficient r of the
+    resolvent (`staggered_reflection`) with learned energy E and width eta per channel; and a
+    projection of [Re r, Im r], each gated by the token. `quantize_v` and `quantize_g` see v (B, N,
+    C) and r (B, N, C) complex, |r| < 1.
     """
 
     def __init__(self, d_model: int, channels: int, conv: int = 4):
@@ -68,8 +68,8 @@ class BKMixer(nn.Module):
         self.gate = nn.Linear(d_model, 2 * channels)
         self.output = nn.Linear(2 * channels, d_model)
         self.energy = nn.Parameter(torch.linspace(-0.1, 0.1, channels)[torch.randperm(channels)])
-        eta = torch.logspace(math.log10(0.01), 0, channels)
-        self.raw_eta = nn.Parameter(softplus_inverse(eta - ETA_FLOOR / 2))
+        width = torch.logspace(math.log10(0.01), 0, channels) - ETA_FLOOR / 2
+        self.raw_eta = nn.Parameter(width + torch.log(-torch.expm1(-width)))  # softplus undone
         self.quantize_v, self.quantize_g = nn.Identity(), nn.Identity()
         with torch.no_grad():
             self.input.weight *= 0.3
@@ -77,48 +77,42 @@ class BKMixer(nn.Module):
             self.output.weight *= RESIDUAL_SCALE
             self.output.bias.zero_()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x (B, N, D) -> (B, N, D)."""
         local = causal_convolution(x, self.convolution.weight, self.convolution.bias)
         v, off_diagonal = self.input(local).chunk(2, -1)
-        diagonal = self.quantize_v(v) - self.energy
-        hopping, eta, gate = off_diagonal.square(), F.softplus(self.raw_eta) + ETA_FLOOR, self.gate(x)
+        eta, gate = F.softplus(self.raw_eta) + ETA_FLOOR, self.gate(x)
+        operator = self.quantize_v(v) - self.energy, off_diagonal.square(), eta
         if torch.compiler.is_exporting() and isinstance(self.quantize_g, nn.Identity):
-            return self.output(torch.cat(staggered_reflection_pair(diagonal, hopping, eta), -1) * gate)
-        return self.output(gated_parts(self.quantize_g(staggered_reflection(diagonal, hopping, eta)), gate))
+            return self.output(torch.cat(staggered_reflection_pair(*operator), -1) * gate)
+        r = self.quantize_g(staggered_reflection(*operator))
+        return self.output(gated_parts(r, gate))
 
 
 class ResNetBKLayer(nn.Module):
     """Pre-norm residual block: BK mixer, then mixture of experts."""
 
-    def __init__(self, d_model: int, channels: int, conv: int, d_ff: int, experts: int, top_k: int, dropout: float):
+    def __init__(self, config: ResNetBKConfig, channels: int, d_ff: int, experts: int):
         super().__init__()
-        self.norm_mixer, self.norm_moe = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-        self.mixer = BKMixer(d_model, channels, conv)
-        self.moe = MoE(d_model, d_ff, experts, top_k)
-        self.dropout = nn.Dropout(dropout)
+        width = config.d_model
+        self.norm_mixer, self.norm_moe = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mixer = BKMixer(width, channels, config.conv)
+        self.moe = MoE(width, d_ff, experts, config.top_k)
+        self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.mixer(self.norm_mixer(x)))
         return x + self.dropout(self.moe(self.norm_moe(x)))
 
 
 class ResNetBK(LanguageModel):
-    """Causal language model of BK mixers and mixtures of experts; see ResNetBKConfig for its shapes."""
+    """Causal language model of BK mixers and mixtures of experts; ResNetBKConfig has its shapes."""
 
     def __init__(self, config: ResNetBKConfig):
         super().__init__(config)
         shapes = zip(*(config.per_layer(name) for name in ("channels", "d_ff", "experts")))
-        self.layers = nn.ModuleList(
-            ResNetBKLayer(config.d_model, channels, config.conv, d_ff, experts, config.top_k, config.dropout)
-            for channels, d_ff, experts in shapes
-        )
+        self.layers = nn.ModuleList(ResNetBKLayer(config, *shape) for shape in shapes)
         self.norm = nn.LayerNorm(config.d_model)
-
-    def body(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return self.norm(x)
 
     def shapes(self) -> dict:
         """The config's fields that pruning changes, as the layers have them."""
@@ -128,4 +122,3 @@ class ResNetBK(LanguageModel):
             "d_ff": [layer.moe.w_in.shape[1] for layer in self.layers],
         }
         return {k: v[0] if len(set(v)) == 1 else tuple(v) for k, v in found.items()}
-
