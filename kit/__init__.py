@@ -1,4 +1,4 @@
-"""Compression of PyTorch models: quantizers, pruners, distillation, and files whose bytes are counted."""
+"""Compression of PyTorch models: quantizers, pruners, distillation, files by their true size."""
 
 import importlib
 

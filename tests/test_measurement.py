@@ -1,14 +1,17 @@
 import pathlib
+import platform
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
+from kit import artifact
 from kit.core import measurement
 from kit.core.measurement import (
     Latency,
-    float32_bytes,
     has_fast_bfloat16,
     macs,
     measure,
@@ -72,7 +75,7 @@ def test_macs_are_exact():
 
 def test_float32_bytes_are_those_of_a_file():
     weights = 4 * (300 * 200 + 300)
-    assert weights < float32_bytes(nn.Linear(200, 300)) < weights + 2000
+    assert weights < artifact.float32_bytes(nn.Linear(200, 300)) < weights + 2000
 
 
 def test_peak_memory_is_what_the_kernel_says():
@@ -94,3 +97,10 @@ def test_hint_only_when_busy():
     )
     assert "load 5.3 on 2 cores" in oversubscribed(1.8, load=5.3, cores=2)
     assert "this process gets 0.4" in oversubscribed(0.4, load=1.0, cores=4)
+
+
+def test_process_keeps_freed_memory():
+    """On glibc; a fresh process, as it cannot be undone."""
+    code = "from kit.core.measurement import tune_process; assert tune_process() is True"
+    if platform.libc_ver()[0] == "glibc":
+        subprocess.run([sys.executable, "-c", code], check=True)

@@ -52,8 +52,8 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
 def in_threads(work: Callable[[], object], threads: int) -> None:
     """Runs `work` in this thread and in up to `threads` - 1 more at once.
 
-    `work` takes pieces of one supply until none is left: a thread that comes late finds less to do, and
-    no thread waits for one that has not begun. A forked process makes threads of its own.
+    `work` takes pieces of one supply until none is left: a thread that comes late finds less to do,
+    and none waits for one that has not begun. A forked process makes threads of its own.
     """
     if threads > 1:
         rest_idle_threads(threads)
@@ -69,8 +69,8 @@ def rest_idle_threads(threads: int) -> bool:
     """Lets torch's idle threads sleep at once, from now on; False where its OpenMP is not GNU's.
 
     GNU's OpenMP lets threads spin for milliseconds after every parallel loop, on the cores that
-    others could use, unless OMP_WAIT_POLICY was PASSIVE when torch was loaded or it has more threads
-    than there are cores. So one more team of `threads` is started here, and sleeps for good.
+    others could use, unless OMP_WAIT_POLICY was PASSIVE when torch was loaded or it has more
+    threads than there are cores. So one more team of `threads` is started here, and sleeps.
     """
     team_function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
     try:  # a symbol of the libraries that torch itself has loaded

@@ -1,4 +1,4 @@
-"""Measurement: size of the float32 file, timings side by side, peak memory, operations."""
+"""Measurement: calls timed against each other, peak memory, operations, what slows a process."""
 
 import ctypes
 import math
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import kit
+from kit.core.protocols import evaluating
 
-BLOCK_SECONDS, ROUNDS = 0.004, 50
+BLOCK, ROUNDS = 0.004, 50  # seconds that a short call is repeated for; blocks of a call at most
 
 
 @dataclass(frozen=True)
@@ -29,51 +29,31 @@ class Latency:
     high: float
 
 
-def float32_bytes(model: nn.Module) -> int:
-    """Bytes of the model's uncompressed file, what compression is compared with:
-    `kit.artifact.float32_bytes`."""
-    from kit import artifact
-
-    return artifact.float32_bytes(model)
-
-
-def measure(
-    calls: dict[str, Callable[[], object]], seconds: float = 1.0, cutoff: float = math.inf
-) -> dict[str, Latency]:
+def measure(calls: dict[str, Callable], seconds=1.0, cutoff=math.inf) -> dict[str, Latency]:
     """Times calls against each other, for about `seconds` or three rounds: trust the ratios.
 
-    Each call in turn runs for a block of a few milliseconds, so that a busy machine slows all of them
-    alike. Where torch computes with one thread, CPU time is taken, to which other processes add
-    little. Calls that a first look finds `cutoff` times slower than the first one are left out.
-
-    Raises:
-        ValueError: there are no calls.
+    Each call in turn runs for a block of a few milliseconds, so that a busy machine slows all of
+    them alike. Where torch computes with one thread, CPU time is taken, to which other processes
+    add little. Calls that a first look finds `cutoff` times slower than the first one are left out.
+    Raises ValueError without a call.
     """
     if not calls:
         raise ValueError("measure got no calls: give at least one")
     first = {name: min(_block(call, 1) for _ in range(4)) for name, call in calls.items()}
     limit = cutoff * next(iter(first.values()))
-    counts = {
-        name: max(1, int(BLOCK_SECONDS / max(once, 1e-7)))
-        for name, once in first.items()
-        if once <= limit
-    }
+    counts = {n: max(1, int(BLOCK / max(once, 1e-7))) for n, once in first.items() if once <= limit}
     samples, end = {name: [] for name in counts}, time.perf_counter() + seconds
     for round_ in range(ROUNDS):
         if round_ >= 3 and time.perf_counter() > end:
             break
         for name, count in counts.items():
             samples[name].append(_block(calls[name], count))
-    return {name: Latency(*_quartiles(values)) for name, values in samples.items()}
+    quartiles = {name: statistics.quantiles(values, n=4) for name, values in samples.items()}
+    return {name: Latency(median, low, high) for name, (low, median, high) in quartiles.items()}
 
 
-def _quartiles(values: list[float]) -> tuple[float, float, float]:
-    low, median, high = statistics.quantiles(values, n=4)
-    return median, low, high
-
-
-def _block(call: Callable[[], object], count: int) -> float:
-    """Seconds a call; short calls run once unmeasured, for what the call before them left in the caches."""
+def _block(call: Callable, count: int) -> float:
+    """Seconds a call; a short one runs once before, as the caches hold what others left there."""
     if count > 1:
         call()
     start = _now()
@@ -91,10 +71,10 @@ def _now() -> float:
 
 
 def tune_process() -> bool:
-    """Lets glibc keep freed blocks of up to 32 MiB for the next use, in this process.
+    """Lets glibc keep freed blocks of memory for the next use, up to 32 MiB each; for notebooks.
 
-    It would hand them back to the system, and each new activation would pay for its pages again. What
-    notebooks call first; False where the C library is another.
+    It would hand them back to the system, and each new activation would pay for its pages again.
+    Returns False where the C library is another one.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -105,8 +85,7 @@ def tune_process() -> bool:
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int:
-    """Bytes: the largest resident size of this process so far, or torch's largest allocation on a CUDA
-    device."""
+    """Bytes: this process's largest resident size so far, or torch's largest allocation on CUDA."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # not on Windows
@@ -116,17 +95,20 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
 
 
 def added_memory(setup: str, work: str) -> int:
-    """Bytes by which the Python statements `work` raise the resident memory of a fresh process at their peak, `setup`
-    done before. On Linux the peak is counted from there on: `ru_maxrss` would begin at that of the parent process.
-    Raises RuntimeError with the last line of the error when the statements fail."""
-    script = f"from kit.core.measurement import _resident_peak\n{setup}\nbefore = _resident_peak(restart=True)\n{work}\n"
-    script += "print(_resident_peak() - before)"
-    root = Path(kit.__file__).parents[1]
+    """Bytes that the statements `work` add to the resident memory of a fresh process at their peak.
+
+    The statements `setup` run before. Linux counts the peak from there on; elsewhere it is that of
+    the whole process. Raises RuntimeError with the last line of the error when statements fail.
+    """
+    script = f"""from kit.core.measurement import _resident_peak
+{setup}
+before = _resident_peak(restart=True)
+{work}
+print(_resident_peak() - before)"""
+    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(
-            f"the process to be measured failed: {done.stderr.strip().splitlines()[-1]}"
-        )
+        raise RuntimeError(f"the measured process failed: {done.stderr.strip().splitlines()[-1]}")
     return int(done.stdout.split()[-1])
 
 
@@ -141,38 +123,39 @@ def _resident_peak(restart: bool = False) -> int:
 
 
 def macs(model: nn.Module, example: Tensor | tuple) -> int:
-    """Multiply-accumulates of all matrix products, convolutions and attentions in `model(example)`.
+    """Multiply-accumulates of matrix products, convolutions and attentions in `model(example)`.
 
-    Counted as executed, so an expert counts for the tokens routed to it (and for padding, where its layer
-    pads). Element-wise work, the BK-core's recurrence included, is not counted.
+    Counted as executed, so an expert counts for the tokens routed to it (and for padding, where its
+    layer pads). Element-wise work, the BK-core's recurrence included, is not counted.
     """
-    was_training = model.training
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(*(example if isinstance(example, tuple) else (example,)))
-    model.train(was_training)
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        model(*(example if isinstance(example, tuple) else (example,)))
     return counter.get_total_flops() // 2
 
 
 def has_fast_bfloat16(device: torch.device | str = "cpu") -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware, so that precision="bfloat16" pays."""
+    """Whether the device multiplies bfloat16 in hardware, so that precision="bfloat16" pays."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def oversubscribed(
-    cpu_share: float, load: float | None = None, cores: int | None = None
-) -> str | None:
-    """A hint when this process gets under 70 % of one core (`cpu_share`: its CPU seconds a second) or more
-    processes want to run (`load`: the 1-minute average, by default this machine's) than there are cores; else
-    None."""
+def oversubscribed(cpu_share: float, load=None, cores=None) -> str | None:
+    """A hint when too many processes share this machine, else None.
+
+    Args:
+        cpu_share: CPU seconds that this process gets a second; the hint comes below 0.7.
+        load: processes that want to run (default: the last minute's average); it comes from
+            `cores` + 1 on.
+    """
     cores = cores or os.cpu_count() or 1
     if load is None:
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load < cores + 1 and cpu_share >= 0.7:
         return None
     return (
-        f"hint: this machine is busy (load {load:.1f} on {cores} cores, this process gets {cpu_share:.1f}): "
-        "threads that wait for each other run up to 20x slower; stop other jobs or set OMP_NUM_THREADS=1"
+        f"hint: this machine is busy (load {load:.1f} on {cores} cores, this process gets "
+        f"{cpu_share:.1f}): threads that wait for each other run up to 20x slower; stop other jobs "
+        "or set OMP_NUM_THREADS=1"
     )
