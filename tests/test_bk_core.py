@@ -19,7 +19,7 @@ def reference(x, p, eta):
 
 EVERY = {
     "left": left_resolvent,
-    "left, scan": lambda *inputs: bk_core._Resolvent.apply(*inputs, False, bk_scan),
+    "left, scan": lambda *inputs: bk_kernels.apply(bk_scan.resolve, bk_scan.resolve_backward, *inputs),
     "left, reference": reference,
     "diagonal": resolvent_diagonal,
     "diagonal, reference": lambda *inputs: resolvent_diagonal(*inputs, left=reference),

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kit.models import bk_kernels, bk_scan
+from kit.models.bk_kernels import apply
 
 
 def left_resolvent_pair(x: Tensor, p: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,52 +37,6 @@ def left_resolvent_pair(x: Tensor, p: Tensor, eta: Tensor) -> tuple[Tensor, Tens
         return tuple(part.transpose(0, 1) for part in parts)
     states = [state := step(state, inputs) for inputs in zip(x.unbind(1), p.unbind(1))]
     return tuple(torch.stack(parts, 1) for parts in zip(*states))
-
-
-class _Resolvent(torch.autograd.Function):
-    """`left_resolvent`, or the reflection coefficient (`reflected`, on CPU), with the exact
-    adjoint.
-
-    Of g = left_resolvent with gradient w: lambda_i = conj(w_i) + p_{i+1} g_{i+1}^2 lambda_{i+1}
-    from the last step to the first; dx_i = -g_i^2 lambda_i, dp_i = g_i^2 g_{i-1} lambda_i, deta =
-    1j sum_i g_i^2 lambda_i, real parts. With h_i = g_i at even i and -conj(g_i) at odd i the
-    alternating signs of the reflection are gone: h_i = 1 / (x_i - 1j*eta + p_i conj(h_{i-1})), r_i
-    = (h_i - 1j) / (h_i + 1j), lambda_i = conj(w_i) 2j / (h_i + 1j)^2 - p_{i+1} conj(h_{i+1}^2
-    lambda_{i+1}), dx_i and deta as above, dp_i = -h_i^2 conj(h_{i-1}) lambda_i.
-    """
-
-    @staticmethod
-    def forward(ctx, x, p, eta, reflected, backend):
-        p = p.contiguous()
-        h, out = backend.resolve(x.contiguous(), p, eta.contiguous(), reflected)
-        ctx.reflected, ctx.backend = reflected, backend
-        ctx.save_for_backward(h, p)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        grad = grad.resolve_conj().contiguous()
-        return *ctx.backend.resolve_backward(*ctx.saved_tensors, grad, ctx.reflected), None, None
-
-
-class _Gate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, r, gate):
-        r, gate = r.resolve_conj().contiguous(), gate.contiguous()
-        ctx.save_for_backward(r, gate)
-        return bk_kernels.gate(r, gate)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return bk_kernels.gate_backward(*ctx.saved_tensors, grad.contiguous())
-
-
-def _apply(function: type[torch.autograd.Function], *arguments):
-    """`function.apply`, outside the graph of torch.compile: its kernels are compiled already."""
-    compiling, apply = torch.compiler.is_compiling(), function.apply
-    return (torch.compiler.disable(apply) if compiling else apply)(*arguments)
 
 
 def _checked(x: Tensor, p: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,7 +78,7 @@ def left_resolvent(x: Tensor, p: Tensor, eta: Tensor) -> Tensor:
     if torch.compiler.is_exporting():
         return torch.complex(*left_resolvent_pair(x, p, eta))
     backend = bk_kernels if x.device.type == "cpu" else bk_scan
-    return _apply(_Resolvent, *_checked(x, p, eta), False, backend)
+    return apply(backend.resolve, backend.resolve_backward, *_checked(x, p, eta))
 
 
 def resolvent_diagonal(
@@ -146,8 +101,9 @@ def resolvent_diagonal(
 def gated_parts(r: Tensor, gate: Tensor) -> Tensor:
     """[Re r, Im r] * gate of r (B, N, C) complex and gate (B, N, 2 C) real, on CPU in one pass over
     memory."""
-    plain = r.device.type != "cpu" or gate.dtype != r.real.dtype or torch.compiler.is_exporting()
-    return torch.cat([r.real, r.imag], -1) * gate if plain else _apply(_Gate, r, gate)
+    if r.device.type == "cpu" and gate.dtype == r.real.dtype and not torch.compiler.is_exporting():
+        return apply(bk_kernels.gate, bk_kernels.gate_backward, r, gate)
+    return torch.cat([r.real, r.imag], -1) * gate
 
 
 def _alternating(x: Tensor) -> Tensor:
@@ -170,7 +126,7 @@ def staggered_reflection(x: Tensor, p: Tensor, eta: Tensor) -> Tensor:
     if torch.compiler.is_exporting():
         return torch.complex(*staggered_reflection_pair(x, p, eta))
     if x.device.type == "cpu":
-        return _apply(_Resolvent, *_checked(x, p, eta), True, bk_kernels)
+        return apply(bk_kernels.reflect, bk_kernels.reflect_backward, *_checked(x, p, eta))
     sign = _alternating(x)
     g = left_resolvent(x * sign, p, eta)
     r = (g - 1j) / (g + 1j)

@@ -9,6 +9,7 @@ hence the slices, and short loops over few arrays.
 """
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -177,55 +178,91 @@ def _run(function, shape: tuple[int, int, int], *arguments: Tensor | bool | None
     in_threads(work, threads)
 
 
+class Kernel(torch.autograd.Function):
+    """A kernel with its adjoint: `forward(*tensors)` returns the result and what
+    `backward(*saved, gradient)` needs to return a gradient for each tensor."""
+
+    @staticmethod
+    def forward(ctx, forward, backward, *tensors):
+        out, *saved = forward(*(tensor.resolve_conj().contiguous() for tensor in tensors))
+        ctx.adjoint = backward
+        ctx.save_for_backward(*saved)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        gradient = gradient.resolve_conj().contiguous()
+        return None, None, *ctx.adjoint(*ctx.saved_tensors, gradient)
+
+
+def apply(forward: Callable, backward: Callable, *tensors: Tensor) -> Tensor:
+    """See `Kernel`; torch.compile leaves it alone, for its code is compiled already."""
+    run = torch.compiler.disable(Kernel.apply) if torch.compiler.is_compiling() else Kernel.apply
+    return run(forward, backward, *tensors)
+
+
 def _pairs(z: Tensor) -> Tensor:
     """(B, N, 2 C) real of z (B, N, C) complex, in the same memory."""
     return torch.view_as_real(z).flatten(2)
 
 
-def resolve(x: Tensor, p: Tensor, eta: Tensor, reflected: bool) -> tuple[Tensor, Tensor]:
-    """g_i = 1 / (x_i - 1j*eta - p_i g_{i-1}), twice; or, if `reflected`,
-    h_i = 1 / (x_i - 1j*eta + p_i conj(h_{i-1})) and r = (h - 1j) / (h + 1j).
-
-    x, p (B, N, C) and eta (C,) contiguous; the results are (B, N, C) complex.
-    """
-    h = torch.empty(x.shape, dtype=x.dtype.to_complex())
-    r = torch.empty_like(h) if reflected else None
-    _run(_resolve, x.shape, x, p, eta, _pairs(h), _pairs(r) if reflected else None)
-    return h, r if reflected else h
+def resolve(x: Tensor, p: Tensor, eta: Tensor) -> tuple[Tensor, ...]:
+    """g_i = 1 / (x_i - 1j*eta - p_i g_{i-1}), (B, N, C) complex, of x, p (B, N, C) and eta (C,)."""
+    g = torch.empty(x.shape, dtype=x.dtype.to_complex())
+    _run(_resolve, x.shape, x, p, eta, _pairs(g), None)
+    return g, g, p
 
 
-def resolve_backward(h: Tensor, p: Tensor, grad: Tensor, reflected: bool) -> tuple[Tensor, ...]:
-    """Gradients for x, p and eta, from what `resolve` gave first and torch's gradient `grad` (B, N,
-    C), complex and contiguous, of what it gave second."""
+def resolve_backward(g: Tensor, p: Tensor, grad: Tensor, reflected=False) -> tuple[Tensor, ...]:
+    """lambda_i = conj(grad_i) + p_{i+1} g_{i+1}^2 lambda_{i+1}, from the last step to the first;
+    dx_i = -g_i^2 lambda_i, dp_i = g_i^2 g_{i-1} lambda_i, deta = 1j sum_i g_i^2 lambda_i, real
+    parts."""
     dx, dp, deta = torch.empty_like(p), torch.empty_like(p), p.new_zeros(p.shape[0], p.shape[2])
-    _run(_resolve_backward, p.shape, _pairs(h), p, _pairs(grad), reflected, dx, dp, deta)
+    _run(_resolve_backward, p.shape, _pairs(g), p, _pairs(grad), reflected, dx, dp, deta)
     return dx, dp, deta.sum(0)
 
 
-def gate(r: Tensor, gate: Tensor) -> Tensor:
-    """[Re r, Im r] * gate of contiguous r (B, N, C) complex and gate (B, N, 2 C)."""
+def reflect(x: Tensor, p: Tensor, eta: Tensor) -> tuple[Tensor, ...]:
+    """r_i = (h_i - 1j) / (h_i + 1j) with h_i = 1 / (x_i - 1j*eta + p_i conj(h_{i-1})).
+
+    For g of the diagonal (-1)^i x_i, h_i is g_i at even i and -conj(g_i) at odd i, so that the
+    alternating signs are gone.
+    """
+    h = torch.empty(x.shape, dtype=x.dtype.to_complex())
+    r = torch.empty_like(h)
+    _run(_resolve, x.shape, x, p, eta, _pairs(h), _pairs(r))
+    return r, h, p
+
+
+def reflect_backward(h: Tensor, p: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    """lambda_i = conj(grad_i) 2j / (h_i + 1j)^2 - p_{i+1} conj(h_{i+1}^2 lambda_{i+1}), dp_i =
+    -h_i^2 conj(h_{i-1}) lambda_i; dx and deta as in `resolve_backward`."""
+    return resolve_backward(h, p, grad, reflected=True)
+
+
+def gate(r: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+    """[Re r, Im r] * gate of r (B, N, C) complex and gate (B, N, 2 C)."""
     y = torch.empty_like(gate)
     _run(_gate, r.shape, _pairs(r), *(t.unflatten(2, (2, -1)) for t in (gate, y)))
-    return y
+    return y, r, gate
 
 
-def gate_backward(r: Tensor, gate: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients for r and gate; `grad` (B, N, 2 C) contiguous."""
+def gate_backward(r: Tensor, gate: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     dr, dgate = torch.empty_like(r), torch.empty_like(gate)
     gate, grad, out = (t.unflatten(2, (2, -1)) for t in (gate, grad, dgate))
     _run(_gate_backward, r.shape, _pairs(r), gate, grad, _pairs(dr), out)
     return dr, dgate
 
 
-def convolve(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
-    """y_i = bias + sum_k taps_k x_{i-K+1+k} of contiguous x (B, N, D), taps (K, D), bias (D,)."""
+def convolve(x: Tensor, taps: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """y_i = bias + sum_k taps_k x_{i-K+1+k} of x (B, N, D), taps (K, D), bias (D,)."""
     y = torch.empty_like(x)
     _run(_convolve, x.shape, x, taps, bias, y)
-    return y
+    return y, x, taps
 
 
-def convolve_backward(x: Tensor, taps: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for x, taps and bias; `grad` (B, N, D) contiguous."""
+def convolve_backward(x: Tensor, taps: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     dx, dtaps = torch.empty_like(x), x.new_zeros(x.shape[0], len(taps) + 1, x.shape[2])
     _run(_convolve_backward, x.shape, x, taps, grad, dx, dtaps)
     dtaps = dtaps.sum(0)  # the last row is the bias

@@ -7,20 +7,6 @@ from torch import Tensor
 from kit.models import bk_kernels
 
 
-class _CausalConvolution(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        x, taps = x.contiguous(), weight[:, 0].t().contiguous()
-        ctx.save_for_backward(x, taps)
-        return bk_kernels.convolve(x, taps, bias.contiguous())
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        dx, dtaps, dbias = bk_kernels.convolve_backward(*ctx.saved_tensors, grad.contiguous())
-        return dx, dtaps.t()[:, None], dbias
-
-
 def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """y_i = bias + sum_k weight[:, 0, k] x_{i-K+1+k} with zeros before the first step: torch's
     conv1d of one group a channel, padded on the left.
@@ -37,6 +23,7 @@ def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     dtypes = {part.dtype for part in parts}
     fits = x.device.type == "cpu" and x.numel() and dtypes in ({torch.float32}, {torch.float64})
     if fits and not torch.compiler.is_compiling():
-        return _CausalConvolution.apply(*parts)
+        kernels = bk_kernels.convolve, bk_kernels.convolve_backward
+        return bk_kernels.apply(*kernels, x, weight[:, 0].t(), bias)
     padded = F.pad(x.transpose(1, 2), (weight.shape[2] - 1, 0))
     return F.conv1d(padded, weight, bias, groups=x.shape[2]).transpose(1, 2)
