@@ -39,6 +39,12 @@ def test_budgets_are_kept_and_used(budget, vocabulary):
     assert 0.8 * budget < parameter_count(ResNetBK(config_for_parameters(budget, vocabulary))) <= budget
 
 
+def test_a_third_of_the_parameters_is_in_the_layers_where_the_tables_may_be_factored():
+    model = ResNetBK(config_for_parameters(1_000_000, 30_000))
+    body = sum(p.numel() for name, p in model.named_parameters() if name.startswith(("layers", "norm")))
+    assert 0.3 < body / parameter_count(model) < 0.4
+
+
 def test_fixed_fields_are_kept_and_impossible_budgets_named():
     config = config_for_parameters(100_000, 1000, layers=2, tied=False, experts=3, embedding_rank=8)
     assert (config.layers, config.tied, config.experts, config.embedding_rank) == (2, False, 3, 8)

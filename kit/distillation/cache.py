@@ -176,11 +176,10 @@ def sparse(p: Tensor, k: int, start: Tensor) -> tuple[SparseTarget, Tensor]:
     line = p.scatter(-1, likely, top.masked_fill(exact, 0)).cumsum(-1)
     mass, count = line[..., -1:], exact.sum(-1, keepdim=True)
     tau = mass / (k - count)
-    drawn = torch.searchsorted(line, (slots - count + start) * tau, right=True).clamp_max_(
-        classes - 1
-    )
+    drawn = torch.searchsorted(line, (slots - count + start) * tau, right=True)
     kept = torch.where(exact, top, tau.clamp_min(torch.finfo(p.dtype).tiny))
-    return SparseTarget(torch.where(exact, likely, drawn), kept.log()), mass[..., 0]
+    indices = torch.where(exact, likely, drawn.clamp_max(classes - 1))
+    return SparseTarget(indices, kept.log()), mass[..., 0]
 
 
 def _fill(folder: Path, teachers, loader, k, temperature, seed) -> dict:

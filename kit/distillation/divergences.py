@@ -91,11 +91,10 @@ def soft_loss(student: Tensor, teacher, temperature: float = 2.0, kind: str = "f
 
 
 def as_real(feature: Tensor) -> Tensor:
-    """Real features unchanged; complex (..., C) as (..., 2C), real and imaginary parts side by
-    side."""
-    return (
-        torch.view_as_real(feature.resolve_conj()).flatten(-2) if feature.is_complex() else feature
-    )
+    """Real features unchanged; complex (..., C) as (..., 2C), real beside imaginary parts."""
+    if not feature.is_complex():
+        return feature
+    return torch.view_as_real(feature.resolve_conj()).flatten(-2)
 
 
 @register_feature_loss("mse")

@@ -86,9 +86,7 @@ class FeatureLoss(nn.Module):
             return nn.Identity()
         if own.shape[:-1] != other.shape[:-1]:
             shapes = f"{tuple(own.shape)}, the teacher's {tuple(other.shape)}"
-            raise ValueError(
-                f"feature {name!r} has shape {shapes}: only the last dimension may differ"
-            )
+            raise ValueError(f"feature {name!r} has shape {shapes}: only the last may differ")
         return nn.Linear(own.shape[-1], other.shape[-1], bias=False).to(own)
 
     def forward(self, student: dict, teacher: dict) -> Tensor:

@@ -79,10 +79,8 @@ def _residual_axes(student: nn.Module, units: Tensor, width: int) -> dict[str, d
     axes: dict[str, dict[int, Tensor]] = {}
     for name, parameter in student.named_parameters():
         sizes = enumerate(zip(parameter.shape, doubled[name].shape))
-        copies = {axis: size // len(units) for axis, (size, wide) in sizes if wide == 2 * size}
-        axes[name] = {
-            a: torch.cat([units + i * width for i in range(n)]) for a, n in copies.items()
-        }
+        copies = {axis: torch.arange(n // len(units)) for axis, (n, wide) in sizes if wide == 2 * n}
+        axes[name] = {a: (width * i[:, None] + units.cpu()).flatten() for a, i in copies.items()}
     return axes
 
 

@@ -131,9 +131,8 @@ class StudentSearch:
             self.study.enqueue_trial(settings)
             self.study.optimize(self._objective, n_trials=1)
             best = self._trials()[self._fitting(self.budget)["trial"]].params
-            settings = next(
-                (best | change for change in changes if best | change not in tried), None
-            )
+            further = [best | change for change in changes if best | change not in tried]
+            settings = further[0] if further else None
         return self.table()
 
     def table(self) -> pd.DataFrame:
@@ -145,11 +144,7 @@ class StudentSearch:
             found = trial.user_attrs
             nbytes, perplexity = trial.values or (found["expected_bytes"], math.nan)
             row = {"trial": trial.number, "state": trial.state.name.lower(), "bytes": int(nbytes)}
-            row |= {
-                "perplexity": perplexity,
-                "parameters": found["parameters"],
-                "steps": found["steps"],
-            }
+            row |= {"perplexity": perplexity} | {key: found[key] for key in ("parameters", "steps")}
             rows.append(row | {"on_front": trial.number in front} | trial.params)
         return pd.DataFrame(rows)
 
@@ -161,11 +156,8 @@ class StudentSearch:
         return table[table["on_front"]].sort_values("bytes").reset_index(drop=True)
 
     def best(self, budget: int) -> tuple[nn.Module, pd.Series]:
-        """The student of lowest validation perplexity within `budget` bytes, from its file, and its
-        row.
-
-        Raises ValueError when none is small enough.
-        """
+        """The student of lowest validation perplexity within `budget` bytes, from its file, and
+        its row. Raises ValueError when none is small enough."""
         row = self._fitting(budget)
         trial = self._trials()[row["trial"]]
         fresh = materialize(self.space(FixedTrial(trial.params)))
@@ -177,7 +169,7 @@ class StudentSearch:
         fitting = front[front["bytes"] <= budget] if len(front) else front
         if not len(fitting):
             smallest = (
-                f"the smallest has {front['bytes'].min():,}" if len(front) else "none is finished"
+                f"the smallest has {front['bytes'].min():,}" if len(front) else "none is done"
             )
             what = f"no student fits {budget:,} bytes ({smallest})"
             raise ValueError(f"{what}: search longer, or raise the budget")

@@ -119,9 +119,7 @@ def train(
     """
     run, hooks = _Run(model, loader, config, extra_parameters), list(hooks)
     if config.patience and validate is None:
-        raise ValueError(
-            f"patience is {config.patience}, but nothing is validated: pass validate=."
-        )
+        raise ValueError(f"patience is {config.patience}, which needs validation: pass validate=.")
     if checkpoint and Path(checkpoint).exists():
         run.restore(Path(checkpoint))
     else:
