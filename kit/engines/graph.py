@@ -32,7 +32,7 @@ from kit.engines.runtime import OnnxEngine
 
 CONTRIB = "com.microsoft"
 BLOCKS = (32, 64, 128, 256, 16)
-SMALLEST = 1024  # values of a tensor; below, the nodes that read codes take more bytes than they save
+SMALLEST = 1024  # values; below, the nodes that read codes take more bytes than they save
 ROUNDING = 1e-6  # relative error of float32 products in another order
 
 
@@ -69,7 +69,7 @@ class Exported:
         if name != "onnx-float32":
             replace, layers = FORMS[name]
             graph = _Graph(proto, self.weights)
-            proto = graph.rewritten(replace)
+            proto = graph.with_integers(replace)
             lstms = name == "onnx-int8" and any(node.op_type == "LSTM" for node in proto.graph.node)
             if not graph.replaced and not lstms:
                 raise ValueError(f"{self.name} has no {layers}")
@@ -84,26 +84,27 @@ def export_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> ModelProto:
     (B, T, D)), where the graph then gives what the model gives at another size. Its outputs are the
     tensors of the model's output in order. Raises ValueError if the model cannot be exported.
     """
-    model, name, reasons = float_copy(model), type(model).__name__, []
+    model, name, reason = float_copy(model), type(model).__name__, ""
     model.forward = _tensors_only(model.forward)
     example = tuple(torch.cat([x, x]) if x.ndim and len(x) == 1 else x for x in inputs)
     for sequences in (True, False, None):
         free = [_free(x, example[0], sequences) for x in example]
         shapes = tuple(dict.fromkeys(dims, torch.export.Dim.AUTO) for dims in free)
+        settings = {"dynamo": True, "verbose": False, "dynamic_shapes": shapes}
         arguments = example if any(free) else inputs
-        try:
+        try:  # exporters raise anything, of any type, over hundreds of lines
             with quiet(), torch.no_grad():
-                program = torch.onnx.export(
-                    model, arguments, dynamo=True, verbose=False, dynamic_shapes=shapes
-                )
-                proto = _fold(_strip(program.model_proto))
-                longer = [_longer(x, dims) for x, dims in zip(arguments, free)]
-                if not any(free) or _computes(proto, model, longer):
+                proto = _fold(_strip(torch.onnx.export(model, arguments, **settings).model_proto))
+                if not any(free):
                     return proto
-            reasons.append("the graph does not follow the size of its inputs")
-        except Exception as error:  # the exporter raises anything, of any type, over hundreds of lines
-            reasons.append((str(error).strip() or type(error).__name__).splitlines()[0])
-    raise ValueError(f"{name} cannot be exported to ONNX: {reasons[-1]}")
+                longer = [_longer(x, dims) for x, dims in zip(arguments, free)]
+                expected = model(*longer)
+                outputs = OnnxEngine(proto.SerializeToString(), expected)(*longer)
+            if relative_error(outputs, expected) < ROUNDING:  # else a loop over a size was unrolled
+                return proto
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise ValueError(f"{name} cannot be exported to ONNX: {reason}")
 
 
 def _tensors_only(forward):
@@ -126,12 +127,6 @@ def _longer(x: Tensor, dims: list[int]) -> Tensor:
     for dim in dims:
         x = torch.cat([x, x.narrow(dim, 0, 1)], dim)
     return x
-
-
-def _computes(proto: ModelProto, model: nn.Module, inputs: list[Tensor]) -> bool:
-    """Whether a graph gives what the model gives. Exporters unroll loops over a size that was free."""
-    expected = model(*inputs)
-    return relative_error(OnnxEngine(proto.SerializeToString(), expected)(*inputs), expected) < ROUNDING
 
 
 def _strip(proto: ModelProto) -> ModelProto:
@@ -178,51 +173,62 @@ def _quantize_lstms(proto: ModelProto) -> ModelProto:
 
 
 class _Graph:
-    """A copy of a graph, whose float weights are recognized among a model's integer ones."""
+    """A copy of a graph that is written anew, its weights recognized among a model's integer ones."""
 
     def __init__(self, proto: ModelProto, weights: list[IntegerWeight]):
         self.proto, self.weights, self.replaced = ModelProto(), weights, 0
         self.proto.CopyFrom(proto)
+        self.old, self.nodes = list(self.proto.graph.node), []
         self.values = {t.name: numpy_helper.to_array(t) for t in self.proto.graph.initializer}
 
-    def find(self, value: np.ndarray, transposed: bool = False) -> IntegerWeight | None:
-        """The integer form of a weight; transposed: the graph holds it as (columns, rows)."""
-        tensor = torch.from_numpy(np.array(value.T if transposed else value))
-        same = [weight for weight in self.weights if weight.codes.numel() == tensor.numel()]
-        rows = [(w, tensor.reshape(w.codes.shape)) for w in same if len(tensor) in (len(w.codes), w.view.shape[0])]
-        return next((found for w, matrix in rows if (found := w.as_found(matrix)) is not None), None)
+    def find(self, value: np.ndarray) -> IntegerWeight | None:
+        """The integer form of a weight (rows, ...), or (sets, rows, ...) of experts."""
+        tensor = torch.from_numpy(np.array(value))
+        for weight in self.weights:
+            starts = len(tensor) in (len(weight.codes), weight.view.shape[0])
+            if starts and tensor.numel() == weight.codes.numel():
+                found = weight.as_found(tensor.reshape(weight.codes.shape))
+                if found is not None:
+                    return found
+        return None
 
     def constant(self, name: str, value) -> str:
         """Adds a constant and returns its name."""
-        if name not in self.values:
-            self.values[name] = np.ascontiguousarray(value).reshape(np.shape(value))
-            self.proto.graph.initializer.append(numpy_helper.from_array(self.values[name], name))
+        value = np.array(value, order="C")
+        self.proto.graph.initializer.append(numpy_helper.from_array(value, name))
         return name
 
-    def rewritten(self, replace) -> ModelProto:
-        """The graph with replace(self, node, weight, transposed), where that gives nodes, in place of
-        each node that multiplies by a quantized weight."""
-        nodes = []
-        for node in self.proto.graph.node:
-            weight, transposed = self._weight_of(node)
-            new = None if weight is None else replace(self, node, weight, transposed)
-            self.replaced += new is not None
-            nodes += new or [node]
-        return self.finished(nodes)
+    def add(self, operator: str, inputs: list, output: str, **attributes) -> str:
+        """Adds a node whose inputs are names or constant arrays; returns the name of its output."""
+        names = [x if isinstance(x, str) else self.constant(f"{output}.{operator}.{i}", x)
+                 for i, x in enumerate(inputs)]  # fmt: skip
+        self.nodes.append(helper.make_node(operator, names, [output], **attributes))
+        return output
 
-    def finished(self, nodes: list[NodeProto]) -> ModelProto:
-        """The graph with these nodes, and the constants that they read and do not compute."""
+    def finished(self) -> ModelProto:
+        """The graph of the new nodes, and the constants that they read and do not compute."""
         graph = self.proto.graph
-        used = {name for node in nodes_of(nodes) for name in node.input}
+        used = {name for node in nodes_of(self.nodes) for name in node.input}
         used |= {output.name for output in graph.output}
-        used -= {name for node in nodes for name in node.output}
+        used -= {name for node in self.nodes for name in node.output}
         kept = [tensor for tensor in graph.initializer if tensor.name in used]
         del graph.node[:], graph.initializer[:]
-        graph.node.extend(nodes)
+        graph.node.extend(self.nodes)
         graph.initializer.extend(kept)
         if CONTRIB not in {entry.domain for entry in self.proto.opset_import}:
             self.proto.opset_import.append(helper.make_opsetid(CONTRIB, 1))
         return self.proto
+
+    def with_integers(self, replace) -> ModelProto:
+        """The graph with replace(self, node, weight, transposed) for each node that multiplies by a
+        quantized weight; where that gives False, the node stays."""
+        for node in self.old:
+            weight, transposed = self._weight_of(node)
+            if weight is not None and replace(self, node, weight, transposed):
+                self.replaced += 1
+            else:
+                self.nodes.append(node)
+        return self.finished()
 
     def _weight_of(self, node: NodeProto) -> tuple[IntegerWeight | None, bool]:
         if node.op_type not in ("Gemm", "MatMul", "Conv") or node.input[1] not in self.values:
@@ -234,69 +240,58 @@ class _Graph:
         if flags.get("transA") or flags.get("alpha", 1) != 1 or flags.get("beta", 1) != 1:
             return None, False
         transposed = not convolution and not flags.get("transB")
-        return self.find(value, transposed), transposed
+        return self.find(value.T if transposed else value), transposed
 
 
 def _bias(node: NodeProto) -> str:
     return node.input[2] if len(node.input) > 2 else ""
 
 
-def _dynamic(graph: _Graph, node: NodeProto, weight: IntegerWeight, transposed: bool):
+def _dynamic(graph: _Graph, node: NodeProto, weight: IntegerWeight, transposed: bool) -> bool:
     if node.op_type == "Conv" or not weight.per_row:
-        return None
-    name = node.output[0]
-    codes = graph.constant(f"{name}.codes", weight.codes.t().numpy())
-    scale = graph.constant(f"{name}.scale", weight.scale[:, 0].numpy())
-    inputs = [node.input[0], codes, scale, "", _bias(node)]
-    return [helper.make_node("DynamicQuantizeMatMul", inputs, node.output, node.name, domain=CONTRIB)]
+        return False
+    inputs = [node.input[0], weight.codes.t(), weight.scale[:, 0], "", _bias(node)]
+    graph.add("DynamicQuantizeMatMul", inputs, node.output[0], domain=CONTRIB)
+    return True
 
 
-def _blocks(graph: _Graph, node: NodeProto, weight: IntegerWeight, transposed: bool):
+def _blocks(graph: _Graph, node: NodeProto, weight: IntegerWeight, transposed: bool) -> bool:
     rows, columns = weight.codes.shape
     size = weight.block if not weight.per_row else BLOCKS[0]
     if node.op_type == "Conv" or size not in BLOCKS:
-        return None
-    bits, name, count = (4 if weight.format.qmax <= 7 else 8), node.output[0], -(-columns // size)
+        return False
+    bits, count = 4 if weight.format.qmax <= 7 else 8, -(-columns // size)
     unsigned = F.pad(weight.codes, (0, count * size - columns)).to(torch.int16) + 2 ** (bits - 1)
     packed = unsigned.to(torch.uint8).reshape(rows, count, size)
     if bits == 4:
         packed = packed[..., 0::2] | (packed[..., 1::2] << 4)
-    codes = graph.constant(f"{name}.codes", packed.numpy())
-    scale = graph.constant(f"{name}.scale", weight.scale.expand(rows, count).reshape(-1).numpy())
-    inputs = [node.input[0], codes, scale, "", "", _bias(node)]
+    scale = weight.scale.expand(rows, count).reshape(-1)
     shape = {"K": columns, "N": rows, "bits": bits, "block_size": size, "accuracy_level": 4}
-    return [helper.make_node("MatMulNBits", inputs, node.output, node.name, domain=CONTRIB, **shape)]
+    inputs = [node.input[0], packed, scale, "", "", _bias(node)]
+    graph.add("MatMulNBits", inputs, node.output[0], domain=CONTRIB, **shape)
+    return True
 
 
-def _static(graph: _Graph, node: NodeProto, weight: IntegerWeight, transposed: bool):
+def _static(graph: _Graph, node: NodeProto, weight: IntegerWeight, transposed: bool) -> bool:
     if weight.input_grid is None or not weight.per_row:
-        return None
+        return False
     (scale, zero), out, scales = weight.input_grid, node.output[0], weight.scale[:, 0].numpy()
-    shape = graph.values[node.input[1]].shape
+    shape, grid = graph.values[node.input[1]].shape, [np.float32(scale), np.uint8(zero)]
     codes = weight.codes.t() if transposed else weight.codes.reshape(shape)
-    step = graph.constant(f"{out}.x.scale", np.float32(scale))
-    origin = graph.constant(f"{out}.x.zero", np.uint8(zero))
-    new = [
-        helper.make_node("QuantizeLinear", [node.input[0], step, origin], [f"{out}.x.codes"]),
-        helper.make_node("DequantizeLinear", [f"{out}.x.codes", step, origin], [f"{out}.x"]),
-        _dequantized(graph, f"{out}.weight", codes.numpy(), scales, int(transposed)),
-    ]
+    integers = graph.add("QuantizeLinear", [node.input[0], *grid], f"{out}.x.codes")
     copied = NodeProto()
     copied.CopyFrom(node)
-    copied.input[:2] = [f"{out}.x", f"{out}.weight"]
+    copied.input[0] = graph.add("DequantizeLinear", [integers, *grid], f"{out}.x")
+    zeros, axis = np.zeros(len(scales), np.int8), int(transposed)
+    parts = [codes, scales, zeros]
+    copied.input[1] = graph.add("DequantizeLinear", parts, f"{out}.weight", axis=axis)
     if _bias(node):  # in units of the integer products, to which the fused kernels add it
         units = scales * np.float32(scale)
         rounded = np.clip(np.round(graph.values[_bias(node)] / units), -(2**31), 2**31 - 1)
-        new.append(_dequantized(graph, f"{out}.bias", rounded.astype(np.int32), units, 0))
-        copied.input[2] = f"{out}.bias"
-    return [*new, copied]
-
-
-def _dequantized(graph: _Graph, name: str, codes: np.ndarray, scales: np.ndarray, axis: int) -> NodeProto:
-    """Symmetric integers with a scale for each entry of `axis`, multiplied out."""
-    parts = {"codes": codes, "scale": scales, "zero": np.zeros(len(scales), codes.dtype)}
-    inputs = [graph.constant(f"{name}.{part}", value) for part, value in parts.items()]
-    return helper.make_node("DequantizeLinear", inputs, [name], axis=axis)
+        parts = [rounded.astype(np.int32), units, zeros.astype(np.int32)]
+        copied.input[2] = graph.add("DequantizeLinear", parts, f"{out}.bias", axis=0)
+    graph.nodes.append(copied)
+    return True
 
 
 FORMS = {
@@ -313,29 +308,34 @@ def store_codes(proto: ModelProto, model: nn.Module) -> ModelProto:
     outputs stay the same.
     """
     graph = _Graph(proto, [weight for weight in integer_weights(model) if weight.per_row])
-    first, nodes = [], list(graph.proto.graph.node)
-    for name, value in list(graph.values.items()):
+    tables = {}
+    for name, value in graph.values.items():
         if value.dtype != np.float32 or value.ndim < 2 or value.size < SMALLEST:
             continue
         weight, turned = graph.find(value), False
         if weight is None and value.ndim == 2:
-            weight, turned = graph.find(value, transposed=True), True
+            weight, turned = graph.find(value.T), True
         if weight is None:
             continue
-        rows = value.shape[:1] if len(weight.codes) == len(value) else value.shape[:-1]
-        codes = weight.codes.t() if turned else weight.codes.reshape(value.shape)
-        scale = weight.scale.t() if turned else weight.scale.reshape(*rows, *[1] * (value.ndim - len(rows)))
-        inputs = [graph.constant(f"{name}.codes", codes.numpy()), graph.constant(f"{name}.scale", scale.numpy())]
-        if all(_looks_up(node, name) for node in nodes_of(nodes) if name in node.input):
-            nodes = [n for node in nodes for n in (_look_up(node, *inputs) if name in node.input else [node])]
+        codes, scale = weight.codes.reshape(value.T.shape if turned else value.shape), weight.scale
+        rows = codes.shape[:1] if len(codes) == len(scale) else codes.shape[:-1]
+        parts = codes, scale.reshape(*rows, *[1] * (codes.ndim - len(rows)))
+        parts = [part.t() if turned else part for part in parts]
+        users = [node for node in nodes_of(graph.old) if name in node.input]
+        inside = len(users) - sum(name in node.input for node in graph.old)
+        if not inside and all(_looks_up(node, name) for node in users):
+            pairs = zip(("codes", "scale"), parts)
+            tables[name] = [graph.constant(f"{name}.{part}", value) for part, value in pairs]
         else:
-            first += _product(*inputs, name)
-    return graph.finished([*first, *nodes])
-
-
-def _product(codes: str, scale: str, out: str) -> list[NodeProto]:
-    to_float = helper.make_node("Cast", [codes], [f"{out}.float"], to=TensorProto.FLOAT)
-    return [to_float, helper.make_node("Mul", [f"{out}.float", scale], [out])]
+            _product(graph, *parts, name)
+    for node in graph.old:
+        if node.op_type == "Gather" and node.input[0] in tables:
+            index, out = node.input[1], node.output[0]
+            parts = [graph.add("Gather", [t, index], f"{out}.{t}") for t in tables[node.input[0]]]
+            _product(graph, *parts, out)
+        else:
+            graph.nodes.append(node)
+    return graph.finished()
 
 
 def _looks_up(node: NodeProto, name: str) -> bool:
@@ -343,12 +343,9 @@ def _looks_up(node: NodeProto, name: str) -> bool:
     return node.op_type == "Gather" and node.input[0] == name and axis == 0
 
 
-def _look_up(node: NodeProto, codes: str, scale: str) -> list[NodeProto]:
-    """The same rows from codes."""
-    index, out = node.input[1], node.output[0]
-    pairs = [(codes, f"{out}.codes"), (scale, f"{out}.scale")]
-    gathers = [helper.make_node("Gather", [table, index], [rows]) for table, rows in pairs]
-    return [*gathers, *_product(f"{out}.codes", f"{out}.scale", out)]
+def _product(graph: _Graph, codes, scale, out: str) -> None:
+    factor = graph.add("Cast", [codes], f"{out}.float", to=TensorProto.FLOAT)
+    graph.add("Mul", [factor, scale], out)
 
 
 def export_onnx(model: nn.Module, path: str | os.PathLike, inputs, engine: str = "onnx-float32") -> dict:
