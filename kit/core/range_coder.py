@@ -1,13 +1,15 @@
 """Adaptive binary range coding of small integers: the entropy coder behind the artifact.
 
-A code is written as a few binary decisions (zero?, |q| > 1?, |q| > 2?, ... , then an Elias-gamma tail, and a sign), each
-with a probability that adapts as coding goes on, so no table is stored. Binarization and range coder are those of CABAC,
-as DeepCABAC uses it for weights (Wiedemann et al. 2019, arXiv:1905.08318), and LZMA (carry propagation: Martin 1979). The
-probability of a decision comes from three contexts, which tell how large codes of the same row and column have been,
-recently and on the whole; each begins with what a two-sided geometric distribution of that size would give. Their
-estimates are added as logits, with weights that learn online (logistic mixing: Mahoney 2005, "Adaptive weighing of context
-models for lossless data compression"). Signs are coded by column, for the mean of a column is seldom zero. Only integers
-while coding, and before only what IEEE 754 rounds exactly, so a stream decodes alike on every machine.
+A code is written as a few binary decisions (zero?, |q| > 1?, |q| > 2?, ..., then an Elias-gamma
+tail, and a sign), each with a probability that adapts as coding goes on, so no table is stored.
+Binarization and range coder are those of CABAC, as DeepCABAC uses it for weights (Wiedemann et al.
+2019, arXiv:1905.08318), and LZMA (carry propagation: Martin 1979). The probability of a decision
+comes from three contexts, which tell how large codes of the same row and column have been, recently
+and on the whole; each begins with what a two-sided geometric distribution of that size would give.
+Their estimates are added as logits, with weights that learn online (logistic mixing: Mahoney 2005,
+"Adaptive weighing of context models for lossless data compression"). Signs are coded by column, as
+the mean of a column is seldom zero. Coding uses integers only, and its tables what IEEE 754 rounds
+exactly, so that a stream decodes alike on every machine.
 """
 
 import math
@@ -16,29 +18,29 @@ import numpy as np
 
 from kit.core.compiled import compiled
 
-UNARY = 14            # decisions before the Elias-gamma tail
-TAIL = 32             # decisions on the tail's length
-LEVELS = 24           # classes of magnitude, two an octave
-COLUMNS = 256         # told apart by their index
-BITS = 16             # of a probability
+UNARY = 14  # decisions before the Elias-gamma tail
+TAIL = 32  # decisions on the tail's length
+LEVELS = 24  # classes of magnitude, two an octave
+COLUMNS = 256  # told apart by their index
+BITS = 16  # of a probability
 ONE = 1 << BITS
-FINE = 22             # bits of a probability while it adapts
-LIMIT = 255           # decisions that an estimate remembers; before, it is their mean
-BELIEF = 4            # decisions that its first value counts for
-LOGIT = 256           # steps of a logit's unit
-SPAN = 8              # logits lie within (-SPAN, SPAN)
-RATE = 16             # weights of the mixture follow error * logit at 2**-RATE, in 1/65536
-LARGE = 4095          # as which larger codes count for averages, which are in 1/65536
-START = ONE // 4      # of an average
+FINE = 22  # bits of a probability while it adapts
+LIMIT = 255  # decisions that an estimate remembers; before, it is their mean
+BELIEF = 4  # decisions that its first value counts for
+LOGIT = 256  # steps of a logit's unit
+SPAN = 8  # logits lie within (-SPAN, SPAN)
+RATE = 16  # weights of the mixture follow error * logit at 2**-RATE, in 1/65536
+LARGE = 4095  # as which larger codes count for averages, which are in 1/65536
+START = ONE // 4  # of an average
 TOP = np.uint64(1 << 24)
 MASK = np.uint64(0xFFFFFFFF)
 BYTE = np.uint64(8)
-MOST = 128            # bytes that one code can take: under 80 decisions of at most 12 bits each, and the flush
+MOST = 128  # bytes that one code can take: 80 decisions of at most 12 bits each, and the flush
 
 
 def _logistic() -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities of all logits in units of 1 / LOGIT, and logits of all probabilities in units of 16 / ONE, by integer
-    arithmetic: floats differ from machine to machine."""
+    """Probabilities of all logits in units of 1 / LOGIT, and logits of all probabilities in units
+    of 16 / ONE, by integer arithmetic: floats differ from machine to machine."""
     one, powers = 1 << 160, [1 << 160]
     root = sum(one // (LOGIT**k * math.factorial(k)) for k in range(20))  # exp(1 / LOGIT)
     for _ in range(SPAN * LOGIT):
@@ -51,11 +53,12 @@ def _logistic() -> tuple[np.ndarray, np.ndarray]:
 SQUASH, STRETCH = _logistic()
 RECIPROCAL = np.array([2 * ONE // (2 * n + 3) for n in range(LIMIT + 1)], np.int64)
 COST = -np.log2(np.maximum(np.arange(ONE + 1), 1) / ONE)
-EDGES = np.array([math.isqrt(1536**2 << k) for k in range(LEVELS - 1)], np.int64)  # from 1536 / 65536 in steps of sqrt(2)
+# Averages that part two classes: from 1536 / 65536 in steps of sqrt(2).
+EDGES = np.array([math.isqrt(1536**2 << k) for k in range(LEVELS - 1)], np.int64)
 
 
 def _first_chances() -> np.ndarray:
-    """P(|q| <= n given |q| >= n) where two averages are of classes a and b: (n = 0 or more, a, b)."""
+    """P(|q| <= n given |q| >= n) for n = 0 and more, and averages of classes a and b: (2, a, b)."""
     centres = np.append(EDGES, 2 * EDGES[-2]) / math.sqrt(math.sqrt(2)) / ONE
     mean = np.sqrt(centres[:, None] * centres)
     theta = (np.sqrt(1 + mean * mean) - 1) / mean
@@ -102,10 +105,16 @@ def _shift(out, coder):
 
 
 @compiled()
+def _byte(buffer, position):
+    """A byte of the stream, 0 past its end."""
+    return np.uint64(buffer[position]) if position < np.uint64(len(buffer)) else np.uint64(0)
+
+
+@compiled()
 def _code(buffer, coder, probability, bit):
     """Writes `bit`, or reads and returns it if it is negative, where P(0) = probability / ONE.
 
-    coder: low (or code), range, cached byte, pending 0xFF count, bytes written (or read). Past the end it reads zeros.
+    coder: low (or code), range, cached byte, pending 0xFF count, bytes written (or read).
     """
     bound = (coder[1] >> np.uint64(BITS)) * np.uint64(probability)
     reads = bit < 0
@@ -119,8 +128,7 @@ def _code(buffer, coder, probability, bit):
     while coder[1] < TOP:
         coder[1] = (coder[1] << BYTE) & MASK
         if reads:
-            byte = np.uint64(buffer[coder[4]]) if coder[4] < np.uint64(len(buffer)) else np.uint64(0)
-            coder[0] = ((coder[0] << BYTE) | byte) & MASK
+            coder[0] = ((coder[0] << BYTE) | _byte(buffer, coder[4])) & MASK
             coder[4] += np.uint64(1)
         else:
             _shift(buffer, coder)
@@ -129,7 +137,7 @@ def _code(buffer, coder, probability, bit):
 
 @compiled()
 def _code_alone(buffer, coder, chances, counts, i, bit):
-    """Codes a bit by one adaptive estimate; returns it and its information content."""
+    """Codes a bit by one adaptive estimate; returns it and its information in bits."""
     probability = min(max(chances[i] >> (FINE - BITS), 32), ONE - 32)
     bit = _code(buffer, coder, probability, bit)
     _adapt(chances, counts, i, bit)
@@ -138,7 +146,7 @@ def _code_alone(buffer, coder, chances, counts, i, bit):
 
 @compiled(inline="always")  # a call would count references to its arrays, at three times the cost
 def _code_mixed(buffer, coder, chances, counts, contexts, weights, logits, step, bit):
-    """Codes a bit by the mixture of the estimates of its contexts; returns it and its information content."""
+    """Codes a bit by the mixture of its contexts' estimates; returns it and its information."""
     total = 0
     for k in range(3):
         logits[k] = STRETCH[chances[step, contexts[k]] >> (FINE - 12)]
@@ -154,10 +162,11 @@ def _code_mixed(buffer, coder, chances, counts, contexts, weights, logits, step,
 
 @compiled()
 def _code_tail(buffer, coder, chances, counts, tail):
-    """Elias-gamma: codes tail >= 1, or reads and returns it if it is 0, and its information content."""
+    """Elias-gamma: codes tail >= 1, or reads it if it is 0; returns it and its information."""
     length, bits, reads = 0, 0.0, tail == 0
     while length < TAIL - 1:
-        more, cost = _code_alone(buffer, coder, chances, counts, length, -1 if reads else int(tail >> (length + 1) > 0))
+        more = -1 if reads else int(tail >> (length + 1) > 0)
+        more, cost = _code_alone(buffer, coder, chances, counts, length, more)
         bits += cost
         if not more:
             break
@@ -176,8 +185,8 @@ def _code_tail(buffer, coder, chances, counts, tail):
 
 @compiled()
 def _estimates(columns):
-    """First values of P(bit = 0) for each step of the unary part and each context: (classes recent in row and column), (on
-    the whole), (column, class of the row)."""
+    """First values of P(bit = 0) for each step of the unary part and each context: (classes recent
+    in row and column), (on the whole), (column, class of the row)."""
     pairs, indexed = LEVELS * LEVELS, min(columns, COLUMNS)
     chances = np.empty((UNARY, 2 * pairs + indexed * LEVELS), np.int64)
     for step in range(UNARY):
@@ -189,7 +198,8 @@ def _estimates(columns):
 
 @compiled()
 def _pass(codes, buffer, coder, reads):
-    """Writes the codes into `buffer`, or reads them from it; returns their information content, -1 if they do not fit."""
+    """Writes the codes into `buffer`, or reads them from it; returns their information in bits, -1
+    if they do not fit."""
     rows, columns = codes.shape
     chances, first = _estimates(columns), LEVELS * LEVELS
     counts = np.full(chances.shape, BELIEF, np.int64)
@@ -197,7 +207,8 @@ def _pass(codes, buffer, coder, reads):
     signs, sign_counts = np.full(columns, 1 << (FINE - 1), np.int64), np.full(columns, 2, np.int64)
     weights = np.full((UNARY, 3), ONE // 3, np.int64)
     logits, contexts = np.zeros(3, np.int64), np.zeros(3, np.int64)
-    column_recent, column_mean = np.full(columns, START, np.int64), np.full(columns, START, np.int64)
+    column_recent = np.full(columns, START, np.int64)
+    column_mean = column_recent.copy()
     recent_level, mean_level = np.zeros(columns, np.int64), np.zeros(columns, np.int64)
     recent, row_mean, level, row, ideal = START, START, 0, 0, 0.0
     for r in range(rows):
@@ -208,23 +219,28 @@ def _pass(codes, buffer, coder, reads):
             row, level = _level((row_sum + 8 * row_mean) // (c + 8), row), _level(recent, level)
             recent_level[c] = _level(column_recent[c], recent_level[c])
             mean_level[c] = _level(column_mean[c], mean_level[c])
-            contexts[0], contexts[1] = level * LEVELS + recent_level[c], first + row * LEVELS + mean_level[c]
+            contexts[0] = level * LEVELS + recent_level[c]
+            contexts[1] = first + row * LEVELS + mean_level[c]
             contexts[2] = 2 * first + (c % COLUMNS) * LEVELS + row
             size, known = 0, abs(np.int64(codes[r, c]))
             while size < UNARY:
-                more, cost = _code_mixed(buffer, coder, chances, counts, contexts, weights, logits, size,
-                                         -1 if reads else int(known > size))
+                bit = -1 if reads else int(known > size)
+                more, cost = _code_mixed(
+                    buffer, coder, chances, counts, contexts, weights, logits, size, bit
+                )
                 ideal += cost
                 if not more:
                     break
                 size += 1
             if size == UNARY:
-                tail, cost = _code_tail(buffer, coder, tails, tail_counts, 0 if reads else known - UNARY + 1)
+                tail = 0 if reads else known - UNARY + 1
+                tail, cost = _code_tail(buffer, coder, tails, tail_counts, tail)
                 size, ideal = UNARY + tail - 1, ideal + cost
             if size:
-                negative, cost = _code_alone(buffer, coder, signs, sign_counts, c, -1 if reads else int(codes[r, c] < 0))
+                bit = -1 if reads else int(codes[r, c] < 0)
+                bit, cost = _code_alone(buffer, coder, signs, sign_counts, c, bit)
                 ideal += cost
-                codes[r, c] = -size if negative else size
+                codes[r, c] = -size if bit else size
             else:
                 codes[r, c] = 0
             size = min(size, LARGE) << 16
@@ -249,12 +265,12 @@ def _encode(codes, out):
 def _decode(data, codes):
     coder = np.array([0, 0xFFFFFFFF, 0, 0, 5], np.uint64)
     for i in range(5):
-        coder[0] = ((coder[0] << BYTE) | (np.uint64(data[i]) if i < len(data) else np.uint64(0))) & MASK
+        coder[0] = ((coder[0] << BYTE) | _byte(data, np.uint64(i))) & MASK
     _pass(codes, data, coder, True)
 
 
 def encode(codes: np.ndarray) -> bytes:
-    """Range-codes a matrix (rows, columns) of integers below 2**31 in magnitude, best when most are small."""
+    """Bytes of a matrix of integers below 2**31 in magnitude: few where most integers are small."""
     return encode_with_entropy(codes)[0]
 
 
@@ -262,8 +278,11 @@ def encode_with_entropy(codes: np.ndarray) -> tuple[bytes, float]:
     """`encode`, and the information content in bits under the coder's own adaptive model."""
     codes = np.asarray(codes)
     if codes.ndim != 2 or (codes.size and not -(2**31) < codes.min() <= codes.max() < 2**31):
-        raise ValueError(f"the range coder takes a matrix of integers below 2**31 in magnitude, not shape {codes.shape}"
-                         + (f" with {codes.min()} to {codes.max()}" if codes.size else ""))
+        found = f" with {codes.min()} to {codes.max()}" if codes.size else ""
+        raise ValueError(
+            "the range coder takes a matrix of integers below 2**31 in magnitude, not shape "
+            f"{codes.shape}{found}"
+        )
     codes, room, bits = np.array(codes, np.int32, order="C"), 2 * codes.size + MOST, -1.0
     while bits < 0:
         out = np.empty(room, np.uint8)
@@ -273,9 +292,7 @@ def encode_with_entropy(codes: np.ndarray) -> tuple[bytes, float]:
 
 
 def decode(data: bytes, shape: tuple[int, int]) -> np.ndarray:
-    """The int32 matrix of `shape` that `encode` wrote. Any bytes decode to something: check a checksum
-    first.
-    """
+    """The int32 matrix that `encode` wrote. Any bytes decode to something: check a sum first."""
     codes = np.empty(shape, np.int32)
     _decode(np.frombuffer(bytearray(data), np.uint8), codes)
     return codes

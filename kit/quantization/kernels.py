@@ -1,7 +1,7 @@
-"""Symmetric fake quantization and composed rows on CPU: one pass over memory each way where torch's operators take ten.
+"""Symmetric fake quantization and composed rows on CPU, each way in one pass over memory.
 
-x (blocks, length) float32 contiguous, scale (blocks, 1): the arithmetic of kit.quantization.formats, to the last bit in
-the forward pass.
+Torch's operators take ten. x (blocks, length) float32 contiguous, scale (blocks, 1): the arithmetic
+of kit.quantization.formats, to the last bit in the forward pass.
 """
 
 import numpy as np
@@ -16,8 +16,9 @@ sums = compiled(fastmath={"contract", "nsz", "reassoc"})  # in any order, so tha
 
 def fits(x: Tensor, scale: Tensor, zero: Tensor | None) -> bool:
     """Whether the kernels take these arguments."""
-    return (zero is None and x.device.type == "cpu" and x.dtype == scale.dtype == torch.float32 and x.numel() > 0
-            and x.ndim == 2 and scale.shape == (len(x), 1))
+    shaped = x.ndim == 2 and x.numel() > 0 and scale.shape == (len(x), 1)
+    single = x.device.type == "cpu" and x.dtype == scale.dtype == torch.float32
+    return zero is None and shaped and single
 
 
 @exact
@@ -52,7 +53,13 @@ def _magnitude(x, scale, out):
 @sums
 def _magnitude_backward(x, scale, grad, dx, dscale):
     for b in range(x.shape[0]):
-        inverse, row, g, to, total = np.float32(1) / scale[b, 0], x[b], grad[b], dx[b], np.float32(0)
+        inverse, row, g, to, total = (
+            np.float32(1) / scale[b, 0],
+            x[b],
+            grad[b],
+            dx[b],
+            np.float32(0),
+        )
         for i in range(row.size):
             slope = g[i] * inverse
             to[i] = slope if row[i] > 0 else -slope if row[i] < 0 else np.float32(0)
@@ -95,10 +102,11 @@ def fake_quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     return out
 
 
-def fake_quantize_backward(x: Tensor, scale: Tensor, low: int, high: int, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients: straight through inside the range; of the scale, sum of grad * (code - x / scale inside)."""
+def fake_quantize_backward(x: Tensor, scale: Tensor, low: int, high: int, grad: Tensor):
+    """Gradients of x and scale: grad in the range, and sums of grad * (code - x / scale inside)."""
     dx, dscale = torch.empty_like(x), torch.empty_like(scale)
-    _round_backward(*_arrays(x, scale), np.float32(low), np.float32(high), *_arrays(grad.contiguous(), dx, dscale))
+    limits = np.float32(low), np.float32(high)
+    _round_backward(*_arrays(x, scale), *limits, *_arrays(grad.contiguous(), dx, dscale))
     return dx, dscale
 
 
@@ -110,21 +118,25 @@ def magnitude(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def magnitude_backward(x: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of |x / scale|."""
+    """Gradients of |x / scale| for x and scale."""
     dx, dscale = torch.empty_like(x), torch.empty_like(scale)
     _magnitude_backward(*_arrays(x, scale, grad.contiguous(), dx, dscale))
     return dx, dscale
 
 
 def compose(residual: Tensor, left: Tensor, right: Tensor, parts: np.ndarray) -> Tensor:
-    """Rows r_i + left * e_first(i) + right * e_second(i) of residuals (V, D), where parts (V, 2) are not negative."""
+    """Rows r_i + left * e_first(i) + right * e_second(i) of residuals (V, D).
+
+    parts (V, 2) has the numbers of two earlier rows, or -1 where a row is its residual alone.
+    """
     rows = residual.clone(memory_format=torch.contiguous_format)
     _compose(*_arrays(rows, left, right), parts)
     return rows
 
 
-def compose_backward(rows: Tensor, left: Tensor, right: Tensor, parts: np.ndarray, grad: Tensor) -> tuple[Tensor, ...]:
+def compose_backward(rows: Tensor, left: Tensor, right: Tensor, parts: np.ndarray, grad: Tensor):
     """Gradients of residual, left and right."""
-    grad, dleft, dright = grad.clone(memory_format=torch.contiguous_format), torch.zeros_like(left), torch.zeros_like(right)
+    grad = grad.clone(memory_format=torch.contiguous_format)
+    dleft, dright = torch.zeros_like(left), torch.zeros_like(right)
     _compose_backward(*_arrays(rows, left, right), parts, *_arrays(grad, dleft, dright))
     return grad, dleft, dright
