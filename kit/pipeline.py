@@ -1,5 +1,5 @@
-"""QAT, pruning and distillation one after another, each ending in a file whose bytes and quality are
-measured."""
+"""QAT, pruning and distillation one after another, each ending in a file whose bytes and quality
+are measured."""
 
 import itertools
 import json
@@ -50,8 +50,8 @@ class PipelineSettings:
     qat_lr: of `lr`: a trained model has only its rounding to get used to, and loses ground at more.
     start: times the budget, where the distillation begins to descend. Weights that go further down
         come out worse.
-    pruned: how far pruning brings the file, in log size, from the last stage's to the budget: further,
-        and the retraining of one stage does not repair it.
+    pruned: how far pruning brings the file, in log size, from the last stage's to the budget:
+        further, and the retraining of one stage does not repair it.
     rate: of training under a rate.
     """
 
@@ -78,43 +78,48 @@ class Stage:
 
 
 class CompressionPipeline:
-    """Compresses a trained model to a byte budget: its float32 file divided by `target_compression`.
+    """Compresses a trained model to a byte budget: its float32 file divided by
+    `target_compression`.
 
-    qat           INT4 groups for experts and INT8 for the rest, straight-through; the BK-core's v and G
-                  in INT8
+    qat           INT4 groups for experts and INT8 for the rest, straight-through; the BK-core's v
+                  and G in INT8
     pruning       experts under 5 % usage go, the router shrinks; then magnitude pruning on a cubic
                   schedule, part of the way to the budget
-    distillation  from the uncompressed model and, for most of the loss, the labels; learned steps and a
-                  rate term steer the range-coded size to the budget. What went (experts, precision of
-                  activations) stays away; weights start over from their uncompressed values, rounded to
-                  2.5 times the budget (Renda et al. 2020, arXiv:2003.02389), since those that the rate
-                  keeps are not those that magnitude kept
+    distillation  from the uncompressed model and, for most of the loss, the labels; learned steps
+                  and a rate term steer the range-coded size to the budget. What went (experts,
+                  precision of activations) stays away; weights start over from their uncompressed
+                  values, rounded to 2.5 times the budget (Renda et al. 2020, arXiv:2003.02389),
+                  since those that the rate keeps are not those that magnitude kept
 
-    Every stage starts from the file of the stage before it, and is measured after reloading its own.
+    Every stage starts from the file of the stage before it, and is measured after reloading its
+    own.
 
     Args:
         model: any trained module. Language models are trained on next tokens, others on labels.
         stages: their order; distillation last if the budget is to be met.
         lr: peak learning rate; QAT takes a tenth of it.
-        token_parts: what each token was merged from (`BPETokenizer.parts`): the distillation then codes
-            token tables as residuals from their parts, and its file is loaded with `parts=token_parts`.
-        token_counts: how often each token occurs in the training data (V,): the distillation then keeps
-            rows of token tables by falling frequency. Worth it unless the tokenizer numbers tokens so.
+        token_parts: what each token was merged from (`BPETokenizer.parts`): the distillation then
+            codes token tables as residuals from their parts, and its file is loaded with
+            `parts=token_parts`.
+        token_counts: how often each token occurs in the training data (V,): the distillation then
+            keeps rows of token tables by falling frequency. Worth it unless the tokenizer numbers
+            tokens so.
     Raises ValueError for a target below 1 or an unknown stage.
     """
 
     def __init__(
         self, model: nn.Module, target_compression: float = 100.0, device: str = "cpu",
         stages: Sequence[str] = ("qat", "pruning", "distillation"), lr: float = 2e-3, seed: int = 0,
-        log: bool = True, token_parts: np.ndarray | None = None, token_counts: np.ndarray | None = None,
-        settings: PipelineSettings = PipelineSettings(),
+        log: bool = True, token_parts: np.ndarray | None = None,
+        token_counts: np.ndarray | None = None, settings: PipelineSettings = PipelineSettings(),
     ):  # fmt: skip
         if not target_compression >= 1:
-            raise ValueError(f"target_compression={target_compression} must be at least 1, the float32 file itself")
+            raise ValueError(f"target_compression={target_compression} must be at least 1")
         if unknown := set(stages) - set(STAGES):
             raise ValueError(f"unknown stage {min(unknown)!r}: choose from {', '.join(STAGES)}")
         self.model, self.target_compression, self.device = model, target_compression, device
-        self.stages, self.lr, self.seed, self.log, self.settings = tuple(stages), lr, seed, log, settings
+        self.stages, self.lr, self.seed, self.log = tuple(stages), lr, seed, log
+        self.settings = settings
         language = isinstance(model, LanguageModel)
         self.tables = (token_parts, token_counts) if language else (None, None)
         self.loss = training_loss(model) if language else classification_loss
@@ -155,8 +160,9 @@ class CompressionPipeline:
         met = "met" if over <= 0 else f"missed by {over:,} bytes"
         self._say(f"target of {self.target_compression:g}x ({self.budget:,} bytes): {met}")
         baseline = {"bytes": self.baseline_bytes, **baseline}
-        totals = {"compression_ratio": final["ratio"], "budget_bytes": self.budget, "target_met": over <= 0}
-        return self._load(previous), {"baseline": baseline, "stage_metrics": found, **totals}
+        metrics = {"baseline": baseline, "stage_metrics": found, "budget_bytes": self.budget}
+        metrics |= {"compression_ratio": final["ratio"], "target_met": over <= 0}
+        return self._load(previous), metrics
 
     def _say(self, text: str) -> None:
         if self.log:
@@ -169,8 +175,8 @@ class CompressionPipeline:
         claim, file = digest(self.model, own, code_digest(CODE)), save_dir / "settings.json"
         if file.exists() and json.loads(file.read_text()) != claim:
             raise ValueError(
-                f"{save_dir} holds a run with another model, other settings or another version of the kit: "
-                "delete it or choose another save_dir"
+                f"{save_dir} holds a run with another model, other settings or another version of "
+                "the kit: delete it or choose another save_dir"
             )
         write_json(file, claim)
 
@@ -180,7 +186,8 @@ class CompressionPipeline:
 
     def _quality(self, model: nn.Module, loader) -> dict:
         result = evaluate(model, loader)
-        return {"accuracy": result.accuracy} if result.classifier else {"perplexity": result.perplexity}
+        name = "accuracy" if result.classifier else "perplexity"
+        return {name: getattr(result, name)}
 
     def _record(self, path: Path, val_loader, baseline: dict) -> None:
         """Measures a stage on the model in its file."""
@@ -194,13 +201,15 @@ class CompressionPipeline:
         final = {f"final_{key}": value for key, value in quality.items()}
         write_json(path.with_suffix(".json"), record | final)
 
-    def _run_stage(self, name: str, previous: Path | None, teacher: nn.Module, loader, steps: int, path: Path) -> None:
+    def _run_stage(
+        self, name: str, previous: Path | None, teacher, loader, steps, path: Path
+    ) -> None:
         start = time.perf_counter()
         torch.manual_seed(self.seed)
         batches = list(itertools.islice(loader, self.settings.calibration_batches))
         batches = [tuple(t.to(self.device) for t in batch) for batch in batches]
-        stage = STAGES[name](self, previous, teacher, batches)
-        config = TrainConfig(steps, self.lr * stage.lr, final_lr=self.settings.final_lr, seed=self.seed)
+        stage, final_lr = STAGES[name](self, previous, teacher, batches), self.settings.final_lr
+        config = TrainConfig(steps, self.lr * stage.lr, final_lr=final_lr, seed=self.seed)
         checkpoint = path.with_suffix(".checkpoint")
         result = train(
             stage.model, loader, config, loss=stage.loss, hooks=stage.hooks, checkpoint=checkpoint,
@@ -231,7 +240,8 @@ class CompressionPipeline:
 
     def _sparsity_for(self, model: nn.Module, previous: Path | None) -> float:
         """The global sparsity that brings the file as far as the settings say."""
-        size, share = previous.stat().st_size if previous else self.baseline_bytes, self.settings.pruned
+        size = previous.stat().st_size if previous else self.baseline_bytes
+        share = self.settings.pruned
         wanted = size ** (1 - share) * self.budget**share
         low, high = 0.0, 0.95
         for _ in range(6):
@@ -276,9 +286,9 @@ def arrange_for_coding(
     model: nn.Module, batches: list, loss: Callable, token_parts: np.ndarray | None = None,
     token_counts: np.ndarray | None = None,
 ) -> None:  # fmt: skip
-    """Puts a model in the form whose codes take the fewest bytes, in place; what it computes stays the
-    same: hidden units of experts by size, token tables composed (given `token_parts`) and by falling
-    frequency (given `token_counts`)."""
+    """Puts a model in the form whose codes take the fewest bytes, in place; what it computes stays
+    the same: hidden units of experts by size, token tables composed (given `token_parts`) and by
+    falling frequency (given `token_counts`)."""
     sort_hidden_units(model)
     if token_parts is not None:
         compose_tables(model, token_parts, batches, loss)

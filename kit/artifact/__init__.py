@@ -3,4 +3,13 @@
 from kit.artifact.file import describe, float32_bytes, load, nbytes, save, tensor_bytes
 from kit.artifact.layouts import LAYOUTS, ArtifactError
 
-__all__ = ["LAYOUTS", "ArtifactError", "describe", "float32_bytes", "load", "nbytes", "save", "tensor_bytes"]
+__all__ = [
+    "LAYOUTS",
+    "ArtifactError",
+    "describe",
+    "float32_bytes",
+    "load",
+    "nbytes",
+    "save",
+    "tensor_bytes",
+]

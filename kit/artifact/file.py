@@ -1,8 +1,10 @@
-"""The compressed file: each weight's stored value and the steps on it, and how to rebuild the model.
+"""The compressed file: each weight's stored value and the steps on it, and how to rebuild the
+model.
 
 Layout: magic (4 bytes), header length (4), header (zlib, JSON), blobs one after another, SHA-256 of
-all before it (32). Nothing in it is executable. A weight's steps are written in their order, whatever
-they are (kit.core.steps); each tensor takes whichever layout of kit.artifact.layouts is smallest.
+all before it (32). Nothing in it is executable. A weight's steps are written in their order,
+whatever they are (kit.core.steps); each tensor takes whichever layout of kit.artifact.layouts is
+smallest.
 """
 
 import hashlib
@@ -37,10 +39,10 @@ SAME = "="  # in place of a step: the one that was written as the n-th
 def save(model: nn.Module, path: str | os.PathLike, layouts: Sequence[str] = tuple(LAYOUTS)) -> int:
     """Writes the model with the steps its weights carry and returns the bytes of the file.
 
-    Quantized weights are stored as codes, other tensors in their own dtype. Models of kit.models can
-    be loaded without further help; any other model needs an instance of the same shapes to load into.
-    Transforms of token tables that are not quantized are multiplied out. The file is written whole or not at all. Raises ValueError for a module whose extra state is not
-    plain JSON.
+    Quantized weights are stored as codes, other tensors in their own dtype. Models of kit.models
+    can be loaded without further help; any other model needs an instance of the same shapes to load
+    into. Transforms of token tables that are not quantized are multiplied out. The file is written
+    whole or not at all. Raises ValueError for a module whose extra state is not plain JSON.
     """
     data = serialized(model, layouts)
     with atomic(path) as partial:
@@ -67,14 +69,15 @@ def tensor_bytes(weight: Weight) -> int:
 
 
 def load(
-    path: str | os.PathLike, model: nn.Module | None = None, trainable: bool = False, parts: np.ndarray | None = None
+    path: str | os.PathLike, model: nn.Module | None = None, trainable: bool = False, parts=None
 ) -> nn.Module:
     """The model in the file, in evaluation mode, its weights multiplied out to floats.
 
     Its outputs equal those of the model that was saved, to the last bit.
 
     Args:
-        model: an instance to fill, for models that are not the kit's own; it is changed and returned.
+        model: an instance to fill, for models that are not the kit's own; it is changed and
+            returned.
         trainable: put the steps of the saved model back on, so that training can go on.
         parts: (V, 2), what each token was merged from (`BPETokenizer.parts`), for files whose token
             tables were composed of them.
@@ -98,7 +101,7 @@ def load(
                 else:
                     target.copy_(read.tensor(target.shape, _dtype(entry)))
             except (ValueError, KeyError, TypeError, RuntimeError) as error:
-                raise ArtifactError(f"{path} cannot be read at {entry['name']!r}: {error}") from None
+                raise ArtifactError(f"{path} cannot be read, {entry['name']!r}: {error}") from None
     return model.eval()
 
 
@@ -126,7 +129,8 @@ def describe(path: str | os.PathLike):
     overhead = os.path.getsize(path) - sum(row[-1] for row in rows)
     rows.append(("(header, checksum)", (), "", "", 0, overhead))
     table = pd.DataFrame(rows, columns=["tensor", "shape", "bits", "layout", "values", "bytes"])
-    return table.assign(bits_per_value=8 * table["bytes"] / table["values"].where(table["values"] > 0))
+    count = table["values"].where(table["values"] > 0)
+    return table.assign(bits_per_value=8 * table["bytes"] / count)
 
 
 # Writing
@@ -146,7 +150,8 @@ def serialized(model: nn.Module, layouts: Sequence[str] = tuple(LAYOUTS)) -> byt
         else:
             entry = _plain(target, write)
         entry |= {"in": write.letters} if write.letters != "d" else {}
-        header["tensors"].append({"name": name, **entry, "sizes": [len(blob) for blob in write.blobs]})
+        sizes = [len(blob) for blob in write.blobs]
+        header["tensors"].append({"name": name, **entry, "sizes": sizes})
         blobs += write.blobs
     return sealed(header, blobs)
 
@@ -230,8 +235,8 @@ def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _activation_modules(model: nn.Module) -> dict:
     kinds = tuple(ACTIVATION_MODULES.values())
     found = {path: module for path, module in model.named_modules() if type(module) in kinds}
-    return {path: {"class": type(module).__name__, **module.settings()} for path, module in found.items()
-            if path.rpartition(".")[0] not in found}  # fmt: skip
+    outer = {path: m for path, m in found.items() if path.rpartition(".")[0] not in found}
+    return {path: {"class": type(m).__name__, **m.settings()} for path, m in outer.items()}
 
 
 def _extra_state(model: nn.Module) -> dict:
@@ -243,7 +248,7 @@ def _extra_state(model: nn.Module) -> dict:
                 json.dumps(found[path])
             except TypeError:
                 raise ValueError(
-                    f"the extra state of {path!r} is a {type(found[path]).__name__}: a file holds plain JSON"
+                    f"the extra state of {path!r} is no plain JSON, all that a file holds"
                 ) from None
     return found
 
@@ -256,9 +261,9 @@ def _read(path: str | os.PathLike) -> tuple[dict, Iterator[bytes]]:
     data = Path(path).read_bytes()
     magic = data[:4]
     if magic not in (MAGIC, EARLIER, *OTHER_CODERS):
-        raise ArtifactError(f"{path} is not a kit artifact: it begins with {magic!r}, expected {MAGIC!r}")
+        raise ArtifactError(f"{path} is not a kit artifact: it begins with {magic!r}")
     if len(data) < 8 + CHECKSUM or hashlib.sha256(data[:-CHECKSUM]).digest() != data[-CHECKSUM:]:
-        raise ArtifactError(f"{path} is damaged (its checksum does not match): copy or write it again")
+        raise ArtifactError(f"{path} is damaged (its checksum differs): copy or write it again")
     length = struct.unpack("<I", data[4:8])[0]
     try:
         header = json.loads(zlib.decompress(data[8 : 8 + length]))
@@ -268,7 +273,7 @@ def _read(path: str | os.PathLike) -> tuple[dict, Iterator[bytes]]:
     except (zlib.error, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} has no readable header ({error}): write it again") from None
     if other_coder:
-        raise ArtifactError(f"{path} was range-coded by an earlier version of the kit: make it again")
+        raise ArtifactError(f"{path} is range-coded by an earlier version: make it again")
     held = len(data) - 8 - length - CHECKSUM
     if sum(sizes) != held or any(size < 0 for size in sizes):
         raise ArtifactError(f"{path} announces {sum(sizes)} bytes of tensors but holds {held}")
@@ -279,7 +284,7 @@ def _read(path: str | os.PathLike) -> tuple[dict, Iterator[bytes]]:
     return header, iter(blobs)
 
 
-def _decode(entry: dict, weight: Weight, read: Reader, made: list[Step], trainable: bool, parts) -> None:
+def _decode(entry: dict, weight: Weight, read: Reader, made: list, trainable: bool, parts) -> None:
     """Fills a weight with its stored value and puts its steps on, or what they compute in place."""
     entries = entry.get("steps", [])
     for kind, _ in entries:
@@ -307,13 +312,13 @@ def _decode(entry: dict, weight: Weight, read: Reader, made: list[Step], trainab
 def _rebuild(header: dict, path) -> nn.Module:
     stated = header["model"]
     if stated is None:
-        raise ArtifactError(f"{path} holds a model that is not the kit's own: pass load(path, model=...)")
+        raise ArtifactError(f"{path} holds a model that is not ours: pass load(path, model=...)")
     with torch.device("meta"):
         skeleton = build_model(stated["class"], stated["config"])
     shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
     stored = {entry["name"]: tuple(entry["shape"]) for entry in header["tensors"]}
     if any(stored.get(name, shape) != shape for name, shape in shapes.items()):
-        raise ArtifactError(f"{path} contradicts itself: its config and its tensors differ in shape")
+        raise ArtifactError(f"{path} contradicts itself: config and tensors differ in shape")
     with torch.random.fork_rng(devices=[]):
         return build_model(stated["class"], stated["config"])
 
@@ -322,7 +327,7 @@ def _restore_modules(model: nn.Module, header: dict, path) -> None:
     for name, settings in header["modules"].items():
         kind = settings.pop("class")
         if kind not in ACTIVATION_MODULES:
-            raise ArtifactError(f"{path} needs a module {kind!r}, which this version of the kit lacks")
+            raise ArtifactError(f"{path} needs a module {kind!r}, which the kit lacks")
         model.set_submodule(name, ACTIVATION_MODULES[kind](**settings))
     for name, state in header.get("extra", {}).items():
         model.get_submodule(name).set_extra_state(state)
@@ -331,14 +336,16 @@ def _restore_modules(model: nn.Module, header: dict, path) -> None:
 def _check_names(header: dict, targets: dict[str, Weight | Tensor], path) -> None:
     stored = {entry["name"]: tuple(entry["shape"]) for entry in header["tensors"]}
     for name in stored.keys() ^ targets.keys():
-        where = "the file but not in the model" if name in stored else "the model but not in the file"
-        raise ArtifactError(f"{path} does not fit {name!r}: it is in {where}; use a model of the same config")
+        here, there = ("file", "model") if name in stored else ("model", "file")
+        where = f"in the {here} but not in the {there}"
+        raise ArtifactError(f"{path} does not fit: {name!r} is {where}; use the same config")
     for entry in header["tensors"]:
         target = targets[entry["name"]]
         tensor = target.original if isinstance(target, Weight) else target
         ours, theirs = tuple(tensor.shape), tuple(entry["shape"])
         if ours != theirs:
-            raise ArtifactError(f"{path} holds {entry['name']!r} with shape {theirs}, the model expects {ours}")
+            shapes = f"shape {theirs}, the model expects {ours}"
+            raise ArtifactError(f"{path} holds {entry['name']!r} with {shapes}")
         if _dtype(entry) != tensor.dtype and not header.get("earlier"):
             dtypes = f"{_dtype(entry)}, the model expects {tensor.dtype}"
-            raise ArtifactError(f"{path} holds {entry['name']!r} as {dtypes}: convert the model first")
+            raise ArtifactError(f"{path} holds {entry['name']!r} as {dtypes}: convert it first")

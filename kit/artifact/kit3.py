@@ -22,7 +22,9 @@ def upgraded(header: dict, blobs: list[bytes]) -> tuple[dict, list[bytes]]:
         shape = {"name": entry["name"], "shape": entry["shape"]}
         dtype = {} if "format" in entry or entry.get("half") else {"dtype": entry["dtype"]}
         found = {"steps": new} if new else {}
-        tensors.append({**shape, **dtype, **found, "in": letters, "sizes": [len(part) for part in parts]})
+        tensors.append(
+            {**shape, **dtype, **found, "in": letters, "sizes": [len(part) for part in parts]}
+        )
         made += parts
     return {**header, "tensors": tensors, "earlier": True}, made
 
@@ -38,7 +40,8 @@ class _Count:
 
 
 def _tensor(entry: dict, parts: list[bytes], count: _Count) -> tuple[str, list[bytes], list]:
-    """Layouts, blobs and steps of one tensor: the quantizer's blobs first, then those of the others."""
+    """Layouts, blobs and steps of one tensor: the quantizer's blobs first, then those of the
+    others."""
     parts, steps, tail, letters = list(parts), [], [], ""
     classes = parts.pop() if "ordered" in entry else None
     composed = [parts.pop() for _ in range(4)][::-1] if "composed" in entry else None

@@ -29,7 +29,8 @@ class ArtifactError(ValueError):
 class Entries:
     """What a tensor's entries are.
 
-    bits: of a code ("ternary" for three of them); None for entries as they are in memory, of `dtype`.
+    bits: of a code ("ternary" for three of them); None for entries as they are in memory, of
+        `dtype`.
     origin: int array, the code of each entry that means zero; None where that is 0.
     """
 

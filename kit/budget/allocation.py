@@ -8,33 +8,39 @@ import numpy as np
 CELLS = 1 << 20  # slices of the budget; up to so many bytes the solution is exact
 
 
-def allocate(options: Mapping[str, Sequence[tuple[int, float]]], budget: int, cells: int = CELLS) -> dict[str, int]:
-    """For each name the position of one of its (bytes, loss) pairs: all bytes within `budget`, the sum of losses least.
+Options = Mapping[str, Sequence[tuple[int, float]]]
 
-    Exact while the budget has at most `cells` bytes. Beyond, bytes are rounded up to slices of budget / cells, so that the
-    budget still holds, and the loss is at most that of the best choice within a budget smaller by a slice a name.
-    Raises ValueError when the smallest options together exceed the budget, or a name has none.
+
+def allocate(options: Options, budget: int, cells: int = CELLS) -> dict[str, int]:
+    """For each name the position of one of its (bytes, loss) pairs: all bytes within `budget`, the
+    sum of losses least.
+
+    Exact while the budget has at most `cells` bytes. Beyond, bytes are rounded up to slices of
+    budget / cells, so that the budget still holds, and the loss is at most that of the best choice
+    within a budget smaller by a slice a name. Raises ValueError when the smallest options together
+    exceed the budget, or a name has none.
 
     >>> allocate({"a": [(1, 5.0), (4, 0.0)], "b": [(1, 3.0), (3, 1.0)]}, 5)
     {'a': 1, 'b': 0}
     """
     if empty := [name for name, pairs in options.items() if not pairs]:
-        raise ValueError(f"{empty[0]!r} has no option to choose from: give at least one pair of bytes and loss")
-    smallest = {name: min(range(len(pairs)), key=lambda i: pairs[i]) for name, pairs in options.items()}
+        raise ValueError(f"{empty[0]!r} has no option: give at least one pair of bytes and loss")
+    smallest = {name: pairs.index(min(pairs)) for name, pairs in options.items()}
     least = sum(options[name][position][0] for name, position in smallest.items())
     if least > budget:
-        raise ValueError(f"a budget of {budget} bytes is too small: the smallest options take {least}")
-    spare = budget - least  # only what an option takes above the smallest is counted, so rounding never closes the room
+        raise ValueError(f"a budget of {budget} bytes is too small: at least {least} are needed")
+    spare = budget - least  # counted above the smallest options, so rounding never closes the room
     size = max(math.ceil(spare / cells), 1)
     room = spare // size
-    extra = {name: [math.ceil((bytes_ - options[name][smallest[name]][0]) / size) for bytes_, _ in pairs]
-             for name, pairs in options.items()}
+    extra = {}
+    for name, pairs in options.items():
+        extra[name] = [math.ceil((bytes_ - min(pairs)[0]) / size) for bytes_, _ in pairs]
     best, picks = np.zeros(room + 1), []
     for name, pairs in options.items():
         trial, pick = np.full(room + 1, np.inf), np.zeros(room + 1, np.uint8)
         for position, (used, (_, loss)) in enumerate(zip(extra[name], pairs)):
             if used <= room:
-                total = best[:room + 1 - used] + loss
+                total = best[: room + 1 - used] + loss
                 better = total < trial[used:]
                 trial[used:][better], pick[used:][better] = total[better], position
         best = trial

@@ -1,13 +1,15 @@
-"""Rate-distortion training: the entropy-coded size of the codes as a differentiable term of the loss.
+"""Rate-distortion training: the entropy-coded size of the codes as a differentiable term of the
+loss.
 
-The range coder (kit.core.range_coder) spends on a code about what a two-sided geometric distribution
-with the local mean magnitude m would: with theta = (sqrt(1 + m^2) - 1) / m,
+The range coder (kit.core.range_coder) spends on a code about what a two-sided geometric
+distribution with the local mean magnitude m would: with theta = (sqrt(1 + m^2) - 1) / m,
 
     bits(m) = -log2((1 - theta) / (1 + theta)) - m log2(theta).
 
-So the size of a weight matrix is a function of mean |code| in cells of rows x columns, its gradient an
-adaptive L1 pull, and the step size, learned with it (LSQ), weighs bits against loss. Loss + lambda *
-bits as in Balle et al. 2017 (arXiv:1611.01704) and, for weights, Oktay et al. 2020 (arXiv:1906.06624).
+So the size of a weight matrix is a function of mean |code| in cells of rows x columns, its gradient
+an adaptive L1 pull, and the step size, learned with it (LSQ), weighs bits against loss. Loss +
+lambda * bits as in Balle et al. 2017 (arXiv:1611.01704) and, for weights, Oktay et al. 2020
+(arXiv:1906.06624).
 """
 
 import math
@@ -36,14 +38,16 @@ PARTIAL = 0.005  # of log size: closer to its bounds than this, steps are left a
 class RateSettings:
     """Constants of training under a rate, each tuned by experiment on validation text.
 
-    exponent: step ~ sensitivity^-exponent. Minimizing sum(sensitivity * step^2) at fixed bits gives 1/2
-        for fine steps; coarse ones, where most codes are zero, want less (notebook 05).
+    exponent: step ~ sensitivity^-exponent. Minimizing sum(sensitivity * step^2) at fixed bits gives
+        1/2 for fine steps; coarse ones, where most codes are zero, want less (notebook 05).
     most_rows: that share a step: frequencies of tokens fall quickly.
     small: weights of fewer values are not worth a rate term: they take SMALL_FORMAT.
     first_step: of FakeQuantize; slow, for the rate would widen steps as long as a run lasts.
-    integral, proportional: answers of log lambda to log(size / wanted), over a whole run and at once.
+    integral, proportional: answers of log lambda to log(size / wanted), over a whole run and at
+        once.
     most_error: that lambda answers to: one that leaps further empties codes that never fill again.
-    aim: times the bytes: codes settle lower as the learning rate falls, and `finish` cuts what is over.
+    aim: times the bytes: codes settle lower as the learning rate falls, and `finish` cuts what is
+        over.
     slack: of the wanted bytes, within which steps are left alone.
     ramp: share of the run during which the size falls to the budget.
     """
@@ -61,7 +65,8 @@ class RateSettings:
 
 
 def geometric_bits(mean: Tensor) -> Tensor:
-    """Entropy, bits a symbol, of the two-sided geometric distribution with mean magnitude `mean` > 0."""
+    """Entropy, bits a symbol, of the two-sided geometric distribution with mean magnitude `mean` >
+    0."""
     theta = (torch.sqrt(1 + mean * mean) - 1) / mean
     return -torch.log2((1 - theta) / (1 + theta)) - mean * torch.log2(theta)
 
@@ -84,12 +89,14 @@ class _Magnitude(torch.autograd.Function):
 
 
 def _view(weight: Weight) -> MatrixView:
-    """A vector is a column: entries of a bias over tokens differ as the rows of their embedding do."""
+    """A vector is a column: entries of a bias over tokens differ as the rows of their embedding
+    do."""
     return column_view(weight.original.shape) if weight.original.ndim == 1 else weight.view
 
 
 def _row_edges(rows: int) -> list[int]:
-    """Cells of rows, finer where the index is small: rows of token tables stand by falling frequency."""
+    """Cells of rows, finer where the index is small: rows of token tables stand by falling
+    frequency."""
     edges = {round(rows * (i / ROW_CELLS) ** 3) for i in range(1, ROW_CELLS + 1)}
     return sorted(edges - {0} | {rows})
 
@@ -112,9 +119,9 @@ def coded_bytes(weight: Tensor, quantizer: FakeQuantize) -> int:
 
 
 def row_sensitivity(model: nn.Module, batches: Iterable, loss: Callable) -> dict[str, Tensor]:
-    """Mean squared gradient of loss(model, batch) for each row of each weight, (rows,), or each entry of
-    a vector: the diagonal Fisher information, up to a factor, which says how much an error there costs.
-    For embeddings it falls with token frequency. Raises ValueError without a batch."""
+    """Mean squared gradient of loss(model, batch) for each row of each weight, (rows,), or each
+    entry of a vector: the diagonal Fisher information, up to a factor, which says how much an error
+    there costs. For embeddings it falls with token frequency. Raises ValueError without a batch."""
     views = {weight.name: _view(weight) for weight in weights(model)}
     sums, count = {}, 0
     for grads in gradients(model, batches, loss):
@@ -122,13 +129,13 @@ def row_sensitivity(model: nn.Module, batches: Iterable, loss: Callable) -> dict
         for name, grad in grads.items():
             sums[name] = sums.get(name, 0) + views[name].matrix(grad).square().mean(1)
     if count == 0:
-        raise ValueError("row_sensitivity got no batch: expected at least one to measure gradients on")
+        raise ValueError("row_sensitivity got no batch: give at least one")
     return {name: total / count for name, total in sums.items()}
 
 
-def _block_sensitivity(name: str, quantizer: FakeQuantize, sensitivity: dict[str, Tensor]) -> Tensor:
-    """Mean sensitivity of the rows that share a step, (blocks, 1), relative to the largest of any row.
-    None is zero: a few batches say nothing of a rare row."""
+def _block_sensitivity(name: str, quantizer: FakeQuantize, sensitivity: dict) -> Tensor:
+    """Mean sensitivity of the rows that share a step, (blocks, 1), relative to the largest of any
+    row. None is zero: a few batches say nothing of a rare row."""
     rows = sensitivity.get(name, torch.zeros(quantizer.shape[0]))[:, None]
     means = formats.to_blocks(rows, quantizer.format, math.nan).nanmean(1, keepdim=True)
     largest = max(float(rows.max()) for rows in sensitivity.values())
@@ -136,11 +143,15 @@ def _block_sensitivity(name: str, quantizer: FakeQuantize, sensitivity: dict[str
 
 
 def set_rate_formats(
-    model: nn.Module, sensitivity: dict[str, Tensor], target_bytes: float, settings: RateSettings = RateSettings()
+    model: nn.Module,
+    sensitivity: dict,
+    target_bytes: float,
+    settings: RateSettings = RateSettings(),
 ) -> None:
-    """Gives every large weight 8-bit codes with learned steps, step ~ sensitivity^-exponent by blocks of
-    rows, one factor for all found by bisection so that the range-coded codes take `target_bytes`; small
-    tensors get 8-bit codes. Masks stay in front, transforms of token tables behind."""
+    """Gives every large weight 8-bit codes with learned steps, step ~ sensitivity^-exponent by
+    blocks of rows, one factor for all found by bisection so that the range-coded codes take
+    `target_bytes`; small tensors get 8-bit codes. Masks stay in front, transforms of token tables
+    behind."""
     members = []
     for weight in weights(model):
         before, view = weight.before(FakeQuantize.rank).detach(), _view(weight)
@@ -165,26 +176,32 @@ def set_rate_formats(
 
 
 class RateLoss:
-    """loss + lambda * bits / weights for kit.training.train, with the size of the file on a schedule;
-    `step` is its hook.
+    """loss + lambda * bits / weights for kit.training.train, with the size of the file on a
+    schedule; `step` is its hook.
 
-    The size falls to aim * `file_bytes` during the first `ramp` of the run, quickly at first, and is held
-    there by lambda: log lambda follows log(size / wanted) as a proportional-integral controller. Twenty
-    times a run the estimate of `code_bits` is set right by what the coder really takes, and in the first
-    half, where lambda has not had the time to do it (further off than `slack`), one factor widens or
-    narrows all steps: zeros, once there, do not come back by themselves when lambda falls. Later that
-    would do harm, for many weights end up close to half a step. lambda begins as the slope of the loss
-    against bits along such a factor. `finish`, after training, fits the file exactly. What is not
-    range-coded (header, scales, small tensors) is measured and counted.
+    The size falls to aim * `file_bytes` during the first `ramp` of the run, quickly at first, and
+    is held there by lambda: log lambda follows log(size / wanted) as a proportional-integral
+    controller. Twenty times a run the estimate of `code_bits` is set right by what the coder really
+    takes, and in the first half, where lambda has not had the time to do it (further off than
+    `slack`), one factor widens or narrows all steps: zeros, once there, do not come back by
+    themselves when lambda falls. Later that would do harm, for many weights end up close to half a
+    step. lambda begins as the slope of the loss against bits along such a factor. `finish`, after
+    training, fits the file exactly. What is not range-coded (header, scales, small tensors) is
+    measured and counted.
     """
 
     def __init__(
-        self, loss: Callable, model: nn.Module, file_bytes: int, batches: list, settings: RateSettings = RateSettings()
+        self,
+        loss: Callable,
+        model: nn.Module,
+        file_bytes: int,
+        batches: list,
+        settings=RateSettings(),
     ):
         self.loss, self.model, self.file_bytes = loss, model, file_bytes
         self.batches, self.settings = batches, settings
         found = [(weight, weight.find(FakeQuantize)) for weight in weights(model)]
-        self.members = [(weight, step) for weight, step in found if step is not None and step.learned]
+        self.members = [(weight, step) for weight, step in found if step and step.learned]
         if not self.members:
             raise ValueError("the model carries no learned steps: call set_rate_formats first")
         self.weights = sum(weight.original.numel() for weight, _ in self.members)
@@ -192,8 +209,8 @@ class RateLoss:
         overhead = artifact.nbytes(model) - self.start
         if file_bytes <= 1.1 * overhead:
             raise ValueError(
-                f"{file_bytes} bytes are too few: header, scales and small tensors alone take {overhead}; "
-                "ask for less compression or a model with fewer small tensors"
+                f"{file_bytes} bytes are too few: header, scales and small tensors alone take "
+                f"{overhead}; ask for less compression"
             )
         self.estimate = float(self._bits().detach()) / 8
         slope = math.log(self._slope())
@@ -243,8 +260,8 @@ class RateLoss:
             quantizer.scale.mul_(factor)
 
     def _bound(self, least: float, most: float) -> None:
-        """Widens or narrows all steps until the codes take `least` to `most` bytes, by the secant method
-        in log-log."""
+        """Widens or narrows all steps until the codes take `least` to `most` bytes, by the secant
+        method in log-log."""
         exponent, size = 1.0, self.coded()
         for _ in range(8):
             excess = math.log(size / min(max(size, least), most))
@@ -258,7 +275,8 @@ class RateLoss:
 
     @torch.no_grad()
     def _slope(self, factor: float = 1.15) -> float:
-        """-d loss / d (bits / weights) along a common factor on all steps, on the calibration batches."""
+        """-d loss / d (bits / weights) along a common factor on all steps, on the calibration
+        batches."""
         losses, sizes = [], []
         for change in (1 / factor, factor * factor):
             self._widen(change)
@@ -271,8 +289,8 @@ class RateLoss:
         return max((losses[1] - losses[0]) / max(sizes[0] - sizes[1], 1e-6), 1e-3)
 
     def finish(self) -> None:
-        """After training: sets codes to zero until the file is within its bytes, those first whose squared
-        weight times the sensitivity of its block is least."""
+        """After training: sets codes to zero until the file is within its bytes, those first whose
+        squared weight times the sensitivity of its block is least."""
         sensitivity = row_sensitivity(self.model, self.batches, self.loss)
         kept = [weight.original.detach().clone() for weight, _ in self.members]
         scores = []

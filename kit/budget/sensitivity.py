@@ -1,5 +1,5 @@
-"""What pruning or rounding one weight costs in loss: one cached scan, and the choice that suits a byte
-budget best."""
+"""What pruning or rounding one weight costs in loss: one cached scan, and the choice that suits a
+byte budget best."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +22,8 @@ SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 
 
 def scan(
-    model: nn.Module, batches: Sequence, choices: Mapping[str, Format] | Sequence[float] = SPARSITIES,
+    model: nn.Module, batches: Sequence,
+    choices: Mapping[str, Format] | Sequence[float] = SPARSITIES,
     tensors: str | Iterable[str] = "*", *, cache: str | Path | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Loss with one weight matrix at a time rounded or pruned, all else as it is.
@@ -41,7 +42,11 @@ def scan(
         choices = sorted({0.0, *map(check_sparsity, choices)})
     found, file = weights(model, tensors, matrices=True), None
     if cache is not None:
-        settings = [list(choices), list(choices.values()) if rounding else [], [w.name for w in found]]
+        settings = [
+            list(choices),
+            list(choices.values()) if rounding else [],
+            [w.name for w in found],
+        ]
         file = Path(cache) / f"scan-{digest(model, list(batches), settings)}.json"
         if file.exists():
             return pd.DataFrame(json.loads(file.read_text()))
@@ -55,7 +60,9 @@ def scan(
                 MagnitudePruner(model, weight.name).prune(choice)
             changed = not torch.equal(weight.value, value)
             loss = evaluate(model, batches).loss if changed else untouched
-            rows.append((weight.name, choice, loss, loss - untouched, artifact.tensor_bytes(weight)))
+            rows.append(
+                (weight.name, choice, loss, loss - untouched, artifact.tensor_bytes(weight))
+            )
             weight.set_steps(steps)
     column = "format" if rounding else "sparsity"
     table = pd.DataFrame(rows, columns=["tensor", column, "loss", "increase", "bytes"])
@@ -76,8 +83,8 @@ def _chosen(table: pd.DataFrame, column: str, budget: int) -> dict:
 
 
 def sparsities_for_budget(table: pd.DataFrame, budget: int) -> dict[str, float]:
-    """One sparsity a tensor such that all of them fit `budget` bytes and the summed loss increase is
-    least; the increases of single tensors are taken to add up.
+    """One sparsity a tensor such that all of them fit `budget` bytes and the summed loss increase
+    is least; the increases of single tensors are taken to add up.
 
     table: from `scan`. Returns tensor -> sparsity, for `MagnitudePruner.prune`.
     Raises ValueError if even the highest sparsities scanned do not fit.
@@ -89,13 +96,13 @@ def plan_for_budget(
     model: nn.Module, table: pd.DataFrame, formats: Mapping[str, Format], budget: int,
     convert: Callable = quantize_weights,
 ) -> dict[str, Format]:  # fmt: skip
-    """A plan for `quantize_weights` whose artifact has at most `budget` bytes, header, vectors (float16)
-    and checksum included, and whose summed loss increase is least.
+    """A plan for `quantize_weights` whose artifact has at most `budget` bytes, header, vectors
+    (float16) and checksum included, and whose summed loss increase is least.
 
     Args:
         table: from `scan` with the same `formats`.
-        convert: (model, plan) -> the model that is saved, which the budget is kept for: codes of other
-            values, as GPTQ's, take other bytes where they are range-coded.
+        convert: (model, plan) -> the model that is saved, which the budget is kept for: codes of
+            other values, as GPTQ's, take other bytes where they are range-coded.
     Raises ValueError if no choice of formats fits.
     """
     dense, room = materialize(model), budget

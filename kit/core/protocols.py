@@ -1,8 +1,8 @@
 """What training, evaluation, distillation and compression need of a model, written down once.
 
 A *call* says how a model is called for a batch, an *output* may be any nest of tensors, and a
-`LanguageModel` gives its last hidden state and its output layer apart, so that the logits of a large
-vocabulary are never all in memory. `adapt` gives that protocol to somebody else's model.
+`LanguageModel` gives its last hidden state and its output layer apart, so that the logits of a
+large vocabulary are never all in memory. `adapt` gives that protocol to somebody else's model.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +17,8 @@ class LanguageModel(nn.Module):
     """A model of tokens whose logits are ``F.linear(hidden(*inputs), *output())``.
 
     hidden(*inputs, **options) -> (B, T, D); output() -> weight (V, D) and bias (V,) or None;
-    auxiliary_loss() -> scalar, the load-balancing loss of the last forward pass (0 without experts).
+    auxiliary_loss() -> scalar, the load-balancing loss of the last forward pass (0 without
+    experts).
     """
 
     def hidden(self, *inputs, **options) -> Tensor:
@@ -36,9 +37,10 @@ class LanguageModel(nn.Module):
 class Adapted(LanguageModel):
     """Somebody's model with the language-model protocol; the model itself is `model`."""
 
-    def __init__(self, model: nn.Module, hidden: Callable, output: Callable, auxiliary_loss: Callable | None):
+    def __init__(self, model: nn.Module, hidden: Callable, output: Callable, auxiliary_loss):
         super().__init__()
-        self.model, self._hidden, self._output, self._auxiliary = model, hidden, output, auxiliary_loss
+        self.model, self._hidden = model, hidden
+        self._output, self._auxiliary = output, auxiliary_loss
 
     def hidden(self, *inputs, **options) -> Tensor:
         return self._hidden(self.model, *inputs, **options)
@@ -78,22 +80,23 @@ class Call:
         return model(*self.args, **self.kwargs)
 
     def to(self, device: torch.device | str) -> "Call":
-        moved = [tree_map(lambda t: t.to(device), part) for part in (self.args, self.kwargs, self.targets)]
-        return Call(*moved)
+        parts = self.args, self.kwargs, self.targets
+        return Call(*(tree_map(lambda t: t.to(device), part) for part in parts))
 
 
-TARGETS = ("labels", "targets", "target", "label")  # keys of a dict batch that hold what is to be predicted
+TARGETS = ("labels", "targets", "target", "label")  # keys of a mapping for what is to be predicted
 
 
 def call_of(batch) -> Call:
-    """A batch of a loader as a call: a tensor is the input; of a tuple or list the last entry is the
-    targets, the others are inputs; of a mapping the entry named like one of TARGETS, the others are
-    keyword arguments."""
+    """A batch of a loader as a call: a tensor is the input; of a tuple or list the last entry is
+    the targets, the others are inputs; of a mapping the entry named like one of TARGETS, the others
+    are keyword arguments."""
     if isinstance(batch, Call):
         return batch
     if isinstance(batch, Mapping):
         name = next((key for key in TARGETS if key in batch), None)
-        return Call((), {key: value for key, value in batch.items() if key != name}, batch.get(name))
+        rest = {key: value for key, value in batch.items() if key != name}
+        return Call((), rest, batch.get(name))
     if isinstance(batch, (tuple, list)) and len(batch) > 1:
         return Call(tuple(batch[:-1]), {}, batch[-1])
     return call_with(batch)
@@ -110,8 +113,8 @@ def call_with(inputs) -> Call:
 
 
 def tree_map(function: Callable[[Tensor], object], value):
-    """`value` with every tensor in it replaced: nests of tuples, named tuples, lists, mappings (such
-    as transformers' ModelOutput) and dataclasses keep their class."""
+    """`value` with every tensor in it replaced: nests of tuples, named tuples, lists, mappings
+    (such as transformers' ModelOutput) and dataclasses keep their class."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):
@@ -122,7 +125,8 @@ def tree_map(function: Callable[[Tensor], object], value):
     if isinstance(value, (tuple, list)):
         return type(value)(tree_map(function, item) for item in value)
     if is_dataclass(value) and not isinstance(value, type):
-        return type(value)(**{f.name: tree_map(function, getattr(value, f.name)) for f in fields(value)})
+        names = [f.name for f in fields(value)]
+        return type(value)(**{name: tree_map(function, getattr(value, name)) for name in names})
     return value
 
 
@@ -157,12 +161,12 @@ def run(
 ) -> list[Tensor]:
     """Forward passes in evaluation mode, on the model's device.
 
-    A language model's logits are not formed; its hidden states are returned, a tensor a batch (else an
-    empty list).
+    A language model's logits are not formed; its hidden states are returned, a tensor a batch (else
+    an empty list).
 
     Args:
-        watch: dotted name of a submodule -> function(x, output), called with its first argument and its
-            output whenever it is called.
+        watch: dotted name of a submodule -> function(x, output), called with its first argument and
+            its output whenever it is called.
     Raises ValueError without a batch.
     """
 

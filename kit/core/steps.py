@@ -38,10 +38,14 @@ class Step(nn.Module):
             write: `write.tensor(t)`, `write.codes(matrix, bits)` and `write.integers(array)`, to be
                 read back in the same order (`kit.artifact.layouts`).
         """
-        raise NotImplementedError(f"{type(self).__name__} cannot be stored: give it an encode method")
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot be stored: give it an encode method"
+        )
 
     @classmethod
-    def decode(cls, entry: dict, read, weight, stored: Tensor | None, parts) -> tuple["Step", Tensor | None]:
+    def decode(
+        cls, entry: dict, read, weight, stored: Tensor | None, parts
+    ) -> tuple["Step", Tensor | None]:
         """The step that was encoded, and the stored value if the step carries it, else None.
 
         Args:
@@ -59,7 +63,9 @@ class Step(nn.Module):
                 that the step will see.
         Raises ValueError if the step has no meaning for them.
         """
-        raise ValueError(f"a weight with a {self.kind} step cannot change its shape: resize it before")
+        raise ValueError(
+            f"a weight with a {self.kind} step cannot change its shape: resize it before"
+        )
 
 
 def register_step(kind: str) -> Callable[[type[Step]], type[Step]]:

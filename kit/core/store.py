@@ -18,7 +18,8 @@ from torch import nn
 
 
 def cache_dir() -> Path:
-    """Folder of all that can be rebuilt: ``$KIT_CACHE``, else ``~/.cache/kit``; made when missing."""
+    """Folder of all that can be rebuilt: ``$KIT_CACHE``, else ``~/.cache/kit``; made when
+    missing."""
     folder = Path(os.environ.get("KIT_CACHE") or Path.home() / ".cache" / "kit").expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -106,7 +107,8 @@ def _feed(sha, value) -> None:
 
 def code_digest(names: Sequence[str]) -> str:
     """Twenty digits for the code of these modules and rooms of kit: part of a key, they keep what
-    other code made from passing for this code's. Comments, docstrings and line breaks do not count."""
+    other code made from passing for this code's. Comments, docstrings and line breaks do not
+    count."""
     package, files = Path(__file__).parents[1], []
     for name in names:
         files += [package / name] if name.endswith(".py") else (package / name).rglob("*.py")

@@ -25,9 +25,9 @@ from kit.core.steps import Step
 class MatrixView:
     """A tensor seen as (rows, columns), a row for what feeds one output.
 
-    shape: of the tensor. split: the same with sets of outputs that have inputs of their own (experts,
-    groups of a convolution) as the first axis, (groups, outputs, inputs, ...), or (groups, inputs,
-    outputs, ...) if `transposed`.
+    shape: of the tensor. split: the same with sets of outputs that have inputs of their own
+    (experts, groups of a convolution) as the first axis, (groups, outputs, inputs, ...), or
+    (groups, inputs, outputs, ...) if `transposed`.
     """
 
     shape: tuple[int, ...]
@@ -79,8 +79,8 @@ def column_view(shape: Sequence[int]) -> MatrixView:
 
 def matrix_view(shape: Sequence[int], module: nn.Module | None = None) -> MatrixView:
     """How a tensor of `shape` in `module` is seen as a matrix: outputs of a Linear, convolution,
-    embedding or recurrent layer are rows, and so is each output of each expert in a stack (E, outputs,
-    inputs). A vector is one row."""
+    embedding or recurrent layer are rows, and so is each output of each expert in a stack (E,
+    outputs, inputs). A vector is one row."""
     shape = tuple(shape)
     if len(shape) < 2:
         return MatrixView(shape, (1, 1, math.prod(shape)))
@@ -92,7 +92,8 @@ def matrix_view(shape: Sequence[int], module: nn.Module | None = None) -> Matrix
 
 def _holds_transposed(module: nn.Module | None) -> bool:
     """transformers' Conv1D is a linear layer that keeps its weight as (inputs, outputs)."""
-    return any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers") for cls in type(module).__mro__)
+    names = [(cls.__name__, cls.__module__) for cls in type(module).__mro__]
+    return any(name == "Conv1D" and home.startswith("transformers") for name, home in names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,11 +181,12 @@ class Weight:
 
 
 def _rank(step: nn.Module) -> float:
-    """Somebody else's parametrization, such as a spectral norm, stands between mask and quantizer."""
+    """Somebody else's parametrization, such as a spectral norm, stands between mask and
+    quantizer."""
     return step.rank if isinstance(step, Step) else 5
 
 
-def weights(model: nn.Module, select: str | Iterable[str] = "*", matrices: bool = False) -> list[Weight]:
+def weights(model: nn.Module, select: str | Iterable[str] = "*", matrices=False) -> list[Weight]:
     """The weights whose dotted name matches a shell pattern, in model order; a tensor shared by
     several modules once, under its first name. The order does not depend on what carries steps.
 
@@ -199,7 +201,8 @@ def weights(model: nn.Module, select: str | Iterable[str] = "*", matrices: bool 
             original = original_of(module, attribute)
             if original is not None and id(original) not in seen:
                 seen.add(id(original))
-                found.append(Weight(model, module, attribute, f"{path}.{attribute}" if path else attribute))
+                name = f"{path}.{attribute}" if path else attribute
+                found.append(Weight(model, module, attribute, name))
     if matrices:
         found = [weight for weight in found if weight.is_matrix]
     patterns = [select] if isinstance(select, str) else list(select)
@@ -211,24 +214,25 @@ def weights(model: nn.Module, select: str | Iterable[str] = "*", matrices: bool 
     return [weight for weight in found if any(fnmatch(weight.name, p) for p in patterns)]
 
 
-def weight_of(module: nn.Module, attribute: str = "weight", model: nn.Module | None = None) -> Weight:
+def weight_of(module: nn.Module, attribute: str = "weight", model=None) -> Weight:
     """The weight in `module.<attribute>`; give `model` where it is shared with other modules.
 
     Raises ValueError when the module has no such parameter.
     """
-    if attribute not in module._parameters and attribute not in getattr(module, "parametrizations", {}):
+    if attribute not in {*module._parameters, *getattr(module, "parametrizations", {})}:
         raise ValueError(f"{type(module).__name__} has no parameter {attribute!r}")
     return Weight(model or module, module, attribute, attribute)
 
 
 def class_of(module: nn.Module) -> type:
-    """A module's class, without the one that torch generates for modules whose weights carry steps."""
+    """A module's class, without the one that torch generates for modules whose weights carry
+    steps."""
     return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
 
 
 def is_plain(module: nn.Module, kind: type) -> bool:
-    """Whether a module computes what its class says: exactly this class, its own forward, no hooks, so
-    that another layer can take its place."""
+    """Whether a module computes what its class says: exactly this class, its own forward, no hooks,
+    so that another layer can take its place."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
     changed = "forward" in vars(module) or getattr(module, "max_norm", None) is not None
     return class_of(module) is kind and not hooks and not changed
@@ -266,11 +270,11 @@ def set_steps(model: nn.Module, module: nn.Module, attribute: str, steps: list[n
 
 
 def _own_class(module: nn.Module) -> None:
-    """torch puts properties on the module's generated class, or takes them off, and copies share that
-    class: part them."""
+    """torch puts properties on the module's generated class, or takes them off, and copies share
+    that class: part them."""
     if parametrize.is_parametrized(module):
         shared = type(module)
-        own = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
+        own = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
         module.__class__ = type(shared.__name__, shared.__bases__, own)
 
 
@@ -279,7 +283,8 @@ def _read_weights(module: nn.RNNBase, *_) -> None:
 
 
 def _forget_weights(module: nn.RNNBase, *_) -> None:
-    """Computed weights belong to one forward pass; kept, they would also forbid copying the model."""
+    """Computed weights belong to one forward pass; kept, they would also forbid copying the
+    model."""
     module._flat_weights = [None] * len(module._flat_weights_names)
 
 
@@ -311,10 +316,9 @@ def materialize(model: nn.Module) -> nn.Module:
     return model
 
 
-
 def gradients(model: nn.Module, batches: Iterable, loss: Callable) -> Iterator[dict[str, Tensor]]:
-    """For each batch the gradients of loss(model, batch) in the trained values of every weight that has
-    one, by name; the model's own gradients are cleared before and after."""
+    """For each batch the gradients of loss(model, batch) in the trained values of every weight that
+    has one, by name; the model's own gradients are cleared before and after."""
     for batch in batches:
         model.zero_grad(set_to_none=True)
         loss(model, batch).backward()

@@ -14,8 +14,8 @@ from kit.quantization.integers import (
 from kit.quantization.plans import INT4_GROUPS, INT8, original_mix, uniform
 
 __all__ = [
-    "HALF", "INT4_GROUPS", "INT8", "ActivationQuantizer", "ComplexQuantizer", "FakeQuantize", "Format",
-    "GroupWiseQuantizer", "PerChannelQuantizedBKCore", "QuantizedBKCore", "QuantizedLinear",
-    "QuantizedMoELayer", "calibrate", "original_mix", "pack_layers", "quantize_bk_core",
-    "quantize_weights", "quantizers", "remove_compression", "uniform",
+    "HALF", "INT4_GROUPS", "INT8", "ActivationQuantizer", "ComplexQuantizer", "FakeQuantize",
+    "Format", "GroupWiseQuantizer", "PerChannelQuantizedBKCore", "QuantizedBKCore",
+    "QuantizedLinear", "QuantizedMoELayer", "calibrate", "original_mix", "pack_layers",
+    "quantize_bk_core", "quantize_weights", "quantizers", "remove_compression", "uniform",
 ]  # fmt: skip

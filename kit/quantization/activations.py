@@ -19,17 +19,19 @@ class ActivationQuantizer(nn.Module):
     """Rounds a real tensor to `bits`-wide integers times a scale fixed by calibration; gradients
     straight through.
 
-    Ranges are kept per tensor, or per channel of the last dimension. While `observing`, the input passes
-    unchanged and the running minimum and maximum are updated; otherwise it is fake-quantized.
+    Ranges are kept per tensor, or per channel of the last dimension. While `observing`, the input
+    passes unchanged and the running minimum and maximum are updated; otherwise it is
+    fake-quantized.
 
     Args:
         channels: length of the last dimension for a range per channel; None for one range.
-        bounds: (low, high) of what is bounded by definition, such as an angle; calibration leaves them.
-    Raises ValueError for a complex input, when used before calibration, and for NaN or infinite values
-    in calibration.
+        bounds: (low, high) of what is bounded by definition, such as an angle; calibration leaves
+            them.
+    Raises ValueError for a complex input, when used before calibration, and for NaN or infinite
+    values in calibration.
     """
 
-    def __init__(self, bits: int = 8, symmetric: bool = True, channels: int | None = None, bounds=None):
+    def __init__(self, bits: int = 8, symmetric: bool = True, channels=None, bounds=None):
         super().__init__()
         self.format = Format(bits, symmetric, "channel", scale="float32")
         self.channels, self.bounds, self.observing = channels, bounds, False
@@ -39,8 +41,8 @@ class ActivationQuantizer(nn.Module):
 
     def settings(self) -> dict:
         """The arguments that made it."""
-        bits, symmetric = self.format.bits, self.format.symmetric
-        return {"bits": bits, "symmetric": symmetric, "channels": self.channels, "bounds": self.bounds}
+        found = {"bits": self.format.bits, "symmetric": self.format.symmetric}
+        return found | {"channels": self.channels, "bounds": self.bounds}
 
     def reset(self) -> None:
         """Forgets the range: nothing seen yet."""
@@ -58,7 +60,7 @@ class ActivationQuantizer(nn.Module):
         Raises ValueError before calibration.
         """
         if (self.low > self.high).any():
-            raise ValueError("an activation quantizer was used before calibration: run kit.quantization.calibrate")
+            raise ValueError("an activation quantizer was used before calibration: run calibrate")
         return formats.grid_of_range(self.low.clamp(max=0), self.high.clamp(min=0), self.format)
 
     @torch.no_grad()
@@ -69,7 +71,7 @@ class ActivationQuantizer(nn.Module):
             return
         low, high = torch.aminmax(flat, dim=0)
         if not (torch.isfinite(low) & torch.isfinite(high)).all():
-            raise ValueError("calibration met NaN or infinite activations: check the batches and the weights")
+            raise ValueError("calibration met NaN or infinite activations: check the batches")
         self.low.copy_(torch.minimum(self.low, low))
         self.high.copy_(torch.maximum(self.high, high))
 
@@ -87,19 +89,21 @@ class ActivationQuantizer(nn.Module):
 
 
 class ComplexQuantizer(nn.Module):
-    """Rounds a complex tensor to pairs of integers, per tensor or per channel of the last dimension.
+    """Rounds a complex tensor to pairs of integers, per tensor or per channel of the last
+    dimension.
 
-    mode "separate": real and imaginary parts have ranges of their own, from the smallest to the largest
-    value (the imaginary part of a resolvent is positive, so half of a symmetric grid would be idle).
-    "joint": they share one symmetric scale, so that the grid is square and phase is kept as well as
-    modulus. "polar": modulus and phase are rounded, uniformly in each, the phase over [-pi, pi].
-    Calibrated like ActivationQuantizer. Dtype and shape are kept; gradients are straight through.
+    mode "separate": real and imaginary parts have ranges of their own, from the smallest to the
+    largest value (the imaginary part of a resolvent is positive, so half of a symmetric grid would
+    be idle). "joint": they share one symmetric scale, so that the grid is square and phase is kept
+    as well as modulus. "polar": modulus and phase are rounded, uniformly in each, the phase over
+    [-pi, pi]. Calibrated like ActivationQuantizer. Dtype and shape are kept; gradients are straight
+    through.
     """
 
     def __init__(self, bits: int = 8, channels: int | None = None, mode: str = "separate"):
         super().__init__()
         if mode not in MODES:
-            raise ValueError(f"mode={mode!r} is not a complex quantization: choose one of {', '.join(MODES)}")
+            raise ValueError(f"mode={mode!r} is unknown: choose one of {', '.join(MODES)}")
         circle = (-math.pi, math.pi) if mode == "polar" else None
         self.mode = mode
         self.first = ActivationQuantizer(bits, mode == "joint", channels)
@@ -119,7 +123,7 @@ class ComplexQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         if not z.is_complex():
-            raise ValueError(f"ComplexQuantizer expects a complex tensor, not {z.dtype}: use ActivationQuantizer")
+            raise ValueError(f"expects a complex tensor, not {z.dtype}: use ActivationQuantizer")
         first, second = self._split(z)
         if self.mode == "joint" and self.first.observing:
             for part in (first, second):
@@ -137,10 +141,11 @@ ACTIVATION_MODULES = {cls.__name__: cls for cls in (ActivationQuantizer, Complex
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable) -> nn.Module:
-    """Fixes every activation quantizer's range from `batches`, in evaluation mode; returns the model.
+    """Fixes every activation quantizer's range from `batches`, in evaluation mode; returns the
+    model.
 
-    batches: what `kit.core.protocols.call_of` takes: inputs, tuples that end with targets, mappings.
-    Ranges found before are forgotten. Raises ValueError if there is no batch.
+    batches: what `kit.core.protocols.call_of` takes: inputs, tuples that end with targets,
+    mappings. Ranges found before are forgotten. Raises ValueError if there is no batch.
     """
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
     for quantizer in quantizers:

@@ -1,4 +1,5 @@
-"""Quantization of the BK-core: its real input v and its complex output G, in training and as integers."""
+"""Quantization of the BK-core: its real input v and its complex output G, in training and as
+integers."""
 
 import torch
 import torch.nn as nn
@@ -10,11 +11,12 @@ from kit.quantization.activations import ActivationQuantizer, ComplexQuantizer
 
 
 class QuantizedBKCore(nn.Module):
-    """The causal BK-core between two quantizers: v (B, N, C) -> rounded -> G -> rounded, complex (B, N, C).
+    """The causal BK-core between two quantizers: v (B, N, C) -> rounded -> G -> rounded, complex
+    (B, N, C).
 
-    G is rounded as its reflection coefficient (`staggered_reflection`), which lies in the unit disc and
-    is what the mixer passes on. Ranges are fixed by `kit.quantization.calibrate`; straight-through in
-    training. `codes` gives the integers that a deployment would keep.
+    G is rounded as its reflection coefficient (`staggered_reflection`), which lies in the unit disc
+    and is what the mixer passes on. Ranges are fixed by `kit.quantization.calibrate`;
+    straight-through in training. `codes` gives the integers that a deployment would keep.
 
     Args:
         channels: C for one range a channel; None for one range a tensor.
@@ -27,11 +29,14 @@ class QuantizedBKCore(nn.Module):
         self.quantize_g = ComplexQuantizer(bits, channels, mode)
 
     def forward(self, v: Tensor, energy: Tensor, hopping: Tensor, eta: Tensor) -> Tensor:
-        """v (B, N, C), energy (C,), hopping (B, N, C) >= 0, eta (C,) > 0 -> G as r (B, N, C) complex."""
+        """v (B, N, C), energy (C,), hopping (B, N, C) >= 0, eta (C,) > 0 -> G as r (B, N, C)
+        complex."""
         return self.quantize_g(self._reflection(v, energy, hopping, eta))
 
     @torch.no_grad()
-    def codes(self, v: Tensor, energy: Tensor, hopping: Tensor, eta: Tensor) -> tuple[Tensor, tuple]:
+    def codes(
+        self, v: Tensor, energy: Tensor, hopping: Tensor, eta: Tensor
+    ) -> tuple[Tensor, tuple]:
         """int8 codes of v and of the two parts of G as r."""
         reflection = self._reflection(v, energy, hopping, eta)
         return self.quantize_v.codes(v), self.quantize_g.codes(reflection)
@@ -54,8 +59,8 @@ class PerChannelQuantizedBKCore(QuantizedBKCore):
 def quantize_bk_core(
     model: nn.Module, bits: int = 8, per_channel: bool = False, mode: str = "separate"
 ) -> nn.Module:
-    """Gives every BK mixer of the model quantizers for v and G, in place; calibrate before use. Returns
-    the model, as it is if it has no BK mixers."""
+    """Gives every BK mixer of the model quantizers for v and G, in place; calibrate before use.
+    Returns the model, as it is if it has no BK mixers."""
     for mixer in [m for m in model.modules() if isinstance(m, BKMixer)]:
         core = QuantizedBKCore(bits, len(mixer.energy) if per_channel else None, mode)
         core.to(mixer.energy.device).attach(mixer)

@@ -1,4 +1,5 @@
-"""Fake quantization of weights: a step that rounds in the forward pass and is straight-through behind."""
+"""Fake quantization of weights: a step that rounds in the forward pass and is straight-through
+behind."""
 
 import math
 from collections.abc import Mapping
@@ -22,9 +23,9 @@ class FakeQuantize(Step):
 
     A "minmax" range follows the weight at every step. "percentile" and "mse" ranges are fixed from
     `weight` when the quantizer is made, because searching at each step is slow. With `learned` the
-    step size starts there and is trained (LSQ, arXiv:1902.08153), as |scale| * unit with scale at first
-    `first_step`, because optimizers like Adam move a parameter by the learning rate however small it
-    is: an INT8 step of 0.001 would be gone at once.
+    step size starts there and is trained (LSQ, arXiv:1902.08153), as |scale| * unit with scale at
+    first `first_step`, because optimizers like Adam move a parameter by the learning rate however
+    small it is: an INT8 step of 0.001 would be gone at once.
 
     Args:
         weight: the tensor to be quantized, which fixes shape and ranges.
@@ -69,17 +70,21 @@ class FakeQuantize(Step):
         return formats.from_blocks(part.expand(-1, length), self.shape, self.format)
 
     def grid(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale (blocks, 1), exactly as the artifact stores it, and zero point (blocks, 1) or None."""
+        """Scale (blocks, 1), exactly as the artifact stores it, and zero point (blocks, 1) or
+        None."""
         if self.scale is None:
             return formats.choose_grid(self.blocks(weight), self.format)
         if not self.learned:
             return self.scale, self.zero
         step = self.scale.abs() * self.unit
-        return formats.round_scale(step.detach(), self.format.scale) + (step - step.detach()), self.zero
+        return formats.round_scale(step.detach(), self.format.scale) + (
+            step - step.detach()
+        ), self.zero
 
     @torch.no_grad()
     def set_grid(self, scale: Tensor, zero: Tensor | None = None) -> None:
-        """Overwrites a fixed or learned grid, or fixes one that followed the weight; (blocks, 1)."""
+        """Overwrites a fixed or learned grid, or fixes one that followed the weight; (blocks,
+        1)."""
         scale = formats.round_scale(scale, self.format.scale)
         if self.scale is None:
             self.scale, self.zero = scale, zero
@@ -104,7 +109,8 @@ class FakeQuantize(Step):
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes int8 (rows, columns), scale and zero point (blocks, 1): what `forward` multiplies."""
+        """Codes int8 (rows, columns), scale and zero point (blocks, 1): what `forward`
+        multiplies."""
         scale, zero = self.grid(weight)
         codes = formats.quantize(self.blocks(weight), scale, zero, self.format)
         return formats.from_blocks(codes, self.shape, self.format), scale.detach(), zero
@@ -119,7 +125,9 @@ class FakeQuantize(Step):
             return entry
         if self.learned:
             entry["learned"] = self.first_step
-        elif self.format.range == "minmax" and (self.scale is not None or not torch.equal(self(stored), stored)):
+        elif self.format.range == "minmax" and (
+            self.scale is not None or not torch.equal(self(stored), stored)
+        ):
             entry["fixed"] = 1
         codes, scale, zero = (None if t is None else t.cpu() for t in self.codes(x))
         for part in formats.stored_scale(scale, self.format.scale):
@@ -131,7 +139,9 @@ class FakeQuantize(Step):
         return entry
 
     @classmethod
-    def decode(cls, entry: dict, read, weight: Weight, stored: None, parts) -> tuple["FakeQuantize", Tensor]:
+    def decode(
+        cls, entry: dict, read, weight: Weight, stored: None, parts
+    ) -> tuple["FakeQuantize", Tensor]:
         format, view = Format(**entry.get("format", {})), _stored_view(entry, weight)
         dtype = weight.original.dtype
         if format.bits == 16:
@@ -143,7 +153,9 @@ class FakeQuantize(Step):
         if not format.symmetric:
             zero = read.tensor((count,), torch.int8).float()[:, None]
         learned = entry.get("learned", 0)
-        made = cls(torch.zeros(()), format, view, bool(learned), learned or FIRST_STEP, (scale, zero))
+        made = cls(
+            torch.zeros(()), format, view, bool(learned), learned or FIRST_STEP, (scale, zero)
+        )
         origin = None if zero is None else made.spread(zero).to(torch.int32)
         codes = read.codes(made.shape, format.bits, origin)
         blocks = formats.dequantize(formats.to_blocks(codes, format), scale, zero)
@@ -178,7 +190,8 @@ class FakeQuantize(Step):
 
 
 def _stored_view(entry: dict, weight: Weight) -> MatrixView:
-    """The view that a file means by its number of rows, negative if the weight is held transposed."""
+    """The view that a file means by its number of rows, negative if the weight is held
+    transposed."""
     shape = tuple(weight.original.shape)
     rows, transposed = abs(entry.get("rows", 0)), entry.get("rows", 0) < 0
     flat = MatrixView(shape, (1, *shape)) if len(shape) > 1 else column_view(shape)
@@ -209,9 +222,9 @@ def quantize_weights(
     """Fake-quantizes weights of the model, in place, and returns it.
 
     Args:
-        plan: one format for every weight of two or more dimensions (stacked biases are none), or shell
-            patterns of dotted names to formats, of which a weight takes the first that matches (None:
-            leave it in float32).
+        plan: one format for every weight of two or more dimensions (stacked biases are none), or
+            shell patterns of dotted names to formats, of which a weight takes the first that
+            matches (None: leave it in float32).
     A weight that is quantized already gets the new format; masks stay in front of it, transforms of
     token tables behind it. Raises ValueError for a pattern without a match and for weights that are
     not finite; the model is untouched then.

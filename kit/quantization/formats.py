@@ -1,10 +1,10 @@
 """Number formats and the arithmetic of uniform quantization, as pure functions of tensors.
 
 A tensor is viewed as a matrix (rows, columns), and the matrix as blocks that share one scale: the
-whole tensor, a row ("channel"), `group_size` neighbours in a row ("group") or `group_size` whole rows
-("rows"). Every function below works on blocks, shape (blocks, length), with scale and zero point of
-shape (blocks, 1). Quantization follows Jacob et al. 2018 (arXiv:1712.05877), eq. 1:
-x = scale * (code - zero).
+whole tensor, a row ("channel"), `group_size` neighbours in a row ("group") or `group_size` whole
+rows ("rows"). Every function below works on blocks, shape (blocks, length), with scale and zero
+point of shape (blocks, 1). Quantization follows Jacob et al. 2018 (arXiv:1712.05877), eq. 1: x =
+scale * (code - zero).
 """
 
 import dataclasses
@@ -33,15 +33,16 @@ SHRINKAGES = 65  # ranges that "mse" tries
 class Format:
     """How numbers are stored.
 
-    bits: 2, 3, 4, 5, 6 or 8 for integer codes, "ternary" for {-1, 0, 1}, 16 for IEEE half precision.
+    bits: 2, 3, 4, 5, 6 or 8 for integer codes, "ternary" for {-1, 0, 1}, 16 for IEEE half
+        precision.
     symmetric: zero point 0 and scale = max|x| / qmax; otherwise the range [min, max], widened to
         contain 0.
-    granularity: what shares a scale: "tensor", "channel" (a row), "group" (`group_size` neighbours in a
-        row) or "rows" (`group_size` rows); the last group may be shorter.
+    granularity: what shares a scale: "tensor", "channel" (a row), "group" (`group_size` neighbours
+        in a row) or "rows" (`group_size` rows); the last group may be shorter.
     range: "minmax", "percentile" (99.9 % of |x|, clipped beyond) or "mse" (the clipping of least
         squared error).
-    scale: how a scale is stored: "float32", "float16" or "log8" (8 bits, 16 steps an octave below the
-        largest).
+    scale: how a scale is stored: "float32", "float16" or "log8" (8 bits, 16 steps an octave below
+        the largest).
 
     >>> Format(4, granularity="group", group_size=64).qmax
     7
@@ -150,15 +151,17 @@ def restored_scale(parts: Sequence[Tensor], kind: str) -> Tensor:
 
 
 def round_scale(scale: Tensor, kind: str) -> Tensor:
-    """The float32 value that `scale` (blocks, 1) has after being stored as `kind`, up rather than down,
-    so that a range is still covered. Raises ValueError for a scale beyond float16's range."""
+    """The float32 value that `scale` (blocks, 1) has after being stored as `kind`, up rather than
+    down, so that a range is still covered. Raises ValueError for a scale beyond float16's range."""
     if scale.numel() == 0:
         return scale.float()
     if kind == "log8":
         return restored_scale(stored_scale(scale, kind), kind)
     if kind == "float16":
         if scale.max() > 65504:
-            raise ValueError(f"a scale of {scale.max():.3g} exceeds float16 (65504): use Format(scale='float32')")
+            raise ValueError(
+                f"a scale of {scale.max():.3g} exceeds float16 (65504): use Format(scale='float32')"
+            )
         half = scale.float().half()
         scale = (half.view(torch.int16) + (half.float() < scale)).view(torch.float16)
     return scale.float().clamp(min=SMALLEST_SCALE[kind])
@@ -168,17 +171,21 @@ def check_weights(x: Tensor, what: str = "tensor") -> None:
     """Raises ValueError for what no real quantizer can hold: complex, integer, NaN or infinite."""
     if x.is_complex():
         raise ValueError(
-            f"{what} is complex ({x.dtype}): a real quantizer would drop the imaginary part; use ComplexQuantizer"
+            f"{what} is complex ({x.dtype}): a real quantizer would drop the imaginary part; "
+            "use ComplexQuantizer"
         )
     if not x.is_floating_point():
         raise ValueError(f"{what} has dtype {x.dtype}: quantization expects floating point values")
     if not torch.isfinite(x).all():
         count = (~torch.isfinite(x)).sum().item()
-        raise ValueError(f"{what} holds {count} NaN or infinite values: restore a finite checkpoint first")
+        raise ValueError(
+            f"{what} holds {count} NaN or infinite values: restore a finite checkpoint first"
+        )
 
 
 def grid_of_range(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of the range [low, high], low <= 0 <= high; None for a symmetric format."""
+    """Scale and zero point of the range [low, high], low <= 0 <= high; None for a symmetric
+    format."""
     if format.symmetric:
         return round_scale(torch.maximum(-low, high) / format.qmax, format.scale), None
     scale = round_scale((high - low) / (format.qmax - format.qmin), format.scale)
@@ -186,8 +193,8 @@ def grid_of_range(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Te
 
 
 def _percentile(x: Tensor, share: float) -> Tensor:
-    """The value (blocks, 1) that `share` of a block does not exceed, NaN left out; torch.quantile stops
-    at 2**24 values."""
+    """The value (blocks, 1) that `share` of a block does not exceed, NaN left out; torch.quantile
+    stops at 2**24 values."""
     ordered, count = x.sort(dim=1).values, (~x.isnan()).sum(1, keepdim=True)
     return ordered.gather(1, (torch.ceil(share * count).long() - 1).clamp(min=0))
 
@@ -219,10 +226,13 @@ def choose_grid(blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
     return round_scale(scale, format.scale), zero
 
 
-def quantize(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format, generator=None) -> Tensor:
+def quantize(
+    x: Tensor, scale: Tensor, zero: Tensor | None, format: Format, generator=None
+) -> Tensor:
     """Integer codes (int8) of x: round(x / scale) + zero, saturated at [qmin, qmax].
 
-    With a `generator` the rounding is stochastic: up with the probability of the fraction, so unbiased.
+    With a `generator` the rounding is stochastic: up with the probability of the fraction, so
+    unbiased.
     """
     q = x.float() / scale
     if generator is not None:
@@ -255,7 +265,9 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx, grad):
         step = ctx.step_gradient
         if ctx.compiled:
-            grad_x, grad_scale = kernels.fake_quantize_backward(*ctx.saved_tensors, *ctx.range, grad)
+            grad_x, grad_scale = kernels.fake_quantize_backward(
+                *ctx.saved_tensors, *ctx.range, grad
+            )
             return grad_x, grad_scale * step if step else None, None, None, None, None
         ratio, q, unclipped, zero = ctx.saved_tensors
         inside = q == unclipped
@@ -269,11 +281,11 @@ class _FakeQuantize(torch.autograd.Function):
 def fake_quantize(
     x: Tensor, scale: Tensor, zero: Tensor | None, format: Format, step_gradient: float = 0.0
 ) -> Tensor:
-    """Quantize and dequantize with a straight-through gradient, zero where x saturates (Bengio et al.
-    2013).
+    """Quantize and dequantize with a straight-through gradient, zero where x saturates (Bengio et
+    al. 2013).
 
-    x (blocks, length); scale (blocks, 1) or any shape that broadcasts. `step_gradient` > 0 also gives the
-    scale its gradient, times that factor: learned step size quantization (Esser et al. 2020,
-    arXiv:1902.08153, eq. 3), which recommends 1 / sqrt(length * qmax).
+    x (blocks, length); scale (blocks, 1) or any shape that broadcasts. `step_gradient` > 0 also
+    gives the scale its gradient, times that factor: learned step size quantization (Esser et al.
+    2020, arXiv:1902.08153, eq. 3), which recommends 1 / sqrt(length * qmax).
     """
     return _FakeQuantize.apply(x, scale, zero, format.qmin, format.qmax, step_gradient)

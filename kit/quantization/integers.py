@@ -22,7 +22,8 @@ from kit.quantization.plans import INT4_GROUPS, INT8
 
 
 class GroupWiseQuantizer(nn.Module):
-    """A tensor as packed integer codes and a scale a group: `encode` stores it, a call gives it back.
+    """A tensor as packed integer codes and a scale a group: `encode` stores it, a call gives it
+    back.
 
     128 weights a group in 4 bits by default, so 0.5 byte a weight and a float16 scale for each 128.
 
@@ -94,8 +95,12 @@ def _packed(module: nn.Module, attribute: str = "weight") -> GroupWiseQuantizer:
     weight = weight_of(module, attribute)
     quantizer = packable(weight)
     if quantizer is None:
-        raise ValueError(f"{type(module).__name__}.{attribute} is not quantized: call quantize_weights first")
-    return GroupWiseQuantizer(quantizer.format).take(quantizer, weight.before(quantizer.rank).detach())
+        raise ValueError(
+            f"{type(module).__name__}.{attribute} is not quantized: call quantize_weights first"
+        )
+    return GroupWiseQuantizer(quantizer.format).take(
+        quantizer, weight.before(quantizer.rank).detach()
+    )
 
 
 def _fixed(value: Tensor | None) -> nn.Parameter | None:
@@ -141,11 +146,11 @@ class QuantizedEmbedding(nn.Module):
 
 
 class QuantizedMoELayer(MoE):
-    """A mixture of experts with packed experts and router; interface and shapes are those of the float
-    layer.
+    """A mixture of experts with packed experts and router; interface and shapes are those of the
+    float layer.
 
-    Made from a MoE whose weights carry FakeQuantize steps (raises ValueError if w_in or w_out do not);
-    `from_float` gives a float layer INT4 experts in groups of 128 and an INT8 router.
+    Made from a MoE whose weights carry FakeQuantize steps (raises ValueError if w_in or w_out do
+    not); `from_float` gives a float layer INT4 experts in groups of 128 and an INT8 router.
     """
 
     def __init__(self, moe: MoE):
@@ -158,7 +163,9 @@ class QuantizedMoELayer(MoE):
         self.register_buffer("usage", moe.usage.clone(), persistent=False)
 
     @classmethod
-    def from_float(cls, moe: MoE, experts: Format = INT4_GROUPS, router: Format = INT8) -> "QuantizedMoELayer":
+    def from_float(
+        cls, moe: MoE, experts: Format = INT4_GROUPS, router: Format = INT8
+    ) -> "QuantizedMoELayer":
         return cls(quantize_weights(materialize(moe), {"w_*": experts, "router.weight": router}))
 
     @property
@@ -178,9 +185,9 @@ LAYERS = {
 
 
 def pack_layers(model: nn.Module) -> nn.Module:
-    """A copy for inference with packed layers in place of quantized Linear, Embedding and MoE layers;
-    other weights are multiplied out. Its outputs equal those of `model` in evaluation mode, to the last
-    bit. A weight that several layers share is packed in each of them.
+    """A copy for inference with packed layers in place of quantized Linear, Embedding and MoE
+    layers; other weights are multiplied out. Its outputs equal those of `model` in evaluation mode,
+    to the last bit. A weight that several layers share is packed in each of them.
     """
     made = {name: layer for name, module in model.named_modules() if (layer := _pack(module))}
     if "" in made:

@@ -6,12 +6,14 @@ TRITS = np.array([1, 3, 9, 27, 81], np.uint8)
 
 
 def packed_bytes(count: int, bits: int | str) -> int:
-    """Bytes that `count` codes take: bits / 8 each, or five ternary codes a byte, rounded up once."""
+    """Bytes that `count` codes take: bits / 8 each, or five ternary codes a byte, rounded up
+    once."""
     return -(-count // 5) if bits == "ternary" else -(-count * bits // 8)
 
 
 def pack(codes: np.ndarray, bits: int | str) -> bytes:
-    """Signed codes of a `bits`-wide two's-complement range (or -1, 0, 1 if "ternary") as a dense bit stream.
+    """Signed codes of a `bits`-wide two's-complement range (or -1, 0, 1 if "ternary") as a dense
+    bit stream.
 
     >>> len(pack(np.array([-4, 3, 0]), 3))
     2
@@ -31,7 +33,9 @@ def unpack(data: bytes, count: int, bits: int | str) -> np.ndarray:
     """The `count` int8 codes that `pack` wrote; len(data) must be `packed_bytes(count, bits)`."""
     raw = np.frombuffer(data, np.uint8)
     if bits == "ternary":
-        return ((raw[:, None] // TRITS % 3).reshape(-1)[:count].astype(np.int16) - 1).astype(np.int8)
+        return ((raw[:, None] // TRITS % 3).reshape(-1)[:count].astype(np.int16) - 1).astype(
+            np.int8
+        )
     if bits == 8:
         return (raw.astype(np.int16) - 128).astype(np.int8)
     planes = np.unpackbits(raw, bitorder="little")[: count * bits].reshape(count, bits)

@@ -1,47 +1,48 @@
-"""Token tables in few bits: rows composed of the rows of the tokens that byte-pair encoding merged, in
-a basis that suits the loss, and ordered by frequency.
+"""Token tables in few bits: rows composed of the rows of the tokens that byte-pair encoding merged,
+in a basis that suits the loss, and ordered by frequency.
 
-Composition. A token is two shorter tokens side by side ("compression" from "com" and "pression"), so
-its row is predicted by theirs and only a residual r_i is trained and stored (predictive coding along
-the tree of merges; subword sums as in fastText, Bojanowski et al. 2017, arXiv:1607.04606):
+Composition. A token is two shorter tokens side by side ("compression" from "com" and "pression"),
+so its row is predicted by theirs and only a residual r_i is trained and stored (predictive coding
+along the tree of merges; subword sums as in fastText, Bojanowski et al. 2017, arXiv:1607.04606):
 
     c_i = r_i + a * c_left(i) + b * c_right(i)        (elementwise; two learned vectors a table)
 
 Rows of the table are c_i B. Codes share one step over all columns, which is right where an error
 costs the same in each and no column tells of another (Goyal 2001, "Theoretical foundations of
-transform coding"). So B undoes two changes of coordinates: by F^1/2, with F the columns' factor of the
-Fisher information (Martens and Grosse 2015, arXiv:1503.05671), and onto the principal axes.
+transform coding"). So B undoes two changes of coordinates: by F^1/2, with F the columns' factor of
+the Fisher information (Martens and Grosse 2015, arXiv:1503.05671), and onto the principal axes.
 
-Order. What an error in a row costs goes with the token's frequency, so rows of like frequency share a
-step and are coded together. Rows are kept by class, log4 of the token's frequency, within a class in
-the tokenizer's order. Where the merges are known the classes are nearly told by them: a token occurs
-as often as it was merged, less the merges that took it into longer ones,
+Order. What an error in a row costs goes with the token's frequency, so rows of like frequency share
+a step and are coded together. Rows are kept by class, log4 of the token's frequency, within a class
+in the tokenizer's order. Where the merges are known the classes are nearly told by them: a token
+occurs as often as it was merged, less the merges that took it into longer ones,
 
     n_i = m_i - sum over j made of i of m_j,
 
-and merges come in falling order of m, a smooth curve of which a few points suffice. What is stored is
-the difference from the class so expected, in integers, so that a file is read alike everywhere.
+and merges come in falling order of m, a smooth curve of which a few points suffice. What is stored
+is the difference from the class so expected, in integers, so that a file is read alike everywhere.
 """
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from kit.core.weights import Weight, gradients, weights
 from kit.core.steps import Step, register_step
+from kit.core.weights import Weight, gradients, weights
 from kit.models.moe import Permute
 from kit.quantization import kernels
 from kit.quantization.fake import FakeQuantize
 from kit.quantization.formats import Format
 
 BASIS = Format(4)  # residuals are taken in the rounded basis, so that it may be coarse
-LEAST_CURVATURE = 1e-2  # of a direction, relative to the mean: flatter ones are not flat further away
+LEAST_CURVATURE = 1e-2  # of a direction, relative to the mean: flatter ones are not, further away
 LEAST_SENSITIVITY = 1e-8  # relative to the largest: rows that no gradient reached
-LEVEL = 0.15  # power of the sensitivity by which a and b fit a row: the many rare ones live on their parts
+# power of the sensitivity by which a and b fit a row: the many rare ones live on their parts
+LEVEL = 0.15
 MOST = 2**31 - 1  # that the coder takes
 
 
@@ -53,7 +54,7 @@ def compose_by_levels(residual: Tensor, left: Tensor, right: Tensor, levels) -> 
     return rows
 
 
-def compose_by_levels_backward(rows: Tensor, left: Tensor, right: Tensor, levels, grad: Tensor) -> tuple:
+def compose_by_levels_backward(rows: Tensor, left: Tensor, right: Tensor, levels, grad: Tensor):
     """Its adjoint, the longest tokens first."""
     grad, d_left, d_right = grad.clone(), torch.zeros_like(left), torch.zeros_like(right)
     for at, first, second in reversed(levels):
@@ -90,14 +91,15 @@ def checksum(parts: np.ndarray) -> int:
 
 def _check_parts(entry: dict, parts: np.ndarray | None) -> None:
     if parts is None:
-        raise ValueError("it is made of the tokenizer's merges: pass load(path, parts=tokenizer.parts)")
+        raise ValueError("it is made of merges: pass load(path, parts=tokenizer.parts)")
     if checksum(parts) != entry["parts"]:
-        raise ValueError("it was made with another tokenizer's merges than the parts given: use its own")
+        raise ValueError("it was made with another tokenizer's merges: pass its own parts")
 
 
 @register_step("composition")
 class Composition(Step):
-    """Residuals (V, D) -> rows (V, D), float32. The basis (D, D) begins as the identity, is not trained.
+    """Residuals (V, D) -> rows (V, D), float32. The basis (D, D) begins as the identity, is not
+    trained.
 
     Args:
         parts: int (V, 2), the two tokens that each token is made of, both before it, or -1 twice
@@ -112,12 +114,13 @@ class Composition(Step):
         super().__init__()
         self.parts = np.ascontiguousarray(parts, np.int32)
         if self.parts.ndim != 2 or (self.parts.max(1) >= np.arange(len(self.parts))).any():
-            raise ValueError("a token's parts must come before it: pass the `parts` of a BPETokenizer")
+            raise ValueError("a token's parts must come before it: pass BPETokenizer.parts")
         depth = np.zeros(len(self.parts), np.int64)
         for token in np.flatnonzero(self.parts[:, 0] >= 0):
             depth[token] = 1 + depth[self.parts[token]].max()
         at = [np.flatnonzero(depth == d) for d in range(1, depth.max() + 1)]
-        self.levels = [tuple(map(torch.from_numpy, (i, *self.parts[i].T.astype(np.int64)))) for i in at]
+        pairs = self.parts.T.astype(np.int64)
+        self.levels = [tuple(map(torch.from_numpy, (i, *pairs[:, i]))) for i in at]
         self.left, self.right = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
         self.register_buffer("basis", torch.eye(width))
         self.rounding = FakeQuantize(self.basis, BASIS)
@@ -137,7 +140,7 @@ class Composition(Step):
         return {"parts": checksum(self.parts), "basis": basis}
 
     @classmethod
-    def decode(cls, entry: dict, read, weight: Weight, stored: Tensor, parts) -> tuple["Composition", None]:
+    def decode(cls, entry: dict, read, weight, stored: Tensor, parts) -> tuple["Composition", None]:
         _check_parts(entry, parts)
         made = cls(parts, stored.shape[1])
         for factor in (made.left, made.right):
@@ -167,7 +170,8 @@ class Composition(Step):
 
     @torch.no_grad()
     def _factors(self, rows: Tensor, importance: Tensor) -> Tensor:
-        """Sets a and b by least squares, each row weighted (V,), and returns the residuals (V, D)."""
+        """Sets a and b by least squares, each row weighted (V,), and returns the residuals (V,
+        D)."""
         at, first, second = (torch.cat(x) for x in zip(*self.levels))
         y, x = rows[at], torch.stack([rows[first], rows[second]], -1)
         w = importance[at][:, None, None]
@@ -187,36 +191,37 @@ def _half(x: Tensor) -> Tensor:
 
 
 def _tables(model: nn.Module, size: int, matrices: bool, allowed: type | None) -> list[Weight]:
-    """The weights with an entry for each of `size` tokens, on which nothing but `allowed` steps is."""
+    """The weights with an entry for each of `size` tokens, on which nothing but `allowed` steps
+    is."""
     found = [w for w in weights(model) if w.original.shape[:1] == (size,)]
     found = [w for w in found if w.original.ndim == 2 or not matrices]
     if not found:
         raise ValueError(
-            f"no weight of {type(model).__name__} has the {size:,} rows of a token table: pass what "
-            "belongs to the vocabulary it was trained with"
+            f"no weight of {type(model).__name__} has the {size:,} rows of a token table: pass "
+            "what belongs to the vocabulary it was trained with"
         )
     for weight in found:
         for step in weight.steps:
             if allowed is None or not isinstance(step, allowed):
-                raise ValueError(f"{weight.name!r} carries a {step.kind} step: arrange tables before that")
+                raise ValueError(f"{weight.name!r} carries a {step.kind} step: arrange it before")
     return found
 
 
-def compose_tables(model: nn.Module, parts: np.ndarray, batches: Iterable, loss: Callable) -> nn.Module:
+def compose_tables(model: nn.Module, parts: np.ndarray, batches: Iterable, loss) -> nn.Module:
     """Puts a `Composition` on every matrix with a row for each token (embedding, output layer), in
     place, and returns the model. What it computes stays the same.
 
     Args:
-        loss: loss(model, batch) -> scalar, whose gradients on `batches` say what an error in a row or
-            a column costs.
+        loss: loss(model, batch) -> scalar, whose gradients on `batches` say what an error in a row
+            or a column costs.
     Raises ValueError when no matrix has as many rows as `parts`, and for one that carries steps.
     """
     tables = {weight.name: weight for weight in _tables(model, len(parts), True, None)}
     factors = dict.fromkeys(tables, (0.0, 0.0))
     for grads in gradients(model, batches, loss):
         for name in tables:
-            rows, columns = factors[name]
-            factors[name] = rows + grads[name].square().mean(1), columns + grads[name].T @ grads[name]
+            (rows, columns), grad = factors[name], grads[name]
+            factors[name] = rows + grad.square().mean(1), columns + grad.T @ grad
     for name, weight in tables.items():
         composition = Composition(parts, weight.original.shape[1]).to(weight.original.device)
         weight.assign(composition.fit(weight.original.detach(), *factors[name]))
@@ -225,7 +230,8 @@ def compose_tables(model: nn.Module, parts: np.ndarray, batches: Iterable, loss:
 
 
 def frequency_classes(counts: np.ndarray, top: int) -> np.ndarray:
-    """round(log4((top + 1) / (count + 1))) for counts (V,): int64, 0 for the most frequent, halves up."""
+    """round(log4((top + 1) / (count + 1))) for counts (V,): int64, 0 for the most frequent, halves
+    up."""
     return sum((top + 1) >> (2 * j + 1) >= counts + 1 for j in range(16)).astype(np.int64)
 
 
@@ -236,8 +242,8 @@ def _points(size: int) -> np.ndarray:
 
 
 def merge_curve(counts: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """Largest count, and how often the tokens of `_points` were merged (0 for single bytes), from counts
-    (V,) and parts (V, 2)."""
+    """Largest count, and how often the tokens of `_points` were merged (0 for single bytes), from
+    counts (V,) and parts (V, 2)."""
     merged = np.array(counts, np.int64)
     for token in range(len(parts) - 1, -1, -1):
         for part in parts[token]:
@@ -249,8 +255,8 @@ def merge_curve(counts: np.ndarray, parts: np.ndarray) -> np.ndarray:
 
 
 def expected_classes(curve: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """Class of each token as far as `merge_curve` and parts tell; m times the token's number is linear
-    between points."""
+    """Class of each token as far as `merge_curve` and parts tell; m times the token's number is
+    linear between points."""
     (top, *merged), ids, points = curve, np.arange(len(parts)), _points(len(parts))
     right = np.searchsorted(points, np.maximum(ids, 1)).clip(1)
     (a, b), (m_a, m_b) = ((x[right - 1], x[right]) for x in (points, np.array(merged)))
@@ -291,7 +297,7 @@ class RowOrder(Step):
         return {"parts": checksum(self.parts)}
 
     @classmethod
-    def decode(cls, entry: dict, read, weight: Weight, stored: Tensor, parts) -> tuple["RowOrder", None]:
+    def decode(cls, entry: dict, read, weight, stored: Tensor, parts) -> tuple["RowOrder", None]:
         count = len(stored)
         if "parts" not in entry:
             return cls(read.integers(count)), None
@@ -303,8 +309,8 @@ class RowOrder(Step):
 
 
 def order_rows(model: nn.Module, counts: np.ndarray) -> nn.Module:
-    """Puts one `RowOrder` on every weight with an entry for each token (embedding, output layer and its
-    bias), in place, and returns the model. What it computes stays the same.
+    """Puts one `RowOrder` on every weight with an entry for each token (embedding, output layer and
+    its bias), in place, and returns the model. What it computes stays the same.
 
     counts: (V,), how often each token occurs in the training data.
     Raises ValueError when no weight has as many rows, and for one that carries other steps than a
