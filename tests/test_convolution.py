@@ -3,13 +3,15 @@ import torch
 import torch.nn.functional as F
 
 from kit.models import bk_kernels
-from kit.models.convolution import causal_convolution
+from kit.models.bk_core import causal_convolution
 
 
 def draw(batch=2, steps=9, channels=5, taps=4, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     shapes = (batch, steps, channels), (channels, 1, taps), (channels,)
-    return [torch.randn(shape, dtype=dtype, generator=generator).requires_grad_() for shape in shapes]
+    return [
+        torch.randn(shape, dtype=dtype, generator=generator).requires_grad_() for shape in shapes
+    ]
 
 
 def by_torch(x, weight, bias):

@@ -50,14 +50,14 @@ def build_model(class_name: str, config: dict) -> nn.Module:
 def recipe(model: nn.Module) -> dict | None:
     """Name and config that rebuild one of the kit's own models; None for any other."""
     kind = class_of(model)
-    name = kind.__name__
-    if name not in MODELS or kind is not MODELS[name][0]:
+    if MODELS.get(kind.__name__, (None,))[0] is not kind:
         return None
-    return {"class": name, "config": dataclasses.asdict(model.config)}
+    return {"class": kind.__name__, "config": dataclasses.asdict(model.config)}
 
 
 def refresh_config(model: nn.Module) -> None:
-    """Makes the config of one of the kit's own models describe the shapes that it has now.
+    """Makes the config of one of the kit's own models describe the shapes that it has now: its
+    method `shapes` gives the fields that pruning changes, as its layers have them.
 
     Raises ValueError when no config has these shapes, so that the model could not be rebuilt.
     """

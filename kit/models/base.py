@@ -7,11 +7,8 @@ from kit.core import protocols
 
 
 class Config:
-    """Base of the models' frozen dataclasses.
-
-    Raises ValueError for an integer field (or entry of a tuple field) below 1 and for a dropout
-    outside [0, 1).
-    """
+    """Base of the models' frozen dataclasses. Raises ValueError for an integer, also in a tuple,
+    below 1 and for a dropout outside [0, 1)."""
 
     def __post_init__(self):
         name = type(self).__name__
@@ -71,7 +68,7 @@ class LanguageModel(protocols.LanguageModel):
         return super().forward(tokens)
 
     def auxiliary_loss(self) -> Tensor:
-        """Sum of the load-balancing losses of the last forward pass (scalar; 0 without
-        mixtures)."""
+        """Sum of the load-balancing losses of the last forward pass, a scalar; 0 without
+        experts."""
         losses = [m.balance_loss for m in self.modules() if hasattr(m, "balance_loss")]
-        return torch.stack(losses).sum() if losses else super().auxiliary_loss()
+        return torch.stack(losses).sum() if losses else self.embedding.weight.new_zeros(())

@@ -1,12 +1,10 @@
-"""The BK-core: diagonal entries of resolvents of tridiagonal operators, in O(N), with exact
-gradients.
+"""The BK-core, diagonal entries of resolvents of tridiagonal operators, in O(N) with exact
+gradients; and the causal convolution in front of it.
 
 Each channel is an operator with diagonal x_i, off-diagonal products p_i linking i-1 and i, and the
 complex shift i*eta. `left_resolvent` is causal, `resolvent_diagonal` looks at both sides, and
 `staggered_reflection` is what the language model mixes tokens by.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -43,16 +41,14 @@ def _checked(x: Tensor, p: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]
     parts = x, p, eta
     if torch.is_autocast_enabled(x.device.type):
         parts = tuple(part if part.dtype == torch.float64 else part.float() for part in parts)
-    dtypes = [part.dtype for part in parts]
     if x.ndim != 3 or p.shape != x.shape or eta.shape != x.shape[2:] or not x.numel():
-        shapes, need = (
-            ", ".join(str(tuple(t.shape)) for t in parts),
-            "(B, N, C), (B, N, C) and (C,)",
-        )
-        raise ValueError(f"x, p, eta have shapes {shapes}: give {need}, none of them empty")
+        there = ", ".join(str(tuple(part.shape)) for part in parts)
+        need = "(B, N, C), (B, N, C) and (C,), none of them empty"
+        raise ValueError(f"x, p, eta have shapes {there}: give {need}")
+    dtypes = [part.dtype for part in parts]
     if dtypes not in ([torch.float32] * 3, [torch.float64] * 3):
-        names = ", ".join(str(dtype) for dtype in dtypes)
-        raise ValueError(f"x, p, eta are {names}: give all float32 or all float64")
+        there = ", ".join(map(str, dtypes))
+        raise ValueError(f"x, p, eta are {there}: give all float32 or all float64")
     if not (eta > 0).all():
         least = f"its smallest value is {eta.min().item():g}"
         raise ValueError(f"eta must be positive in every channel, but {least}")
@@ -63,17 +59,11 @@ def left_resolvent(x: Tensor, p: Tensor, eta: Tensor) -> Tensor:
     """Causal resolvent g_i = 1 / (x_i - 1j*eta - p_i g_{i-1}), g_{-1} = 0: the last diagonal entry
     of the inverse of the operator cut off at i.
 
-    Args:
-        x: (B, N, C) float32 or float64, the real diagonal.
-        p: (B, N, C) >= 0, not checked; p[:, i] links i-1 and i, p[:, 0] is ignored.
-        eta: (C,) > 0.
-
-    Returns:
-        g (B, N, C), complex64 or complex128, with Im g > 0, |g| <= 1/eta and exact gradients for
-        all three arguments. Autocast leaves it in float32.
-
-    Raises:
-        ValueError: other shapes or dtypes, or eta <= 0.
+    x (B, N, C) float32 or float64: the real diagonal. p (B, N, C) >= 0, not checked: p[:, i] links
+    i-1 and i, p[:, 0] is ignored. eta (C,) > 0. Returns g (B, N, C), complex64 or complex128, with
+    Im g > 0, |g| <= 1/eta and exact gradients for all three arguments; autocast leaves it in
+    float32.
+    Raises ValueError for other shapes or dtypes and for eta <= 0.
     """
     if torch.compiler.is_exporting():
         return torch.complex(*left_resolvent_pair(x, p, eta))
@@ -81,9 +71,7 @@ def left_resolvent(x: Tensor, p: Tensor, eta: Tensor) -> Tensor:
     return apply(backend.resolve, backend.resolve_backward, *_checked(x, p, eta))
 
 
-def resolvent_diagonal(
-    x: Tensor, p: Tensor, eta: Tensor, left: Callable[..., Tensor] = left_resolvent
-) -> Tensor:
+def resolvent_diagonal(x: Tensor, p: Tensor, eta: Tensor, left=left_resolvent) -> Tensor:
     """Diagonal of the inverse of the whole operator, 1 / (x_i - 1j*eta - p_i gL_{i-1} - p_{i+1}
     gR_{i+1}) with the left resolvent gL and its mirror image gR: every entry depends on the past
     and the future.
@@ -139,3 +127,24 @@ def staggered_reflection_pair(x: Tensor, p: Tensor, eta: Tensor) -> tuple[Tensor
     real, imag = left_resolvent_pair(x * sign, p, eta)
     scale = 1 / (real * real + (imag + 1) * (imag + 1))
     return (real * real + imag * imag - 1) * scale, -2 * real * scale * sign
+
+
+def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """y_i = bias + sum_k weight[:, 0, k] x_{i-K+1+k} with zeros before the first step: torch's
+    conv1d of one group a channel, padded on the left.
+
+    x (B, N, D); weight (D, 1, K) and bias (D,) as in `nn.Conv1d(D, D, K, groups=D)`; returns (B, N,
+    D). float32 and float64 on CPU run in a compiled kernel, anything else in conv1d. Raises
+    ValueError for other shapes.
+    """
+    parts, width = (x, weight, bias), x.shape[-1:]
+    if x.ndim != 3 or weight.ndim != 3 or bias.shape != width or weight.shape[:2] != (*width, 1):
+        there = ", ".join(str(tuple(part.shape)) for part in parts)
+        need = "(B, N, D), (D, 1, K) and (D,)"
+        raise ValueError(f"x, weight, bias have shapes {there}: give {need}")
+    fits = x.dtype in (torch.float32, torch.float64) and x.dtype == weight.dtype == bias.dtype
+    if fits and x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
+        kernels = bk_kernels.convolve, bk_kernels.convolve_backward
+        return apply(*kernels, x, weight[:, 0].t(), bias)
+    padded = F.pad(x.transpose(1, 2), (weight.shape[2] - 1, 0))
+    return F.conv1d(padded, weight, bias, groups=x.shape[2]).transpose(1, 2)

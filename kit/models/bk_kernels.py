@@ -1,15 +1,15 @@
 """The BK mixer on CPU: compiled kernels for the resolvent and its reflection coefficient, the gate
 behind it, the causal convolution before it, and their adjoints.
 
-Arrays are C-contiguous and channel-last; a complex number lies as a (real, imag) pair in the last
-dimension. A kernel runs step after step, vectorized over channels, on one tile: batch rows [first,
-last) and channels [low, high). The tiles are shared out among torch.get_num_threads() threads. LLVM
-vectorizes a loop only if at most eight comparisons of pointers tell that its arrays do not overlap:
-hence the slices, and short loops over few arrays.
+Arrays are C-contiguous and channel-last; a complex number is a (real, imag) pair in the last
+dimension. A kernel runs step after step, vectorized over channels, on a tile: batch rows [first,
+last) and channels [low, high). torch.get_num_threads() threads share the tiles. LLVM vectorizes a
+loop only if at most eight comparisons of pointers tell that its arrays do not overlap: hence the
+slices, and short loops over few arrays.
 """
 
+import functools
 import itertools
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -101,12 +101,10 @@ def _gate(r, gate, y, first, last, low, high):
     for b in range(first, last):
         for i in range(r.shape[1]):
             r_i = r[b, i, 2 * low : 2 * high]
-            gate_i, y_i = gate[b, i, 0, low:high], y[b, i, 0, low:high]
-            for c in range(y_i.size):
-                y_i[c] = r_i[2 * c] * gate_i[c]
-            gate_i, y_i = gate[b, i, 1, low:high], y[b, i, 1, low:high]
-            for c in range(y_i.size):
-                y_i[c] = r_i[2 * c + 1] * gate_i[c]
+            for part in range(2):
+                gate_i, y_i = gate[b, i, part, low:high], y[b, i, part, low:high]
+                for c in range(y_i.size):
+                    y_i[c] = r_i[2 * c + part] * gate_i[c]
 
 
 @kernel
@@ -157,8 +155,7 @@ def _convolve_backward(x, taps, grad, dx, dtaps, first, last, low, high):
 
 
 def _cuts(size: int, pieces: int) -> list[tuple[int, int]]:
-    edges = [size * k // pieces for k in range(pieces + 1)]
-    return list(zip(edges, edges[1:]))
+    return list(itertools.pairwise(size * k // pieces for k in range(pieces + 1)))
 
 
 def _run(function, shape: tuple[int, int, int], *arguments: Tensor | bool | None) -> None:
@@ -166,9 +163,8 @@ def _run(function, shape: tuple[int, int, int], *arguments: Tensor | bool | None
     batch, steps, channels = shape
     arrays = [a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments]
     threads = max(1, min(torch.get_num_threads(), batch * steps * channels // GRAIN))
-    rows, blocks = 1, 1
-    if threads > 1:
-        rows, blocks = min(batch, 4 * threads), max(1, min(threads // batch, channels // BLOCK))
+    rows = min(batch, 4 * threads) if threads > 1 else 1
+    blocks = max(1, min(threads // batch, channels // BLOCK))
     tiles = itertools.product(_cuts(batch, rows), _cuts(channels, blocks))
 
     def work():
@@ -196,10 +192,10 @@ class Kernel(torch.autograd.Function):
         return None, None, *ctx.adjoint(*ctx.saved_tensors, gradient)
 
 
-def apply(forward: Callable, backward: Callable, *tensors: Tensor) -> Tensor:
-    """See `Kernel`; torch.compile leaves it alone, for its code is compiled already."""
-    run = torch.compiler.disable(Kernel.apply) if torch.compiler.is_compiling() else Kernel.apply
-    return run(forward, backward, *tensors)
+def apply(*arguments) -> Tensor:
+    """`Kernel.apply`, which torch.compile leaves alone, for its code is compiled already."""
+    compiling, run = torch.compiler.is_compiling(), Kernel.apply
+    return (torch.compiler.disable(run) if compiling else run)(*arguments)
 
 
 def _pairs(z: Tensor) -> Tensor:
@@ -207,38 +203,33 @@ def _pairs(z: Tensor) -> Tensor:
     return torch.view_as_real(z).flatten(2)
 
 
-def resolve(x: Tensor, p: Tensor, eta: Tensor) -> tuple[Tensor, ...]:
-    """g_i = 1 / (x_i - 1j*eta - p_i g_{i-1}), (B, N, C) complex, of x, p (B, N, C) and eta (C,)."""
-    g = torch.empty(x.shape, dtype=x.dtype.to_complex())
-    _run(_resolve, x.shape, x, p, eta, _pairs(g), None)
-    return g, g, p
+def resolve(x: Tensor, p: Tensor, eta: Tensor, reflected: bool = False) -> tuple[Tensor, ...]:
+    """g_i = 1 / (x_i - 1j*eta - p_i g_{i-1}), (B, N, C) complex, of x, p (B, N, C) and eta (C,).
+
+    reflected: r_i = (h_i - 1j) / (h_i + 1j) with h_i = 1 / (x_i - 1j*eta + p_i conj(h_{i-1})).
+        Where g is that of the diagonal (-1)^i x_i, h_i is g_i at even i and -conj(g_i) at odd i.
+    """
+    h = torch.empty(x.shape, dtype=x.dtype.to_complex())
+    r = torch.empty_like(h) if reflected else None
+    _run(_resolve, x.shape, x, p, eta, _pairs(h), _pairs(r) if reflected else None)
+    return r if reflected else h, h, p
 
 
-def resolve_backward(g: Tensor, p: Tensor, grad: Tensor, reflected=False) -> tuple[Tensor, ...]:
-    """lambda_i = conj(grad_i) + p_{i+1} g_{i+1}^2 lambda_{i+1}, from the last step to the first;
+def resolve_backward(h: Tensor, p: Tensor, grad: Tensor, reflected=False) -> tuple[Tensor, ...]:
+    """From the last step to the first, lambda_i = conj(grad_i) + p_{i+1} g_{i+1}^2 lambda_{i+1};
     dx_i = -g_i^2 lambda_i, dp_i = g_i^2 g_{i-1} lambda_i, deta = 1j sum_i g_i^2 lambda_i, real
-    parts."""
+    parts.
+
+    reflected: lambda_i = conj(grad_i) 2j / (h_i + 1j)^2 - p_{i+1} conj(h_{i+1}^2 lambda_{i+1}),
+        dp_i = -h_i^2 conj(h_{i-1}) lambda_i.
+    """
     dx, dp, deta = torch.empty_like(p), torch.empty_like(p), p.new_zeros(p.shape[0], p.shape[2])
-    _run(_resolve_backward, p.shape, _pairs(g), p, _pairs(grad), reflected, dx, dp, deta)
+    _run(_resolve_backward, p.shape, _pairs(h), p, _pairs(grad), reflected, dx, dp, deta)
     return dx, dp, deta.sum(0)
 
 
-def reflect(x: Tensor, p: Tensor, eta: Tensor) -> tuple[Tensor, ...]:
-    """r_i = (h_i - 1j) / (h_i + 1j) with h_i = 1 / (x_i - 1j*eta + p_i conj(h_{i-1})).
-
-    For g of the diagonal (-1)^i x_i, h_i is g_i at even i and -conj(g_i) at odd i, so that the
-    alternating signs are gone.
-    """
-    h = torch.empty(x.shape, dtype=x.dtype.to_complex())
-    r = torch.empty_like(h)
-    _run(_resolve, x.shape, x, p, eta, _pairs(h), _pairs(r))
-    return r, h, p
-
-
-def reflect_backward(h: Tensor, p: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    """lambda_i = conj(grad_i) 2j / (h_i + 1j)^2 - p_{i+1} conj(h_{i+1}^2 lambda_{i+1}), dp_i =
-    -h_i^2 conj(h_{i-1}) lambda_i; dx and deta as in `resolve_backward`."""
-    return resolve_backward(h, p, grad, reflected=True)
+reflect = functools.partial(resolve, reflected=True)
+reflect_backward = functools.partial(resolve_backward, reflected=True)
 
 
 def gate(r: Tensor, gate: Tensor) -> tuple[Tensor, ...]:

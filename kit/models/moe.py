@@ -2,7 +2,6 @@
 expert."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +13,7 @@ RESIDUAL_SCALE = 0.25  # of a block's first output weights: it begins close to t
 
 
 class Permute(torch.autograd.Function):
-    """Rows of x in a new order; the backward is a gather too, where index_select's would be a
-    scatter-add."""
+    """Rows of x in a new order; the backward is a gather too, not the scatter-add of index_select."""
 
     @staticmethod
     def forward(ctx, x, order, inverse):
@@ -60,11 +58,8 @@ class MoE(nn.Module):
     usage (E,) int64: tokens routed to each expert since `reset_usage`, not saved. balance_loss: the
     Switch load-balancing loss of the last forward pass, 1 when balanced (Fedus et al. 2021, eq. 4).
 
-    Args:
-        d_model: D. d_ff: F of each expert. experts: E. top_k: experts computed per token.
-
-    Raises:
-        ValueError: top_k is not in 1..experts.
+    d_model is D, d_ff the F of each expert, top_k the experts computed per token; ValueError if it
+    is not in 1..experts.
     """
 
     def __init__(self, d_model: int, d_ff: int, experts: int, top_k: int = 1):
@@ -86,8 +81,7 @@ class MoE(nn.Module):
         self.usage.zero_()
 
     def route(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """rows (M, D) -> probabilities (M, E), and the gates (M, k) and experts (M, k) int64 that
-        each row is sent to."""
+        """rows (M, D) -> probabilities (M, E), gates (M, k), and experts (M, k) int64 chosen."""
         probabilities = self.router(rows).softmax(-1)
         return probabilities, *probabilities.topk(self.top_k)
 
@@ -112,27 +106,18 @@ class MoE(nn.Module):
         return {**self.__dict__, "balance_loss": self.balance_loss.detach()}
 
 
-class ExpertRows(NamedTuple):
-    """What one expert sees: row numbers (m,) int64, inputs (m, D), hidden units (m, F), gates
-    (m,)."""
-
-    rows: Tensor
-    inputs: Tensor
-    hidden: Tensor
-    gates: Tensor
-
-
-def expert_rows(moe: MoE, x: Tensor) -> Iterator[ExpertRows]:
-    """Expert by expert, the rows of x (..., D) routed to it; hidden units are after GELU."""
+def expert_rows(moe: MoE, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Expert by expert, what it sees of the rows of x (..., D): their numbers (m,) int64, inputs
+    (m, D), hidden units after GELU (m, F) and gates (m,)."""
     rows = x.reshape(-1, x.shape[-1])
     _, gates, chosen = moe.route(rows)
     for expert, (weight, bias) in enumerate(zip(moe.w_in, moe.b_in)):
         token, choice = (chosen == expert).nonzero(as_tuple=True)
         hidden = F.gelu(F.linear(rows[token], weight, bias))
-        yield ExpertRows(token, rows[token], hidden, gates[token, choice])
+        yield token, rows[token], hidden, gates[token, choice]
 
 
 @register_inputs(MoE)
 def _expert_inputs(moe: MoE, attribute: str, x: Tensor) -> list[Tensor] | None:
-    part = {"w_in": "inputs", "w_out": "hidden"}.get(attribute)
-    return None if part is None else [getattr(rows, part) for rows in expert_rows(moe, x)]
+    part = {"w_in": 1, "w_out": 2}.get(attribute)
+    return None if part is None else [seen[part] for seen in expert_rows(moe, x)]

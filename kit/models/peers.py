@@ -99,7 +99,6 @@ class TransformerLM(LanguageModel):
         self.norm = nn.LayerNorm(config.d_model)
 
     def shapes(self) -> dict:
-        """The config's fields that pruning changes, as the layers have them."""
         return {"d_ff": self.layers[0].ff_in.out_features}
 
 
@@ -112,8 +111,7 @@ class DigitsCNNConfig(Config):
 
 
 class DigitsCNN(nn.Sequential):
-    """images (B, 1, 8, 8) -> logits (B, classes): convolutions with batch norm, 2x2 max pooling,
-    one linear layer."""
+    """images (B, 1, 8, 8) -> logits (B, classes): convolutions, 2x2 max pooling, a linear layer."""
 
     def __init__(self, config: DigitsCNNConfig = DigitsCNNConfig()):
         blocks, widths = [], (1, *config.channels)
@@ -124,7 +122,6 @@ class DigitsCNN(nn.Sequential):
         self.config = config
 
     def shapes(self) -> dict:
-        """The config's fields that pruning changes, as the layers have them."""
         return {"channels": tuple(m.out_channels for m in self if isinstance(m, nn.Conv2d))}
 
 
@@ -147,5 +144,4 @@ class DigitsMLP(nn.Sequential):
         self.config = config
 
     def shapes(self) -> dict:
-        """The config's fields that pruning changes, as the layers have them."""
         return {"hidden": tuple(m.out_features for m in self if isinstance(m, nn.Linear))[:-1]}

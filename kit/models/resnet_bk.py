@@ -1,5 +1,4 @@
-"""ResNet-BK: a causal language model that mixes tokens by tridiagonal resolvents (the BK-core), in
-O(N)."""
+"""ResNet-BK: a causal language model that mixes tokens by tridiagonal resolvents, in O(N)."""
 
 import math
 from dataclasses import dataclass
@@ -8,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kit.models import bk_core
 from kit.models.base import Config, LanguageModel
-from kit.models.bk_core import gated_parts, staggered_reflection, staggered_reflection_pair
-from kit.models.convolution import causal_convolution
 from kit.models.moe import RESIDUAL_SCALE, MoE
 
 ETA_FLOOR = 1e-3
@@ -79,14 +77,14 @@ class BKMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, D) -> (B, N, D)."""
-        local = causal_convolution(x, self.convolution.weight, self.convolution.bias)
+        local = bk_core.causal_convolution(x, self.convolution.weight, self.convolution.bias)
         v, off_diagonal = self.input(local).chunk(2, -1)
         eta, gate = F.softplus(self.raw_eta) + ETA_FLOOR, self.gate(x)
         operator = self.quantize_v(v) - self.energy, off_diagonal.square(), eta
         if torch.compiler.is_exporting() and isinstance(self.quantize_g, nn.Identity):
-            return self.output(torch.cat(staggered_reflection_pair(*operator), -1) * gate)
-        r = self.quantize_g(staggered_reflection(*operator))
-        return self.output(gated_parts(r, gate))
+            return self.output(torch.cat(bk_core.staggered_reflection_pair(*operator), -1) * gate)
+        r = self.quantize_g(bk_core.staggered_reflection(*operator))
+        return self.output(bk_core.gated_parts(r, gate))
 
 
 class ResNetBKLayer(nn.Module):
@@ -115,7 +113,6 @@ class ResNetBK(LanguageModel):
         self.norm = nn.LayerNorm(config.d_model)
 
     def shapes(self) -> dict:
-        """The config's fields that pruning changes, as the layers have them."""
         found = {
             "channels": [layer.mixer.energy.shape[0] for layer in self.layers],
             "experts": [layer.moe.w_in.shape[0] for layer in self.layers],
