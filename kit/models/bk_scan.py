@@ -1,5 +1,4 @@
-"""The left resolvent and its adjoint as parallel scans in plain torch, for CUDA: O(N) work in O(log
-N) short sweeps.
+"""The left resolvent and its adjoint as scans in plain torch, for CUDA: O(N) work, O(log N) sweeps.
 
 N is cut into chunks of CHUNK steps. A sweep over the steps inside a chunk runs for all chunks at
 once; what a chunk hands to the next is found by doubling. Products of the steps' matrices lose

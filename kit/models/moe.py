@@ -1,6 +1,7 @@
 """Sparse mixture of experts: each token is computed by its top-k experts only, grouped by
 expert."""
 
+from collections import namedtuple
 from collections.abc import Iterator
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from kit.core.calibration import register_inputs
 
 RESIDUAL_SCALE = 0.25  # of a block's first output weights: it begins close to the identity
+ExpertRows = namedtuple("ExpertRows", "rows inputs hidden gates")
 
 
 class Permute(torch.autograd.Function):
-    """Rows of x in a new order; the backward is a gather too, not the scatter-add of index_select."""
+    """Rows of x in a new order; the backward is a gather, not index_select's scatter-add."""
 
     @staticmethod
     def forward(ctx, x, order, inverse):
@@ -95,8 +97,7 @@ class MoE(nn.Module):
             return torch.einsum("med,me->md", all_experts(rows, *weights), mixture).reshape(x.shape)
         counts = torch.bincount(chosen.flatten(), minlength=probabilities.shape[1])
         self.usage += counts
-        shares = counts / chosen.numel()
-        self.balance_loss = len(shares) * (shares * probabilities.mean(0)).sum()
+        self.balance_loss = len(counts) * (counts / chosen.numel() * probabilities.mean(0)).sum()
         copies = rows.repeat_interleave(self.top_k, 0) if self.top_k > 1 else rows
         outputs = grouped_experts(copies, chosen.flatten(), *weights).unflatten(0, chosen.shape)
         return (outputs * gates.unsqueeze(-1)).sum(1).reshape(x.shape)
@@ -106,7 +107,7 @@ class MoE(nn.Module):
         return {**self.__dict__, "balance_loss": self.balance_loss.detach()}
 
 
-def expert_rows(moe: MoE, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def expert_rows(moe: MoE, x: Tensor) -> Iterator[ExpertRows]:
     """Expert by expert, what it sees of the rows of x (..., D): their numbers (m,) int64, inputs
     (m, D), hidden units after GELU (m, F) and gates (m,)."""
     rows = x.reshape(-1, x.shape[-1])
@@ -114,10 +115,10 @@ def expert_rows(moe: MoE, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, T
     for expert, (weight, bias) in enumerate(zip(moe.w_in, moe.b_in)):
         token, choice = (chosen == expert).nonzero(as_tuple=True)
         hidden = F.gelu(F.linear(rows[token], weight, bias))
-        yield token, rows[token], hidden, gates[token, choice]
+        yield ExpertRows(token, rows[token], hidden, gates[token, choice])
 
 
 @register_inputs(MoE)
 def _expert_inputs(moe: MoE, attribute: str, x: Tensor) -> list[Tensor] | None:
-    part = {"w_in": 1, "w_out": 2}.get(attribute)
-    return None if part is None else [seen[part] for seen in expert_rows(moe, x)]
+    part = {"w_in": "inputs", "w_out": "hidden"}.get(attribute)
+    return None if part is None else [getattr(seen, part) for seen in expert_rows(moe, x)]
