@@ -1,4 +1,5 @@
-"""Any trained nn.Module quantized, pruned, distilled, exported and measured, without a change to it."""
+"""Any trained nn.Module quantized, pruned, distilled, exported and measured, without a change to
+it."""
 
 import html
 import tempfile
@@ -37,8 +38,8 @@ class PruningConfig:
 
     amount: the share of outputs of each layer (structured) or of weights (unstructured), in [0, 1).
     method: structured "l1", "l2"; unstructured "magnitude", "random". Torch's names are understood.
-    dim: 0 names the outputs of a layer, 1 its inputs; a unit that goes takes both with it, so that the
-        two are one choice.
+    dim: 0 names the outputs of a layer, 1 its inputs; a unit that goes takes both with it, so that
+    the two are one choice.
     """
 
     amount: float = 0.3
@@ -57,7 +58,8 @@ class PruningConfig:
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """alpha T^2 KL(teacher || student) + (1 - alpha) cross-entropy, T = temperature (Hinton et al. 2015)."""
+    """alpha T^2 KL(teacher || student) + (1 - alpha) cross-entropy, at T = temperature (Hinton et
+    al. 2015)."""
 
     temperature: float = 3.0
     alpha: float = 0.5
@@ -74,7 +76,7 @@ class DistillationConfig:
 class OptimizationResult:
     """Before and after, all measured. Prints as a table, and shows as one in a notebook."""
 
-    bytes_before: int  # of the kit's file of the model as it was, every tensor dense in its own dtype
+    bytes_before: int  # of the kit's file of the model as it was, every tensor dense
     bytes_after: int  # of the optimized model's file
     latency_before: Latency  # seconds a call
     latency_after: Latency
@@ -119,7 +121,8 @@ class OptimizationResult:
             ("parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}",
              f"{fewer:.1%} fewer" if fewer else ""),
             ("zeros among weights", "", f"{self.sparsity:.1%}", ""),
-            ("output: mean squared error", "", f"{self.mse:.3g}", f"{self.relative_error:.2g} of the signal"),
+            ("output: mean squared error", "", f"{self.mse:.3g}",
+             f"{self.relative_error:.2g} of the signal"),
             ("output: cosine similarity", "", f"{self.cosine:.6f}", ""),
             ("computed by", "float32 in torch", self.engine, ""),
         ]  # fmt: skip
@@ -140,20 +143,21 @@ def _spread(time: Latency) -> str:
     return f"{1e3 * time.median:.3g} ms ({1e3 * time.low:.3g} to {1e3 * time.high:.3g})"
 
 
-class ProductionModelOptimizer:
-    """Compression of any trained module; every method returns a new model and leaves its argument as it was.
+INT8 = QuantizationConfig()
 
-    `inputs` are how the model is called (`kit.core.protocols.call_with`: a tensor, a tuple of arguments,
-    a mapping of keyword arguments); where they may be left out they are made up from the first layer.
-    Training runs on `device`; quantized models run on the CPU.
+
+class ProductionModelOptimizer:
+    """Compression of any trained module; every method returns a new model and changes no argument.
+
+    `inputs` are how the model is called (`kit.core.protocols.call_with`: a tensor, a tuple of
+    arguments, a mapping of keyword arguments); where they are left out they are made up from the
+    first layer. Training runs on `device`; quantized models run on the CPU.
     """
 
     def __init__(self, device: str = "cpu", log: bool = False):
         self.device, self.log = torch.device(device), log
 
-    def quantize_dynamic(
-        self, model: nn.Module, config: QuantizationConfig = QuantizationConfig()
-    ) -> QuantizedModel:
+    def quantize_dynamic(self, model: nn.Module, config=INT8) -> QuantizedModel:
         """Weights in integers, inputs of layers in the range of each batch.
 
         Raises ValueError if there is nothing to quantize.
@@ -161,7 +165,7 @@ class ProductionModelOptimizer:
         return quantize(model, config)
 
     def quantize_static(
-        self, model: nn.Module, calibration: Iterable, config: QuantizationConfig = QuantizationConfig()
+        self, model: nn.Module, calibration: Iterable, config=INT8
     ) -> QuantizedModel:
         """Weights in integers, inputs of Linear and convolutions in ranges found on the batches
         `calibration`.
@@ -170,61 +174,57 @@ class ProductionModelOptimizer:
         """
         return quantize(model, config, calibration)
 
-    def prepare_qat_model(
-        self, model: nn.Module, config: QuantizationConfig = QuantizationConfig(),
-        calibration: Iterable | None = None,
-    ) -> nn.Module:  # fmt: skip
-        """A copy to train with rounded weights (and inputs, if calibrated), for `quantize_dynamic`."""
+    def prepare_qat_model(self, model: nn.Module, config=INT8, calibration=None) -> nn.Module:
+        """A copy to train with rounded weights (and inputs, if calibrated)."""
         return prepare_qat(model, config, calibration).to(self.device)
 
-    def prune_structured(
-        self, model: nn.Module, config: PruningConfig = PruningConfig(), inputs=None
-    ) -> nn.Module:
+    def prune_structured(self, model: nn.Module, config=PruningConfig(), inputs=None) -> nn.Module:
         """A smaller dense copy without the `config.amount` least important outputs of each layer.
 
         Raises ValueError for an unstructured method, or if the layers cannot be taken apart.
         """
-        if config.method not in STRUCTURED:
-            known = ", ".join(STRUCTURED)
-            raise ValueError(f"method {config.method!r} removes weights: choose from {known}")
-        importance = STRUCTURED[config.method]
+        importance = _method(config, STRUCTURED)
         return prune_channels(model, _call(model, inputs), config.amount, importance=importance)
 
-    def prune_unstructured(
-        self, model: nn.Module, config: PruningConfig = PruningConfig(method="magnitude")
-    ) -> nn.Module:
-        """A copy whose `config.amount` lowest weights of each tensor are zero, also in later training.
+    def prune_unstructured(self, model: nn.Module, config=PruningConfig(method="magnitude")):
+        """A copy whose `config.amount` lowest weights of each tensor are zero, in training too.
 
-        Raises ValueError for a structured method, or if there is no weight of two or more dimensions.
+        Raises ValueError for a structured method, or if no weight has two or more dimensions.
         """
-        if config.method not in UNSTRUCTURED:
-            known = ", ".join(UNSTRUCTURED)
-            raise ValueError(f"method {config.method!r} removes units: choose from {known}")
-        pruner = MagnitudePruner(copy_model(model), score=UNSTRUCTURED[config.method])
-        return pruner.prune(config.amount)
+        score = _method(config, UNSTRUCTURED)
+        return MagnitudePruner(copy_model(model), score=score).prune(config.amount)
 
     def distill_knowledge(
-        self, teacher_model: nn.Module, student_model: nn.Module, train_loader,
-        config: DistillationConfig = DistillationConfig(),
-    ) -> nn.Module:  # fmt: skip
+        self,
+        teacher_model: nn.Module,
+        student_model: nn.Module,
+        train_loader,
+        config=DistillationConfig(),
+    ) -> nn.Module:
         """A copy of the student trained to follow the teacher and the labels; in evaluation mode.
 
         train_loader: batches (`kit.core.protocols.call_of`), of known length.
         Raises ValueError for settings out of range and models of different classes.
         """
         teacher, student = (copy_model(m).to(self.device) for m in (teacher_model, student_model))
-        trainer = DistillationTrainer(teacher.eval(), student, config.temperature, config.alpha, 0.0)
+        settings = {"temperature": config.temperature, "alpha": config.alpha, "feature_weight": 0}
+        trainer = DistillationTrainer(teacher.eval(), student, **settings)
         schedule = _schedule(train_loader, config.epochs, config.learning_rate)
         trainer.fit(train_loader, schedule, log=self.log)
         return student.eval()
 
     def retrain(
-        self, model: nn.Module, train_loader, epochs: float = 1, learning_rate: float = 1e-3,
+        self,
+        model: nn.Module,
+        train_loader,
+        epochs=1,
+        learning_rate=1e-3,
         loss: Callable | None = None,
-    ) -> nn.Module:  # fmt: skip
+    ) -> nn.Module:
         """A copy trained further; masks and fake quantizers stay.
 
-        loss(model, batch): by default that of the next token for language models, else cross-entropy.
+        loss(model, batch): by default that of the next token for language models, else
+        cross-entropy.
         """
         copied = copy_model(model).to(self.device)
         schedule = _schedule(train_loader, epochs, learning_rate)
@@ -232,15 +232,14 @@ class ProductionModelOptimizer:
         return copied.eval()
 
     def optimize_full_pipeline(
-        self, model: nn.Module, prune_amount: float = 0.3, use_quantization: bool = True,
-        use_pruning: bool = True, *, inputs=None, train_loader=None, epochs: float = 1,
-        calibration: Iterable | None = None, loss: Callable | None = None,
-        config: QuantizationConfig = QuantizationConfig(),
+        self, model: nn.Module, prune_amount=0.3, use_quantization=True, use_pruning=True, *,
+        inputs=None, train_loader=None, epochs=1, calibration=None, loss=None, config=INT8,
     ) -> tuple[nn.Module, OptimizationResult]:  # fmt: skip
-        """Prune, retrain (with a `train_loader`), quantize (statically with `calibration`), measure.
+        """Prune, retrain (with a `train_loader`), quantize (statically with `calibration`),
+        measure.
 
-        Units are removed where the model can be taken apart; where it cannot, single weights are masked
-        instead, and the result says so.
+        Units are removed where the model can be taken apart; where it cannot, single weights are
+        masked instead, and the result says so.
         """
         call, notes, optimized = _call(model, inputs), [], model
         if use_pruning and prune_amount:
@@ -248,13 +247,13 @@ class ProductionModelOptimizer:
             if train_loader is not None:
                 optimized = self.retrain(optimized, train_loader, epochs, loss=loss)
             else:
-                notes.append("pruned without retraining: pass train_loader= to win back what that cost")
+                notes.append("pruned without retraining: pass train_loader= to win back its cost")
         if use_quantization:
             optimized = quantize(optimized, config, calibration)
             call(optimized.tune)
         return optimized, compare_models(model, optimized, call, notes=tuple(notes))
 
-    def _prune(self, model: nn.Module, config: PruningConfig, call: Call) -> tuple[nn.Module, list[str]]:
+    def _prune(self, model: nn.Module, config: PruningConfig, call: Call):
         try:
             return self.prune_structured(model, config, call), []
         except ValueError as reason:
@@ -279,12 +278,20 @@ class ProductionModelOptimizer:
         return export_onnx(copy_model(model).float().eval(), path, call)
 
 
+def _method(config: PruningConfig, known: dict[str, str]) -> str:
+    if config.method not in known:
+        what = "weights" if known is STRUCTURED else "units"
+        raise ValueError(f"method {config.method!r} removes {what}: choose from {', '.join(known)}")
+    return known[config.method]
+
+
 def _schedule(loader, epochs: float, learning_rate: float) -> TrainConfig:
     return TrainConfig(steps=max(1, round(epochs * len(loader))), lr=learning_rate)
 
 
 def quick_quantize(model: nn.Module, inputs=None, **settings) -> QuantizedModel:
-    """The model with INT8 weights on the fastest engine; `settings` are those of QuantizationConfig.
+    """The model with INT8 weights on the fastest engine; `settings` are those of
+    QuantizationConfig.
 
     The engine is measured on `inputs` if given, else on those of the first call.
     """
@@ -294,21 +301,20 @@ def quick_quantize(model: nn.Module, inputs=None, **settings) -> QuantizedModel:
     return quantized
 
 
-def quick_optimize(
-    model: nn.Module, inputs=None, prune_amount: float = 0.3, **arguments
-) -> tuple[nn.Module, OptimizationResult]:
-    """ProductionModelOptimizer().optimize_full_pipeline: pruned and quantized model, and the result."""
-    return ProductionModelOptimizer().optimize_full_pipeline(
-        model, prune_amount, inputs=inputs, **arguments
-    )
+def quick_optimize(model: nn.Module, inputs=None, prune_amount: float = 0.3, **arguments):
+    """(model, result) of ProductionModelOptimizer().optimize_full_pipeline: pruned and
+    quantized."""
+    optimize = ProductionModelOptimizer().optimize_full_pipeline
+    return optimize(model, prune_amount, inputs=inputs, **arguments)
 
 
 def compare_models(
-    original: nn.Module, optimized: nn.Module, inputs, *, seconds: float = 1.0, notes: tuple[str, ...] = ()
+    original: nn.Module, optimized: nn.Module, inputs, *, seconds=1.0, notes: tuple[str, ...] = ()
 ) -> OptimizationResult:
-    """Measures both models on the same inputs, in evaluation mode and in turns of a few milliseconds.
+    """Measures both models on the same inputs, in evaluation mode and in turns of a few
+    milliseconds.
 
-    optimized: a QuantizedModel, or any module; bytes are those of the file that `kit.artifact.save` writes.
+    optimized: a QuantizedModel, or any module; bytes are those that `kit.artifact.save` writes.
     """
     call, before, after = call_with(inputs), *(copy_model(m).eval() for m in (original, optimized))
     with torch.inference_mode():
@@ -356,7 +362,9 @@ def _speed_notes(choice: Choice, rows: int) -> list[str]:
         return [f"computed in floats, since no integer engine can be used ({why})"]
     batch = choice.pays_from
     where = f"they are from a batch of {batch} on" if batch else "nor are they at larger ones"
-    return [f"integers are not faster than {choice.name} at a batch of {rows}; {where}, as measured here"]
+    return [
+        f"integers are not faster than {choice.name} at a batch of {rows}; {where}, measured here"
+    ]
 
 
 def _call(model: nn.Module, inputs) -> Call:
@@ -364,7 +372,7 @@ def _call(model: nn.Module, inputs) -> Call:
 
 
 def example_inputs(model: nn.Module, batch: int = 16) -> tuple[torch.Tensor, ...]:
-    """Random inputs that the model accepts, made from its first layer: normal values, or token numbers.
+    """Random inputs that the model accepts, made from its first layer: normal values, or tokens.
 
     Raises ValueError if no guess fits; then give inputs.
     """
@@ -382,7 +390,8 @@ def example_inputs(model: nn.Module, batch: int = 16) -> tuple[torch.Tensor, ...
             return (x,)
         except (RuntimeError, ValueError, TypeError, IndexError):
             continue
-    raise ValueError(f"no input can be guessed for {type(model).__name__}: pass inputs=, a batch it accepts")
+    name = type(model).__name__
+    raise ValueError(f"no input can be guessed for {name}: pass inputs=, a batch it accepts")
 
 
 def _guesses(first: nn.Module | None, batch: int) -> list[tuple[int, ...]]:

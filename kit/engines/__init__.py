@@ -1,7 +1,7 @@
 """Inference engines for quantized models on the CPU: measured on this machine, the fastest chosen.
 
-Every engine computes with the integer codes that the compressed file stores. Which one is fastest depends
-on the processor, the layers and the batch size, so `choose_engine` measures.
+Every engine computes with the integer codes that the compressed file stores. Which one is fastest
+depends on the processor, the layers and the batch size, so `choose_engine` measures.
 """
 
 from kit.engines.choice import ENGINES, Choice, build_engine, choose_engine

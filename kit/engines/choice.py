@@ -37,8 +37,8 @@ class Bfloat16(nn.Module):
 class Choice:
     """The engine chosen, and what was measured of all.
 
-    table: a row an engine with the median, lower and upper quartile in milliseconds, the speed relative
-        to float32, the error (`relative_error`) and, for an engine not taken, why.
+    table: a row an engine with the median, lower and upper quartile in milliseconds, the speed
+        relative to float32, the error (`relative_error`) and, for an engine not taken, why.
     pays_from: the smallest batch measured from which on integers win; None if they win at none.
     """
 
@@ -83,7 +83,7 @@ def build_engine(model: nn.Module, name: str, inputs) -> nn.Module:
     """One engine for a model whose weights are quantized (`kit.quantization.quantize_weights`).
 
     float32, bfloat16   torch, with the weights multiplied out
-    torch-int8          torch's integer kernels, inputs rounded by each batch's range or a calibrated one
+    torch-int8          torch's integer kernels, inputs rounded by calibrated or each batch's ranges
     onnx-float32        ONNX Runtime from here on
     onnx-int8           inputs rounded by each batch's range
     onnx-static         inputs rounded by calibrated ranges (QDQ)
@@ -101,8 +101,8 @@ def batch_size(call: Call) -> int:
 
 
 def flat(outputs) -> Tensor:
-    """All floating-point and complex values of a nest in one float32 vector; those of its other tensors
-    if there are no such."""
+    """All floating-point and complex values of a nest in one float32 vector; those of its other
+    tensors if there are no such."""
     tensors = tensors_of(outputs)
     floats = [y for y in tensors if y.is_floating_point() or y.is_complex()]
     parts = [torch.view_as_real(y) if y.is_complex() else y for y in floats or tensors]
@@ -110,7 +110,7 @@ def flat(outputs) -> Tensor:
 
 
 def relative_error(outputs, reference) -> float:
-    """Mean squared difference over the reference's mean square, infinite values that agree left out;
+    """Mean squared difference over the reference's mean square, without infinite values that agree;
     infinite if the shapes differ or the difference is not finite."""
     y, r = flat(outputs), flat(reference)
     if y.shape != r.shape:
@@ -126,8 +126,9 @@ def choose_engine(
 ) -> Choice:  # fmt: skip
     """The fastest engine whose output differs from the reference's by at most `max_error`.
 
-    float32 is always among them, and wins if nothing beats it by 5 %. Measuring takes about `seconds`,
-    plus the time to export. An engine that cannot compute the model is in the table with the reason.
+    float32 is always among them, and wins if nothing beats it by 5 %. Measuring takes about
+    `seconds`, plus the time to export. An engine that cannot compute the model is in the table with
+    the reason.
 
     Args:
         inputs: how the model is called (`kit.core.protocols.call_with`).
@@ -136,8 +137,10 @@ def choose_engine(
     call, rows = call_with(inputs), {}
     with torch.inference_mode():
         expected = call(model if reference is None else reference)
-        engines = _candidates(_Builder(model, call), expected, max_error, ("float32", *names), rows)
-        times = measure({name: partial(call, e) for name, e in engines.items()}, seconds, cutoff=3.0)
+        builder, names = _Builder(model, call), ("float32", *names)
+        engines = _candidates(builder, names, expected, max_error, rows)
+        calls = {name: partial(call, engine) for name, engine in engines.items()}
+        times = measure(calls, seconds, cutoff=3.0)
     base = times["float32"].median
     for name, time in times.items():
         ms = {key: 1e3 * value for key, value in vars(time).items()}
@@ -154,15 +157,15 @@ def choose_engine(
     return Choice(best, engines[best], pd.DataFrame(rows.values()), pays_from)
 
 
-def _candidates(builder: _Builder, expected, max_error: float, names, rows: dict) -> dict[str, nn.Module]:
+def _candidates(builder: _Builder, names, expected, max_error: float, rows: dict) -> dict:
     """The engines that work, by name; puts a row of the table for every name into `rows`."""
     engines, blank = {}, dict.fromkeys(("ms", "low", "high", "speedup", "error"))
     for name in dict.fromkeys(names):
         row = rows[name] = {"engine": name, **blank, "why not": ""}
-        try:
+        try:  # whatever an engine cannot do, another one can: float32 does all
             engine = builder.build(name)
             row["error"] = relative_error(builder.call(engine), expected)
-        except Exception as reason:  # whatever an engine cannot do, another one can: float32 does all
+        except Exception as reason:
             if name == "float32":
                 raise
             row["why not"] = (str(reason).strip() or type(reason).__name__).splitlines()[0][:120]
@@ -175,13 +178,13 @@ def _candidates(builder: _Builder, expected, max_error: float, names, rows: dict
 
 @torch.inference_mode()
 def _pays_from(engines: dict[str, nn.Module], call: Call) -> int | None:
-    """The smallest of PROBED_BATCHES above that of `call` from which on integer engines beat float ones."""
+    """The smallest of PROBED_BATCHES above that of `call` from which on integer engines win."""
     rows, found = batch_size(call), None
     integers = [name for name in engines if name in INTEGER]
     for batch in reversed(PROBED_BATCHES):
         if batch <= rows or not integers or len(integers) == len(engines):
             break
-        longer = tree_map(lambda x: _repeated(x, batch) if x.ndim and len(x) == rows else x, call)
+        longer = tree_map(partial(_repeated, rows=rows, count=batch), call)
         try:
             times = measure({name: partial(longer, e) for name, e in engines.items()}, 0.1)
         except Exception:  # the first dimension is no batch
@@ -193,5 +196,8 @@ def _pays_from(engines: dict[str, nn.Module], call: Call) -> int | None:
     return found
 
 
-def _repeated(x: Tensor, count: int) -> Tensor:
-    return x.repeat(-(-count // len(x)), *[1] * (x.ndim - 1))[:count]
+def _repeated(x: Tensor, rows: int, count: int) -> Tensor:
+    """`count` rows, of a tensor that has `rows`; any other stays as it is."""
+    if not x.ndim or len(x) != rows:
+        return x
+    return x.repeat(-(-count // rows), *[1] * (x.ndim - 1))[:count]

@@ -1,4 +1,4 @@
-"""Batch norms folded into the layers before them: in evaluation mode they only scale and shift rows."""
+"""Batch norms folded into the layers before them: when evaluating, they scale and shift rows."""
 
 import torch
 from torch import fx, nn
@@ -9,7 +9,7 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def batch_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Names (layer, batch norm) where the norm alone reads the layer's output and both are called once.
+    """Names (layer, batch norm) where only the norm reads the layer and both are called once.
 
     Found by tracing; empty for models that torch.fx cannot trace.
     """
@@ -17,7 +17,8 @@ def batch_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
         graph = fx.symbolic_trace(model).graph
     except Exception:  # control flow on values, unusual arguments: then nothing is folded
         return []
-    modules = {node: model.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
+    nodes = [node for node in graph.nodes if node.op == "call_module"]
+    modules = {node: model.get_submodule(node.target) for node in nodes}
     calls = list(modules.values())
     pairs = []
     for node, norm in modules.items():
@@ -30,7 +31,8 @@ def batch_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """Folds what it can, in place, in evaluation mode; the norms become nn.Identity. Returns the model."""
+    """Folds what it can, in place, in evaluation mode; norms become nn.Identity. Returns the
+    model."""
     for layer_name, norm_name in batch_norm_pairs(model.eval()):
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
         fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval

@@ -1,17 +1,15 @@
-"""ONNX graphs of quantized models: in floats, and the three integer forms that ONNX Runtime runs fast.
+"""ONNX graphs of quantized models: in floats, and three integer forms that ONNX Runtime runs fast.
 
-onnx-int8     MatMul -> DynamicQuantizeMatMul, LSTM -> DynamicQuantizeLSTM: inputs to uint8 in each
-              batch's range
-onnx-static   QuantizeLinear, DequantizeLinear pairs (QDQ) around layers with calibrated inputs, which
-              are fused when loaded
-onnx-blocks   MatMul -> MatMulNBits: 4- or 8-bit weights, inputs rounded to int8 in blocks of a row
+onnx-int8     DynamicQuantizeMatMul and DynamicQuantizeLSTM: inputs to uint8 in each batch's range
+onnx-static   QuantizeLinear, DequantizeLinear pairs (QDQ) around layers with calibrated inputs,
+              which are fused when loaded
+onnx-blocks   MatMulNBits: 4- or 8-bit weights, inputs rounded to int8 in blocks of a row
 """
 
 import contextlib
 import functools
 import io
 import logging
-import os
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -116,7 +114,7 @@ def _tensors_only(forward):
 
 
 def _free(x: Tensor, first: Tensor, sequences: bool | None) -> list[int]:
-    """Dimensions that may change: that of the batch, and of sequences the second. None: no dimension."""
+    """Dimensions that may change: that of the batch, and of sequences the second. None: none."""
     if sequences is None or not x.ndim or not first.ndim:
         return []
     sequence = x.ndim == 3 or (x.ndim == 2 and not x.is_floating_point())
@@ -147,7 +145,7 @@ def nodes_of(nodes) -> Iterator[NodeProto]:
 
 
 def _fold(proto: ModelProto) -> ModelProto:
-    """With constants computed: an LSTM's weights, whose gates exporters reorder, are weights again."""
+    """With constants computed: an LSTM's weights, whose gates are reordered, are weights again."""
     if not any(node.op_type in ("LSTM", "GRU") for node in proto.graph.node):
         return proto
     import onnxruntime
@@ -173,7 +171,7 @@ def _quantize_lstms(proto: ModelProto) -> ModelProto:
 
 
 class _Graph:
-    """A copy of a graph that is written anew, its weights recognized among a model's integer ones."""
+    """A copy of a graph, to be written anew; its weights are found among a model's integer ones."""
 
     def __init__(self, proto: ModelProto, weights: list[IntegerWeight]):
         self.proto, self.weights, self.replaced = ModelProto(), weights, 0
@@ -304,8 +302,8 @@ FORMS = {
 def store_codes(proto: ModelProto, model: nn.Module) -> ModelProto:
     """The graph with codes in place of float weights that are quantized in `model`, a scale a row.
 
-    Embeddings are looked up in codes, other weights are multiplied out when the graph is loaded; the
-    outputs stay the same.
+    Embeddings are looked up in codes, other weights are multiplied out when the graph is loaded;
+    the outputs stay the same.
     """
     graph = _Graph(proto, [weight for weight in integer_weights(model) if weight.per_row])
     tables = {}
@@ -348,14 +346,15 @@ def _product(graph: _Graph, codes, scale, out: str) -> None:
     graph.add("Mul", [factor, scale], out)
 
 
-def export_onnx(model: nn.Module, path: str | os.PathLike, inputs, engine: str = "onnx-float32") -> dict:
+def export_onnx(model: nn.Module, path, inputs, engine: str = "onnx-float32") -> dict:
     """Writes a module's graph in the form of an ONNX engine, and runs it against torch.
 
-    onnx-static is QDQ pairs, which any runtime with INT8 kernels understands; onnx-int8 and onnx-blocks
-    are ONNX Runtime's own operators. Quantized weights that are computed with in floats (embeddings,
-    experts) are stored as codes all the same. The outputs are compared with those of the module as it
-    is (fake-quantized), the time with that of the float one.
-    Returns `bytes`, `engine`, `max_difference`, `relative_error`, `torch_ms` and `onnx_ms` (medians).
+    Any runtime with INT8 kernels understands onnx-static; onnx-int8 and onnx-blocks are ONNX
+    Runtime's own operators. Quantized weights that are computed with in floats (embeddings,
+    experts) are stored as codes all the same. The outputs are compared with those of the module as
+    it is (fake-quantized), the time with that of the float one.
+
+    Returns: `bytes`, `engine`, `max_difference`, `relative_error`, medians `torch_ms`, `onnx_ms`.
     Raises ValueError if the model cannot be exported.
     """
     call, name = cast(call_with(inputs), torch.float32), type(model).__name__

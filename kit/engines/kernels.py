@@ -1,8 +1,8 @@
 """INT8 layers on torch's own integer kernels: oneDNN where torch has it, else `torch._int_mm`.
 
-Weights are int8 with a scale a row; inputs are rounded to uint8, in a calibrated range or in that of the
-batch. The product is exact int32: y = s_x s_w (q_x - z_x) q_w + b (Jacob et al. 2018, arXiv:1712.05877,
-eq. 4).
+Weights are int8 with a scale a row; inputs are rounded to uint8, in a calibrated range or in that
+of the batch. The product is exact int32: y = s_x s_w (q_x - z_x) q_w + b (Jacob et al. 2018,
+arXiv:1712.05877, eq. 4).
 """
 
 import platform
@@ -18,11 +18,11 @@ from kit.engines.layers import IntegerWeight, float_copy, integer_weight
 SATURATES = platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_vnni_supported()
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
 ONEDNN = HAS_ONEDNN and not SATURATES
-FLOAT_OUTPUT = (1.0, 0, torch.float32, "none", [], "")  # scale, zero point, dtype; no operation follows
+FLOAT_OUTPUT = (1.0, 0, torch.float32, "none", [], "")  # scale, zero point, dtype; no epilogue
 
 
 def quantize_batch(x: Tensor, grid: tuple[float, int] | None) -> tuple[Tensor, float, int]:
-    """x as uint8 codes of its shape, with scale and zero point: `grid`, or those of its range and 0."""
+    """x as uint8 codes of its shape, scale and zero point: `grid`, or those of its range and 0."""
     if grid is None:
         low, high = (bound.item() for bound in torch.aminmax(x)) if x.numel() else (0.0, 0.0)
         low, high = min(low, 0.0), max(high, 0.0)
@@ -74,7 +74,7 @@ class Int8Linear(_Integer):
 
 
 class Int8Conv2d(_Integer):
-    """F.conv2d with an int8 weight: (B, C, H, W) float32 -> (B, C', H', W') float32; needs oneDNN."""
+    """F.conv2d with an int8 weight: float32 (B, C, H, W) -> (B, C', H', W'); needs oneDNN."""
 
     def __init__(self, layer: nn.Conv2d, weight: IntegerWeight):
         super().__init__(weight, layer.bias)
@@ -90,7 +90,7 @@ class Int8Conv2d(_Integer):
 
 
 def int8_layer(layer: nn.Module, floats: nn.Module | None = None) -> nn.Module | None:
-    """The integer layer in place of a plain nn.Linear or nn.Conv2d with codes; None for anything else.
+    """The integer layer for a plain nn.Linear or nn.Conv2d with codes; None for anything else.
 
     floats: its float copy, into which a batch norm may be folded.
     """

@@ -1,4 +1,4 @@
-"""What an integer engine needs of a quantized model: codes, scales and input ranges, layer by layer."""
+"""What an integer engine needs of each quantized layer: codes, scales and its input range."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ class IntegerWeight:
     scale: Tensor
     format: Format
     view: MatrixView
-    input_grid: tuple[float, int] | None  # scale and zero point (uint8) of the layer's calibrated inputs
+    input_grid: tuple[float, int] | None  # scale and zero point (uint8) of calibrated inputs
 
     @property
     def per_row(self) -> bool:
@@ -45,22 +45,23 @@ class IntegerWeight:
         return replace(self, codes=self.codes * sign, scale=self.scale * factor.abs()[:, None])
 
     def as_found(self, matrix: Tensor) -> "IntegerWeight | None":
-        """This weight if its values are those of matrix (rows, columns), up to a factor a row (as folded
-        batch norms leave it); else None."""
+        """This weight if its values are those of matrix (rows, columns), up to a factor a row, as
+        folded batch norms leave it; else None."""
         values = self.values()
         if torch.equal(values, matrix):
             return self
         if not self.per_row:
             return None
         factor = (matrix * values).sum(1) / values.square().sum(1).clamp_min(1e-30)
-        near = torch.allclose(factor[:, None] * values, matrix, 1e-5, 1e-6 * matrix.abs().max().item())
+        tolerance = 1e-6 * matrix.abs().max().item()
+        near = torch.allclose(factor[:, None] * values, matrix, 1e-5, tolerance)
         return self.scaled(factor) if near else None
 
 
 @torch.no_grad()
 def integer_weight(weight: Weight) -> IntegerWeight | None:
-    """The integer form of a weight; None where integer kernels take none: float, half, asymmetric, or
-    changed by steps behind its quantizer."""
+    """The integer form of a weight; None where integer kernels take none: float, half, asymmetric,
+    or changed by steps behind its quantizer."""
     quantizer = packable(weight)
     if quantizer is None or not quantizer.format.symmetric:
         return None
@@ -73,7 +74,7 @@ def integer_weight(weight: Weight) -> IntegerWeight | None:
 def integer_weights(model: nn.Module) -> list[IntegerWeight]:
     """The integer form of every weight that has one.
 
-    An exported graph is searched for their values, since exporters rename, transpose and scale weights.
+    An exported graph is searched for their values: exporters rename, transpose and scale weights.
     """
     found = (integer_weight(weight) for weight in weights(model))
     return [weight for weight in found if weight is not None]
@@ -122,9 +123,9 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def hook_input_quantizers(model: nn.Module) -> nn.Module:
-    """Makes input quantizers take part in the forward pass, also those from a file; returns the model."""
+    """Makes input quantizers take part in the forward pass, also from a file; returns the model."""
     for module in model.modules():
-        if hasattr(module, INPUT_QUANTIZER) and quantize_input not in module._forward_pre_hooks.values():
+        if hasattr(module, INPUT_QUANTIZER) and not _own_hooks(module):
             module.register_forward_pre_hook(quantize_input)
     return model
 
@@ -133,8 +134,10 @@ def _drop_input_quantizers(model: nn.Module, unless=lambda module: None) -> nn.M
     for module in model.modules():
         if hasattr(module, INPUT_QUANTIZER) and unless(module) is None:
             delattr(module, INPUT_QUANTIZER)
-            for key in [key for key, hook in module._forward_pre_hooks.items() if hook is quantize_input]:
+            for key in _own_hooks(module):
                 del module._forward_pre_hooks[key]
     return model
 
 
+def _own_hooks(module: nn.Module) -> list[int]:
+    return [key for key, hook in module._forward_pre_hooks.items() if hook is quantize_input]

@@ -3,8 +3,7 @@
 import copy
 import sys
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os import PathLike
 
 import torch
@@ -13,9 +12,9 @@ from torch import nn
 from kit import artifact
 from kit.core.protocols import Call
 from kit.core.weights import copy_model, materialize, weights
+from kit.engines import layers
 from kit.engines.choice import ENGINES, Choice, batch_size, build_engine, choose_engine
-from kit.engines.layers import INPUT_QUANTIZER, calibrate_inputs, cast, dtype_of, float_copy
-from kit.engines.layers import hook_input_quantizers
+from kit.engines.layers import INPUT_QUANTIZER, calibrate_inputs, cast, dtype_of
 from kit.quantization import HALF, FakeQuantize, Format, quantize_weights, quantizers
 
 INT4 = Format(4, granularity="group", group_size=32)
@@ -46,7 +45,8 @@ class QuantizationConfig:
             known = ", ".join(("auto", *ENGINES))
             raise ValueError(f"backend {self.backend!r} is unknown: choose from {known}")
         if self.type_name not in FORMATS:
-            raise ValueError(f"dtype {self.dtype!r} cannot be stored: choose from {', '.join(FORMATS)}")
+            known = ", ".join(FORMATS)
+            raise ValueError(f"dtype {self.dtype!r} cannot be stored: choose from {known}")
         if not self.max_error > 0:
             raise ValueError(f"max_error={self.max_error} must be above 0: 1e-3 is 30 dB below")
 
@@ -66,26 +66,27 @@ class QuantizationConfig:
         return TORCH_BACKENDS.get(self.backend, self.backend)
 
 
+DEFAULT = QuantizationConfig()
+
+
 class QuantizedModel(nn.Module):
     """Inference with a quantized model: called as the original is, outputs without gradients.
 
-    The first call measures the engines on its inputs (a few seconds; `tune` does it ahead of time) and
-    keeps the winner in `choice`; after a change of the weights it is built again. `model` is the same
-    network in fake quantization: what is saved, evaluated and trained further, and where attributes
-    and methods of the original are looked up. Floating inputs and outputs keep the dtype of the
-    original; the engines compute in float32 and below.
+    The first call, and the first after a change of the weights, measures the engines on its inputs
+    (a few seconds; `tune` does it ahead of time) and keeps the winner in `choice`. Calls that it
+    does not take, such as other sizes of a fixed ONNX graph, are computed in float32. `model` is
+    the same network in fake quantization: what is saved, evaluated and trained further, and where
+    attributes and methods of the original are looked up. Floating inputs and outputs keep the dtype
+    of the original; the engines compute in float32 and below.
     """
 
-    def __init__(
-        self, model: nn.Module, config: QuantizationConfig = QuantizationConfig(),
-        dtype: torch.dtype = torch.float32,
-    ):  # fmt: skip
+    def __init__(self, model: nn.Module, config: QuantizationConfig = DEFAULT, dtype=torch.float32):
         super().__init__()
         self.model, self.config, self.dtype = model.eval(), config, dtype
         self.choice: Choice | None = None
         self._floats: nn.Module | None = None  # for calls that the chosen engine does not take
         self._rows, self._limit = 0, sys.maxsize  # the batch that the engine was chosen for
-        self._watched, self._built = (), None  # dicts of tensors, and their state when engines were built
+        self._watched, self._built = (), None  # the weights, and their state in the engines
 
     def forward(self, *args, **kwargs):
         call = Call(args, kwargs)
@@ -106,25 +107,27 @@ class QuantizedModel(nn.Module):
         return call(self.choice.engine)
 
     def tune(self, *args, **kwargs) -> Choice:
-        """Chooses the engine for a call like this; returns the choice with the table of measurements.
+        """Chooses the engine for a call like this; returns the choice and what was measured.
 
         Warns if no engine keeps `config.max_error`: then float32 computes with the rounded weights.
         """
         return self._tune(cast(Call(args, kwargs), torch.float32))
 
     def _tune(self, call: Call) -> Choice:
-        allowed, name = self.config.max_error, self.config.engine
+        name, allowed = self.config.engine, self.config.max_error
         self._rows = batch_size(call)
         if not self._rows:  # there is nothing to measure, and exporters freeze what is empty
             self.choice = Choice("float32", self._float_engine())
         elif name != "auto":
             self.choice = Choice(name, build_engine(self.model, name, call))
         else:
-            self.choice = choose_engine(self.model, call, reference=self.reference(), max_error=allowed)
+            settings = {"reference": self.reference(), "max_error": allowed}
+            self.choice = choose_engine(self.model, call, **settings)
             error = self.choice.table.set_index("engine")["error"][self.choice.name]
             if error > allowed:
-                warnings.warn(f"rounding the weights alone changes the output by {error:.2g} of its power, "
-                              f"over max_error={allowed:g}: allow more, or train with prepare_qat_model")  # fmt: skip
+                why = f"by {error:.2g} of its power, over max_error={allowed:g}"
+                advice = "allow more, or train with prepare_qat_model"
+                warnings.warn(f"rounding the weights alone changes the output {why}: {advice}")
         self._limit = GROWTH * self._rows if name == "auto" and self._rows else sys.maxsize
         self._watch()
         return self.choice
@@ -137,8 +140,8 @@ class QuantizedModel(nn.Module):
 
     def _state(self) -> int:
         """Changes when a tensor of the model is written to or replaced."""
-        return hash(tuple((t.data_ptr(), 0 if t.is_inference() else t._version)
-                          for tensors in self._watched for t in tensors.values() if t is not None))  # fmt: skip
+        found = [t for tensors in self._watched for t in tensors.values() if t is not None]
+        return hash(tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in found))
 
     def _float_engine(self) -> nn.Module:
         if self._floats is None:
@@ -159,25 +162,23 @@ class QuantizedModel(nn.Module):
         for weight in weights(model):
             if weight.find(FakeQuantize):
                 weight.drop(FakeQuantize)
-        return float_copy(model)
+        return layers.float_copy(model)
 
     def save(self, path: str | PathLike) -> int:
-        """Writes codes, scales and calibrated ranges (kit.artifact); returns the bytes of the file."""
+        """Writes codes, scales and calibrated ranges (kit.artifact); returns the bytes."""
         return artifact.save(self.model, path)
 
     @classmethod
-    def load(
-        cls, path: str | PathLike, model: nn.Module | None = None,
-        config: QuantizationConfig = QuantizationConfig(),
-    ) -> "QuantizedModel":  # fmt: skip
+    def load(cls, path: str | PathLike, model: nn.Module | None = None, config=DEFAULT):
         """The model in a file written by `save`.
 
-        model: an instance of the same architecture, which is not changed; not needed for the kit's own
-            models. Raises kit.artifact.ArtifactError if the file is damaged or does not fit it.
+        model: an instance of the same architecture, which is not changed; not needed for the kit's
+            own models. Raises kit.artifact.ArtifactError if the file is damaged or does not fit.
         """
         dtype = torch.float32 if model is None else dtype_of(model)
         blank = None if model is None else materialize(model).float()
-        return cls(hook_input_quantizers(artifact.load(path, blank, trainable=True)), config, dtype)
+        loaded = artifact.load(path, blank, trainable=True)
+        return cls(layers.hook_input_quantizers(loaded), config, dtype)
 
     def __getattr__(self, name: str):
         own = name.startswith("_") or name in ("model", "parametrizations", INPUT_QUANTIZER)
@@ -194,8 +195,8 @@ class QuantizedModel(nn.Module):
         return made
 
     def __reduce_ex__(self, protocol):
-        raise TypeError("a QuantizedModel is not pickled: write it with .save(path), and read it with "
-                        "QuantizedModel.load(path, model)")  # fmt: skip
+        advice = "write it with .save(path), and read it with QuantizedModel.load(path, model)"
+        raise TypeError(f"a QuantizedModel is not pickled: {advice}")
 
     def _apply(self, function, recurse=True):
         self.dtype = function(torch.empty(0, dtype=self.dtype)).dtype
@@ -203,21 +204,20 @@ class QuantizedModel(nn.Module):
 
     def _warn_of_growth(self, rows: int) -> None:
         self._limit = sys.maxsize  # once is enough
-        warnings.warn(f"{self.choice.name} was chosen for a batch of {self._rows}, this one has {rows}: "
-                      "another engine may be faster, call .tune(inputs) to measure again")  # fmt: skip
+        chosen = f"{self.choice.name} was chosen for a batch of {self._rows}, this one has {rows}"
+        warnings.warn(f"{chosen}: another may be faster, call .tune(inputs) to measure again")
 
     def extra_repr(self) -> str:
         return f"engine={self.choice.name if self.choice else 'chosen at the first call'}"
 
 
-def quantize(
-    model: nn.Module, config: QuantizationConfig = QuantizationConfig(), calibration: Iterable | None = None
-) -> QuantizedModel:
+def quantize(model: nn.Module, config=DEFAULT, calibration=None) -> QuantizedModel:
     """A quantized copy of a model. Weights that carry fake quantizers keep theirs.
 
     Every weight of two or more dimensions is stored as `config.dtype`. calibration: batches
-    (`kit.core.protocols.call_of`) on which the ranges of the inputs of linear layers and convolutions
-    are fixed; without them each batch has its own. Batch norms are folded by the engines.
+    (`kit.core.protocols.call_of`) on which the ranges of the inputs of linear layers and
+    convolutions are fixed; without them each batch has its own. Batch norms are folded by the
+    engines.
     Raises ValueError if there is nothing to quantize, or weights are complex or not finite.
     """
     copied = copy_model(model).cpu().eval()
@@ -228,9 +228,7 @@ def quantize(
     return QuantizedModel(copied.float(), config, dtype_of(model))
 
 
-def prepare_qat(
-    model: nn.Module, config: QuantizationConfig = QuantizationConfig(), calibration: Iterable | None = None
-) -> nn.Module:
+def prepare_qat(model: nn.Module, config=DEFAULT, calibration=None) -> nn.Module:
     """A copy to be trained with rounded weights (and inputs, if calibrated), gradients straight
     through; `quantize` makes a QuantizedModel of it with the weights it was trained with."""
     copied = quantize_weights(copy_model(model), config.format)

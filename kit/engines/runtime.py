@@ -10,19 +10,18 @@ from torch import Tensor, nn
 
 from kit.core.protocols import Call, tree_map
 
-TYPES = {"float": torch.float32, "double": torch.float64, "int64": torch.int64, "int32": torch.int32,
-         "uint8": torch.uint8, "bool": torch.bool}  # fmt: skip
+TYPES = {name: getattr(torch, name) for name in "float double int64 int32 uint8 bool".split()}
 
 
 class OnnxEngine(nn.Module):
     """Runs an ONNX graph on the CPU with as many threads as torch has at the first call.
 
-    The graph is a buffer (uint8), so that the module is copied, pickled and saved like any other; `save`
-    writes it as an .onnx file. Inputs are tensors by position; outputs have no gradient.
+    The graph is a buffer (uint8), so that the module is copied, pickled and saved like any other;
+    `save` writes it as an .onnx file. Inputs are tensors by position; outputs have no gradient.
 
     Args:
         graph: bytes of an ONNX model.
-        template: an output as the model gives it, whose tensors stand for those of the graph in order.
+        template: an output as the model gives it, whose tensors are the graph's in order.
     """
 
     graph: Tensor
@@ -31,10 +30,10 @@ class OnnxEngine(nn.Module):
         super().__init__()
         self.register_buffer("graph", torch.from_numpy(np.frombuffer(graph, np.uint8).copy()))
         self.template = tree_map(lambda y: y.new_empty(0), template)
-        self._session = None
+        self._session = self._inputs = None
 
     def __getstate__(self):
-        return {**self.__dict__, "_session": None}
+        return {**self.__dict__, "_session": None, "_inputs": None}
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self.graph = state_dict[prefix + "graph"].new_empty(state_dict[prefix + "graph"].shape)
@@ -61,8 +60,7 @@ class OnnxEngine(nn.Module):
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         graph, provider = self.graph.cpu().numpy().tobytes(), "CPUExecutionProvider"
         self._session = ort.InferenceSession(graph, options, providers=[provider])
-        self._inputs = [(entry.name, TYPES.get(entry.type[7:-1]), [d if isinstance(d, int) else None for d in entry.shape])
-                        for entry in self._session.get_inputs()]  # fmt: skip
+        self._inputs = self._session.get_inputs()
 
     def takes(self, call: Call) -> bool:
         """Whether a call is tensors by position, of the types and sizes that the graph is for."""
@@ -70,14 +68,14 @@ class OnnxEngine(nn.Module):
         return (
             not call.kwargs
             and len(call.args) == len(self._inputs)
-            and all(_fits(x, *entry) for x, (_, *entry) in zip(call.args, self._inputs))
+            and all(map(_fits, call.args, self._inputs))
         )
 
     def forward(self, *inputs: Tensor):
         from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
         session, arrays = self.session, (x.detach().numpy(force=True) for x in inputs)
-        feed = dict(zip((name for name, *_ in self._inputs), arrays, strict=True))
+        feed = dict(zip((entry.name for entry in self._inputs), arrays, strict=True))
         try:
             outputs = session.run(None, feed)
         except Fail:  # its rewriting for exact sums breaks some graphs with scales a row (1.31)
@@ -98,8 +96,8 @@ class OnnxEngine(nn.Module):
 
     @classmethod
     def load(cls, path) -> "OnnxEngine":
-        """The engine in a file written by `save` (outputs nest in tuples and dicts), or the first output
-        of any other .onnx file."""
+        """The engine in a file written by `save`, its outputs nested in tuples and dicts; of any
+        other .onnx file the first output."""
         import onnx
 
         graph = onnx.load(path)
@@ -107,13 +105,17 @@ class OnnxEngine(nn.Module):
         return cls(graph.SerializeToString(), _template(json.loads(properties.get("outputs", "0"))))
 
 
-def _fits(x, dtype: torch.dtype | None, shape: list[int | None]) -> bool:
-    same = isinstance(x, Tensor) and dtype in (None, x.dtype) and x.ndim == len(shape)
-    return same and all(size in (None, length) for size, length in zip(shape, x.shape))
+def _fits(x, entry) -> bool:
+    """Whether x is a tensor of the type and the fixed sizes of an input of a graph."""
+    dtype = TYPES.get(entry.type.removeprefix("tensor(").removesuffix(")"))
+    if not isinstance(x, Tensor) or x.dtype != dtype or x.ndim != len(entry.shape):
+        return False
+    sizes = zip(entry.shape, x.shape)
+    return all(not isinstance(size, int) or size == length for size, length in sizes)
 
 
 def _skeleton(value):
-    """A nest of tensors in JSON: 0 for a tensor, a mapping also for a dataclass, null for all else."""
+    """A nest of tensors in JSON: 0 for a tensor, a mapping for a dataclass, null for all else."""
     if isinstance(value, Tensor):
         return 0
     if isinstance(value, Mapping):
