@@ -140,7 +140,7 @@ def test_pareto_colours_the_front_and_leaves_other_corpora_out():
     ax = plots.pareto(frame)
     dominated, front = ax.containers
     assert list(dominated[0].get_xdata()) == [4.5] and list(front[0].get_xdata()) == [5, 4, 2]
-    assert sorted(texts(ax)) == ["÷ 1", "÷ 2", "÷ 4"] and "): 1" in ax.get_title(loc="left")
+    assert sorted(texts(ax)) == ["÷ 1", "÷ 2", "÷ 4"] and "figures: 1" in ax.get_title(loc="left")
     with pytest.raises(ValueError, match="No run has both bytes and perplexity"):
         plots.pareto(frame.assign(bytes=np.nan))
 

@@ -22,6 +22,7 @@ from kit.training.evaluation import Evaluation, evaluate
 from kit.training.losses import training_loss
 
 VALIDATION_BATCHES = 32  # that decide when training stops: the whole split would take as long
+SOURCES = ("core/protocols.py", "models", "data", "training")  # whose code makes the model
 TRAINING = {"steps": 600, "lr": 1e-2, "patience": 3}  # where TrainConfig's own defaults differ
 
 
@@ -74,7 +75,7 @@ def load_or_train(
     torch.manual_seed(training.seed)
     dense = build_model(model, {**settings, "vocab_size": text.tokenizer.vocab_size}).to(device)
     loaders = token_loaders(text, batch_size, seq_len)
-    windows, code = (batch_size, seq_len), code_digest(("models", "data", "training"))
+    windows, code = (batch_size, seq_len), code_digest(SOURCES)
     key = digest(dense.config, training, windows, text.sha256, vocab_size, device, code)
     folder = cache_dir() / "baselines" / f"{model}-{key}"
     path, record = folder / "model.kit", folder / "record.json"
@@ -91,10 +92,9 @@ def load_or_train(
 def _train(model: nn.Module, loaders: Loaders, config: TrainConfig, path: Path, log: bool) -> dict:
     """Trains a model and writes it to `path`; returns what Baseline says of it."""
     glance = list(itertools.islice(loaders.validation, VALIDATION_BATCHES))
-    options = {"loss": training_loss(model), "checkpoint": path.with_name("checkpoint"), "log": log}
-    done = train(
-        model, loaders.train, config, validate=lambda m: evaluate(m, glance).loss, **options
-    )
+    options = {"validate": lambda m: evaluate(m, glance).loss, "log": log}
+    options |= {"loss": training_loss(model), "checkpoint": path.with_name("checkpoint")}
+    done = train(model, loaders.train, config, **options)
     artifact.save(model, path, layouts=("dense",))
     test = evaluate(artifact.load(path).to(device_of(model)), loaders.test)
     found = {name: getattr(done, name) for name in ("history", "tokens", "seconds")}

@@ -100,17 +100,11 @@ def _alive(pid: int, started: float) -> bool:
 def plan(notebook: str | Path, grid: Grid, seeds: Sequence[int] = (), folder="runs") -> list[Run]:
     """The runs of a batch, checked against the notebook before anything starts.
 
-    Values of the profile `$KIT_PROFILE` apply before the grid. A run's folder in `folder` is named
-    by what differs from the notebook's own values and a hash of code, these and kit's version.
-
-    Args:
-        grid: name -> list of values, of which every combination is run; or a list of dicts.
-        seeds: values of the parameter `seed`, for each of those.
-
-    Raises:
-        ValueError: a name is not a parameter of the notebook or a value has another type than its
-            default, or grid, seeds or notebook are not what they should be.
-        FileNotFoundError: there is no such notebook.
+    grid: name -> list of values, of which every combination is run, or a list of dicts; each with
+    each of the seeds, after what the profile `$KIT_PROFILE` sets. A run's folder in `folder` is
+    named by what differs from the notebook's own values and a hash of code, these and version.
+    Raises ValueError for a name that is no parameter of the notebook, a value of another type than
+    its default, and a grid or notebook that is none; FileNotFoundError for one that is not there.
     """
     notebook, runs = Path(notebook).resolve(), {}
     if not notebook.is_file():
@@ -153,8 +147,8 @@ def _combinations(grid: Grid, seeds: Sequence[int]) -> list[dict]:
                 raise ValueError(f"The grid gives {name} as {values!r}, expected a list of values.")
         grid = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     if not (isinstance(grid, list) and grid and all(isinstance(run, Mapping) for run in grid)):
-        expected = "a mapping of names to lists or a list of mappings"
-        raise ValueError(f"The grid is {grid!r}, expected {expected}.")
+        need = "a mapping of names to lists or a list of mappings"
+        raise ValueError(f"The grid is {grid!r}, expected {need}.")
     if not isinstance(seeds, (list, tuple, range)):
         raise ValueError(f"The seeds are {seeds!r}, expected a list of integers.")
     return [{**run, **seed} for run in grid for seed in [{"seed": seed} for seed in seeds] or [{}]]
@@ -193,11 +187,7 @@ def _check(notebook: str, name: str, value, defaults: Mapping) -> None:
     kind, default = type(defaults[name]).__name__, defaults[name]
     allowed = {"float": ("float", "int"), "tuple": ("tuple", "list")}.get(kind, (kind,))
     if default not in (None, ...) and type(value).__name__ not in allowed:
-        hint = (
-            "; YAML reads 1e-3 as text, write 1.0e-3"
-            if (kind, type(value)) == ("float", str)
-            else ""
-        )
+        hint = {"float": "; YAML reads 1e-3 as text, write 1.0e-3"}.get(kind, "")
         like = f"expected {kind} like the {default!r} of {notebook}"
         raise ValueError(f"{name} is {value!r}, {like}{hint}.")
 
@@ -215,9 +205,8 @@ def run_batch(notebook, grid, seeds=(), *, jobs=1, folder="runs", retry=False):
     as `read_results` does, and a dict: name of a failed run -> the end of its log.
 
     Finished runs are skipped and those cut short start again in their folder, so that a second call
-    continues; failed ones start again with `retry`. Each process may use cores / jobs threads.
-    Raises ValueError as `plan` does and for more jobs than cores. KeyboardInterrupt is passed on
-    after ending the processes.
+    continues; failed ones start again with `retry`. Each may use cores / jobs threads. Raises
+    ValueError as `plan` does and for more jobs than cores. An interrupt ends the processes first.
     """
     if not 1 <= jobs <= cores():
         raise ValueError(f"jobs is {jobs}, expected 1 to {cores()}, the cores of this machine.")
@@ -227,10 +216,8 @@ def run_batch(notebook, grid, seeds=(), *, jobs=1, folder="runs", retry=False):
     for run, state in ended:
         if state == "running":
             print(f"{run.folder.name} is still being run by another batch; call again after it.")
-    finished = read_results([run.folder for run, state in ended if state == "finished"])
-    return finished, {
-        run.folder.name: run.last_lines() for run, state in ended if state == "failed"
-    }
+    failed = {run.folder.name: run.last_lines() for run, state in ended if state == "failed"}
+    return read_results([run.folder for run, state in ended if state == "finished"]), failed
 
 
 def _is_due(run: Run, retry: bool) -> bool:
@@ -245,8 +232,8 @@ def _execute(runs: list[Run], total: int, jobs: int) -> None:
     try:
         for number, future in enumerate(as_completed(futures), total - len(runs) + 1):
             run, seconds = futures[future], future.result()
-            outcome = f"{run.state()} in {seconds:.0f} s: {run.folder.name}"
-            print(f"[{number}/{total}] {outcome}", flush=True)
+            said = f"{run.state()} in {seconds:.0f} s: {run.folder.name}"
+            print(f"[{number}/{total}] {said}", flush=True)
     finally:
         stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
@@ -275,20 +262,18 @@ def _kill(process: psutil.Popen) -> None:
     """Ends a process and the kernel that it started."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for member in [*process.children(recursive=True), process]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
+            member.kill()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; exit code 1 if a run failed, 2 for bad input, 130 after an interrupt."""
-    parser = argparse.ArgumentParser(prog="python -m kit.lab.batches", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m kit.lab.batches", description="Run a grid.")
     parser.add_argument("notebook", type=Path)
     parser.add_argument("grid", type=Path, help="YAML file with grid and seeds")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
     parser.add_argument("--folder", type=Path, default="runs", help="for all runs (default runs)")
     parser.add_argument("--retry", action="store_true", help="run failed ones again")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     options = vars(parser.parse_args(arguments))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)

@@ -48,10 +48,10 @@ def new_axes(ax: Axes | None, size: tuple[float, float] = (6.8, 3.9)) -> Axes:
     return plt.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
 
 
-def row_axes(ax: Axes | None, names: Iterable[str], inches: float = 0.4) -> tuple[Axes, np.ndarray]:
+def row_axes(ax: Axes | None, names: Iterable[str]) -> tuple[Axes, np.ndarray]:
     """Axes with a named row for each of `names`, from the top, and the heights of the rows."""
     names = list(names)
-    ax, places = new_axes(ax, (6.8, 0.9 + inches * len(names))), -np.arange(len(names))
+    ax, places = new_axes(ax, (6.8, 0.9 + 0.4 * len(names))), -np.arange(len(names))
     ax.set(yticks=places, yticklabels=names, ylim=(places[-1] - 0.6, 0.7))
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)
@@ -90,12 +90,9 @@ def log_scale(ax: Axes, which: str) -> None:
         low, high = low / 1.5, high * 1.5
         ax.set(**{f"{which}lim": (low, high)})
     subs = (1, 1.5, 2, 3, 4, 5, 6, 8) if high < 5 * low else (1, 2, 5) if high < 100 * low else (1,)
-    plain, in_bytes = (
-        FuncFormatter(lambda value, _: f"{value:,.6g}"),
-        "bytes" in axis.get_label_text(),
-    )
+    plain = FuncFormatter(lambda value, _: f"{value:,.6g}")
     axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(EngFormatter("B") if in_bytes else plain)
+    axis.set_major_formatter(EngFormatter("B") if "bytes" in axis.get_label_text() else plain)
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -112,15 +109,10 @@ def label_line_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None
     heights = ax.transAxes.inverted().transform(ax.transData.transform([end[:2] for end in ends]))
     gap = 13 / (72 * ax.figure.get_size_inches()[1] * ax.get_position().height)
     leader = {"arrowstyle": "-", "lw": 0.7, "alpha": 0.6, "shrinkA": 1, "shrinkB": 2}
-    look = {
-        "textcoords": "axes fraction",
-        "va": "center",
-        "fontsize": 9.5,
-        "annotation_clip": False,
-    }
+    look = {"textcoords": "axes fraction", "va": "center", "annotation_clip": False}
     for (x, y, text, colour), height in zip(ends, spread(heights[:, 1], gap)):
-        arrow = {**leader, "color": colour, "relpos": (0, 0.5)}
-        ax.annotate(text, (x, y), (1.03, height), color=colour, arrowprops=arrow, **look)
+        look |= {"color": colour, "arrowprops": {**leader, "color": colour, "relpos": (0, 0.5)}}
+        ax.annotate(text, (x, y), (1.03, height), fontsize=9.5, **look)
 
 
 def label_points(ax: Axes, points: list[tuple[float, float, str]], avoid: Iterable = ()) -> None:
@@ -128,12 +120,10 @@ def label_points(ax: Axes, points: list[tuple[float, float, str]], avoid: Iterab
     points, the labels, and the further (x, y) to `avoid`."""
     ax.figure.draw_without_rendering()  # settles the layout, on which extents depend
     taken = [_around(ax, x, y) for x, y in [*avoid, *(point[:2] for point in points)]]
-    halo = {"path_effects": [patheffects.withStroke(linewidth=2.5, foreground="white")]}
     look = {"textcoords": "offset points", "fontsize": 9, "zorder": 2.5, "annotation_clip": False}
+    look["path_effects"] = [patheffects.withStroke(linewidth=2.5, foreground="white")]
     for x, y, text in points:
-        notes = [
-            ax.annotate(text, (x, y), side, **_aligned(*side), **look, **halo) for side in SIDES
-        ]
+        notes = [ax.annotate(text, (x, y), side, **look, **_aligned(*side)) for side in SIDES]
         extents = [note.get_window_extent() for note in notes]
         right, left = ax.figure.bbox.x1, ax.bbox.x0
         outside = [9 * (extent.x1 > right or extent.x0 < left) for extent in extents]

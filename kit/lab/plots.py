@@ -1,7 +1,7 @@
 """Plots of weights, sizes, curves, and compression against quality: data in, Axes (or Figure) out.
 
-Every function takes `ax` to draw into, or makes a figure. Colours come from a palette that
-colour-blind readers can tell apart; markers and dashes say the same in grey print.
+They draw into `ax` or a new figure, in colours that colour-blind readers can tell apart; markers and
+dashes say the same in grey print.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from kit.lab import figures
-from kit.lab.figures import COLOURS, GREY, MARKERS, MUTED, new_axes, row_axes, save, styled
+from kit.lab.figures import COLOURS, GREY, MARKERS, MUTED, new_axes, row_axes, styled
+from kit.lab.figures import save as save
 from kit.lab.records import pareto_front, quality_column
 
-__all__ = ["bars", "heat_map", "intervals", "lines", "pareto", "save", "stage_waterfall"]
-__all__ += ["weight_histogram"]
 AXIS = {"bytes": "bytes of the file", "bits_per_byte": "test bits per byte"}
 AXIS |= {"perplexity": "test perplexity", "accuracy": "test accuracy", "ratio": "compression ratio"}
 
@@ -76,9 +75,8 @@ def weight_histogram(weights, grid=None, *, xlabel="weight", bins=120, ax=None) 
 def stage_waterfall(stages: pd.DataFrame | Sequence[Mapping], *, quality=None, origin=0) -> Figure:
     """What each stage took off the file (hatched) and what that cost; the first is the dense model.
 
-    Args:
-        stages: rows with name, bytes, perplexity (or accuracy, or `quality`); low, high if known.
-        origin: the row with whose quality the others' is compared.
+    stages: rows with name, bytes, perplexity (or accuracy, or `quality`), and low, high if known.
+    origin: the row with whose quality the others' is compared.
     """
     stages = pd.DataFrame(stages).reset_index(drop=True)
     quality = quality or ("perplexity" if "perplexity" in stages else "accuracy")
@@ -98,54 +96,42 @@ def stage_waterfall(stages: pd.DataFrame | Sequence[Mapping], *, quality=None, o
     values, spans = stages[quality].to_numpy(float), _spans(stages, quality)
     right.errorbar(values, places, xerr=spans, fmt="o", color=COLOURS[1], elinewidth=1.2)
     right.axvline(values[origin], **figures.REFERENCE)
-    look = {
-        "ha": "center",
-        "fontsize": 9,
-        "bbox": dict(facecolor="white", edgecolor="none", pad=0.6),
-    }
+    look = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
     for row, value in enumerate(values):
         change = f"  ({100 * (value / values[origin] - 1):+.1f} %)" if row != origin else ""
-        at = {"xytext": (0, 7), "textcoords": "offset points"}
-        right.annotate(f"{value:.4g}{change}", (value, places[row]), **at, **look)
+        right.annotate(f"{value:.4g}{change}", (value, places[row]), bbox=box, **look)
     right.set(xlabel=AXIS.get(quality, quality))
     right.margins(x=0.25)
     return figure
 
 
 @styled
-def pareto(
-    frame: pd.DataFrame, *, cost="bytes", quality=None, by="notebook", label="ratio", ax=None
-) -> Axes:
-    """Size against quality, a point a run: what no other run dominates in colour, others muted.
+def pareto(frame: pd.DataFrame, *, quality=None, by="notebook", label="ratio", ax=None) -> Axes:
+    """Bytes against quality, a point a run: what no other run dominates in colour, others muted.
 
-    Args:
-        frame: as from `kit.lab.records.read_results`; runs on another corpus are only counted.
-        quality: column of the vertical axis (default: `quality_column`); intervals where known.
-        by: column that sets marker and colour.
-        label: column written beside each undominated run.
-
-    Raises:
-        ValueError: no run has both a size and a quality.
+    frame: as from `read_results`; runs on another corpus are only counted. quality: column of the
+    vertical axis (default: `quality_column`). by: column that sets marker and colour. label: column
+    that is written beside undominated runs. Raises ValueError without a size and a quality.
     """
     quality = quality or quality_column(frame)
-    kept = frame[frame[[cost, quality]].notna().all(axis=1)]
+    kept = frame[frame[["bytes", quality]].notna().all(axis=1)]
     kept = kept[kept["comparable"].astype(bool)] if "comparable" in kept else kept
     if not len(kept):
-        raise ValueError(f"No run has both {cost} and {quality}: run a notebook that writes them.")
+        raise ValueError(f"No run has both bytes and {quality}: run a notebook that writes them.")
     rising = [quality] if quality == "accuracy" else []
-    best = pareto_front(kept, [cost] if rising else [cost, quality], rising)
-    ax, front = new_axes(ax, (7.2, 4.6)), kept[best].sort_values(cost)
-    ax.set(xlabel=AXIS.get(cost, cost), ylabel=AXIS.get(quality, quality))
-    ax.step(front[cost], front[quality], where="post", color="#BDBDBD", linewidth=1.1, zorder=1)
+    best = pareto_front(kept, ["bytes"] if rising else ["bytes", quality], rising)
+    ax, front = new_axes(ax, (7.2, 4.6)), kept[best].sort_values("bytes")
+    ax.set(xlabel=AXIS["bytes"], ylabel=AXIS.get(quality, quality))
+    step = {"where": "post", "color": "#BDBDBD", "linewidth": 1.1, "zorder": 1}
+    ax.step(front["bytes"], front[quality], **step)
     for order, (name, group) in enumerate(kept.groupby(by)):
         colour, marker = COLOURS[order % len(COLOURS)], MARKERS[order % len(MARKERS)]
-        for rows, line, fill in (
-            (group[~best[group.index]], MUTED, "white"),
-            (group[best[group.index]], colour, colour),
-        ):
+        on = best[group.index]
+        for rows, line, fill in ((group[~on], MUTED, "white"), (group[on], colour, colour)):
             look = {"fmt": marker, "color": line, "markerfacecolor": fill, "elinewidth": 1.2}
-            order = 3 if fill == colour else 2
-            ax.errorbar(rows[cost], rows[quality], _spans(rows, quality), **look, zorder=order)
+            look["zorder"] = 2 if fill == "white" else 3
+            ax.errorbar(rows["bytes"], rows[quality], _spans(rows, quality), **look)
         ax.plot([], [], marker, color=colour, label=name)
     if len(front) < len(kept):
         ax.plot([], [], "o", color=MUTED, markerfacecolor="white", label="dominated")
@@ -153,12 +139,11 @@ def pareto(
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0.2, handletextpad=0.3)
     figures.log_scale(ax, "x")
     if len(frame) > len(kept):
-        left_out = f"not shown (another corpus, or no figures): {len(frame) - len(kept)}"
-        ax.set_title(left_out, fontsize=9.5)
+        ax.set_title(f"other corpora, or no figures: {len(frame) - len(kept)}", fontsize=9.5)
     texts = [f"÷ {v:.3g}" if label == "ratio" else str(v) for v in front.get(label, [])]
-    whiskers = zip(kept[cost], kept[quality], *_spans(kept, quality))
+    whiskers = zip(kept["bytes"], kept[quality], *_spans(kept, quality))
     avoid = [(x, y + d) for x, y, down, up in whiskers for d in (-down, -down / 2, 0, up / 2, up)]
-    figures.label_points(ax, list(zip(front[cost], front[quality], texts)), avoid)
+    figures.label_points(ax, list(zip(front["bytes"], front[quality], texts)), avoid)
     return ax
 
 
@@ -192,20 +177,10 @@ def heat_map(frame: pd.DataFrame, label: str, *, format: str = ".3g", ax=None) -
 
 
 @styled
-def bars(
-    values: Mapping[str, float],
-    xlabel: str,
-    *,
-    intervals=None,
-    highlight=None,
-    format=".3g",
-    ax=None,
-) -> Axes:
-    """Labelled bars from the top in the given order.
+def bars(values, xlabel, *, intervals=None, highlight=None, format=".3g", ax=None) -> Axes:
+    """Labelled bars, name -> value, from the top.
 
-    Args:
-        intervals: name -> (low, high), where there is one.
-        highlight: name of the one bar in colour (default: all).
+    intervals: name -> (low, high), if known. highlight: name of the one bar in colour.
     """
     (ax, places), intervals = row_axes(ax, values), intervals or {}
     colours = [COLOURS[0] if highlight in (None, name) else "#B9B9B9" for name in values]
@@ -214,8 +189,8 @@ def bars(
     for place, (name, value), end in zip(places, values.items(), ends):
         if name in intervals:
             ax.plot(intervals[name], (place, place), color=figures.INK, linewidth=1.2, marker="|")
-        at = end + 0.012 * max(ends)
-        ax.text(at, place, f"{value:{format}}", va="center", fontsize=9.5)
+        text = f"{value:{format}}"
+        ax.text(end + 0.012 * max(ends), place, text, va="center", fontsize=9.5)
     ax.set(xlabel=xlabel, xlim=(0, 1.12 * max(ends)))
     if "bytes" in xlabel:
         ax.xaxis.set_major_formatter(EngFormatter("B"))

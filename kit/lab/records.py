@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 import kit
 from kit.core.store import write_json
@@ -29,21 +30,17 @@ def write_result(folder: str | Path, record: dict) -> Path:
     """
     missing = [key for key in ("notebook", "parameters", "seed") if key not in record]
     if missing:
-        raise ValueError(
-            f"The record of {folder} lacks {', '.join(missing)}; add it before writing."
-        )
-    if not {"name", "sha256"} <= set(record.get("corpus", ("name", "sha256"))):
-        corpus = record["corpus"]
+        raise ValueError(f"The record of {folder} lacks {', '.join(missing)}: add it.")
+    corpus = record.get("corpus", {"name": "", "sha256": ""})
+    if not {"name", "sha256"} <= set(corpus):
         raise ValueError(f"The corpus of {folder} is {corpus!r}, expected its name and sha256.")
     if any("name" not in stage for stage in record.get("stages", [])):
-        raise ValueError(f"A stage of {folder} has no name; give each stage a dict with a name.")
+        raise ValueError(f"A stage of {folder} has no name: give each one a name.")
     return write_json(Path(folder) / RESULT, {**environment(), **record})
 
 
 def environment() -> dict:
     """What a timing depends on: versions, processor, cores, threads, accelerator."""
-    import torch  # which reading records does not need
-
     installed = {d.name: d.version for d in importlib.metadata.distributions()}
     versions = {name: installed[name] for name in PACKAGES if name in installed}
     cpuinfo = Path("/proc/cpuinfo")
@@ -104,11 +101,8 @@ def _records(where: Places) -> list[tuple[str, dict]]:
         found = [place] if Path(place).exists() else glob.glob(str(place), recursive=True)
         for path in map(Path, found):
             files.update([path] if path.name == RESULT else path.rglob(RESULT))
-    return [(_relative(file.parent.resolve()), _read(file)) for file in sorted(files)]
-
-
-def _relative(folder: Path) -> str:
-    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
+    here = f"{Path.cwd()}{os.sep}"
+    return [(str(f.parent.resolve()).removeprefix(here), _read(f)) for f in sorted(files)]
 
 
 def _read(file: Path) -> dict:

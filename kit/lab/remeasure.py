@@ -1,7 +1,4 @@
-"""Measures the file of a finished run again, in a process that has seen nothing else:
-
-python -m kit.lab.remeasure FOLDER
-"""
+"""Measures the file of a finished run again, from nothing: python -m kit.lab.remeasure FOLDER"""
 
 import argparse
 import importlib
@@ -17,19 +14,15 @@ from kit.training.evaluation import evaluate
 
 
 def remeasure(folder: str | Path) -> tuple[dict, dict]:
-    """Bytes and test perplexity of the artifact in `folder`, and those in its record.
+    """Bytes and test perplexity of the artifact in a run's folder, and those in its record.
 
     Raises ValueError when the corpus that this machine builds is not the one of the record.
     """
     record = json.loads((Path(folder) / RESULT).read_text())
-    settings, sha256 = record["parameters"], record["corpus"]["sha256"]
+    settings, path = record["parameters"], Path(folder) / record["artifact"]
     corpus = load_corpus(settings["corpus"], settings["vocab_size"], settings["train_bytes"])
-    if corpus.sha256 != sha256:
-        texts = (
-            f"{folder} was measured on text {sha256[:12]}, this machine has {corpus.sha256[:12]}"
-        )
-        raise ValueError(f"{texts}: install the versions in its record")
-    path = Path(folder) / record["artifact"]
+    if corpus.sha256 != record["corpus"]["sha256"]:
+        raise ValueError(f"{folder} was measured on another text: install the versions it names")
     model = artifact.load(path, parts=corpus.tokenizer.parts)
     test = evaluate(model, token_loaders(corpus, settings["batch_size"], settings["seq_len"]).test)
     found = {"bytes": path.stat().st_size, "perplexity": test.perplexity}
@@ -44,8 +37,7 @@ def main() -> None:
     if options.module:
         importlib.import_module(options.module)
     found, recorded = remeasure(options.folder)
-    for name, value in found.items():
-        print(f"{name:<12}{value:,.6g}, in the record {recorded[name]:,.6g}")
+    print(f"measured:   {found}\nthe record: {recorded}")
     same = math.isclose(found["perplexity"], recorded["perplexity"], rel_tol=1e-5)
     if found["bytes"] != recorded["bytes"] or not same:
         sys.exit("The file does not reproduce its record.")

@@ -18,11 +18,10 @@ def continue_text(
     with evaluating(model):
         for _ in range(tokens):
             logits = model(torch.tensor([ids[-window:]], device=device))[0, -1].cpu()
-            likely = (logits / max(temperature, 1e-6)).softmax(-1)
-            drawn = (
-                torch.multinomial(likely, 1, generator=generator)
-                if temperature
-                else likely.argmax()
-            )
+            drawn = logits.argmax()
+            if temperature:
+                drawn = torch.multinomial(
+                    (logits / temperature).softmax(-1), 1, generator=generator
+                )
             ids.append(int(drawn))
     return tokenizer.decode(ids)
