@@ -5,6 +5,7 @@ A *call* says how a model is called for a batch, an *output* may be any nest of 
 large vocabulary are never all in memory. `adapt` gives that protocol to somebody else's model.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -118,8 +119,10 @@ def tree_map(function: Callable[[Tensor], object], value):
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):
-        mapped = {key: tree_map(function, item) for key, item in value.items()}
-        return mapped if type(value) is dict else type(value)(**mapped)
+        mapped = copy.copy(value)
+        for key, item in value.items():
+            mapped[key] = tree_map(function, item)
+        return mapped
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(tree_map(function, item) for item in value))
     if isinstance(value, (tuple, list)):
