@@ -101,13 +101,34 @@ def test_every_kind_of_weight_of_a_language_model():
     assert torch.equal(repaired.embedding.weight, nearest.embedding.weight)
 
 
-def test_masked_weights_stay_zero():
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(12, 10)), correlated(64, 12)
-    mask = torch.rand(10, 12) > 0.4
+def test_masked_weights_stay_zero_and_what_they_would_have_taken_goes_to_the_others():
+    torch.manual_seed(4)
+    model, x = nn.Sequential(nn.Linear(24, 20)), torch.randn(128, 24) @ torch.randn(24, 24)
+    mask = torch.rand(20, 24) > 0.5
     set_mask(model[0], "weight", mask)
+    wanted, nearest = model(x), quantize_weights(copy.deepcopy(model), Format(4))
     gptq(model, Format(4), [x])
     assert (model[0].weight[~mask] == 0).all() and model[0].weight[mask].abs().sum() > 0
+    errors = [(m(x) - wanted).square().sum() for m in (model, nearest)]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_inputs_that_never_fire_and_dependent_ones_are_repaired_or_refused():
+    torch.manual_seed(0)
+    dense, x = nn.Sequential(nn.Linear(30, 12)), correlated(90, 30)
+    x[:, 4:11] = 0
+    x[:, 20] = x[:, 21]
+    errors = [(m(x) - dense(x)).square().sum() for m in (
+        gptq(copy.deepcopy(dense), Format(3), (part for part in x.split(30))),
+        quantize_weights(copy.deepcopy(dense), Format(3)))]
+    assert errors[0] < 0.7 * errors[1]
+    alone = quantize_weights(copy.deepcopy(dense), Format(3))
+    assert torch.equal(gptq(copy.deepcopy(dense), Format(3), [0 * x])[0].weight, alone[0].weight)
+    before = copy.deepcopy(dense.state_dict())
+    for bad, damping, message in ((x, 0.0, "damping=0.0 leaves"), (x / 0, 0.01, "inputs of '0.weight' hold NaN")):
+        with pytest.raises(ValueError, match=message):
+            gptq(dense, Format(3), [bad], damping)
+        assert dense.state_dict().keys() == before.keys() and torch.equal(dense[0].weight, before["0.weight"])
 
 
 def test_recurrent_weights_keep_the_nearest_codes():

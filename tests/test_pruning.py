@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,9 +16,17 @@ from kit.core.calibration import input_norms
 from kit.pruning.magnitude import MagnitudePruner, rewind
 from kit.core.weights import copy_model, weight_of, weights
 from kit.pruning.mask import Mask, get_mask, mask_of, put_mask, set_mask
-from kit.pruning.criteria import cubic_sparsity, nm_mask, prune_mask
+from kit.pruning.criteria import CRITERIA, cubic_sparsity, nm_mask, prune_mask, register_criterion
+from kit.pruning.sparsegpt import prune_sparsegpt
 from kit.quantization import Format, quantize_weights
+from kit.quantization.token_tables import compose_tables, order_rows
 from kit.training import TrainConfig, train
+
+TOKENS = torch.tensor([[3, 7, 9, 2, 5]])
+
+
+def square_loss(model, batch):
+    return model(batch).square().mean()
 
 
 class Double(nn.Module):
@@ -171,6 +180,81 @@ def test_wanda_ranks_by_weight_times_input_norm():
     assert torch.equal(model[0].weight != 0, torch.stack([row >= row.sort().values[3] for row in brute]))
 
 
+def test_a_registered_score_is_found_by_name():
+    """LAMP (Lee et al. 2021): w^2 over the sum of all squares of the tensor that are not smaller."""
+    @register_criterion("lamp")
+    def lamp(weight, norm, seed):
+        squares = weight.view.matrix(weight.original.detach().square())
+        order = squares.flatten().argsort(descending=True, stable=True)
+        sums = torch.empty(squares.numel()).scatter(0, order, squares.flatten()[order].cumsum(0))
+        return squares / sums.view_as(squares)
+
+    model = mlp()
+    squares = [torch.sort(layer.weight.detach().flatten().square()).values for layer in model]
+    brute = torch.cat([torch.stack([s[i] / s[i:].sum() for i in range(len(s))]) for s in squares])
+    try:
+        MagnitudePruner(model, scope="global", score="lamp").prune(0.7)
+    finally:
+        del CRITERIA["lamp"]
+    lost = [int((layer.weight == 0).sum()) for layer in model]
+    chosen = brute.argsort()[:sum(lost)]
+    assert sum(lost) == round(0.7 * 200) and lost == [int((chosen < 120).sum()), int((chosen >= 120).sum())]
+    for layer, count in zip(model, lost):   # inside a tensor, LAMP ranks by magnitude
+        original = weight_of(layer).original.abs().flatten()
+        assert original[layer.weight.flatten() == 0].max() < original.sort().values[count]
+
+
+def test_a_lower_sparsity_revives_nothing():
+    model = mlp()
+    MagnitudePruner(model).prune(0.5)
+    before = get_mask(model[0]).clone()
+    MagnitudePruner(model).prune(0.2)
+    assert torch.equal(get_mask(model[0]), before)
+
+
+@pytest.mark.parametrize("arrange", [
+    lambda m: compose_tables(m, np.array([[-1, -1]] * 4 + [[0, 1]] * 6, np.int32), [TOKENS], square_loss),
+    lambda m: order_rows(m, np.arange(1, 11))], ids=["composition", "row_order"])
+@pytest.mark.parametrize("act", [
+    lambda m: set_mask(m[0], "weight", torch.ones(10, 6, dtype=torch.bool)), lambda m: MagnitudePruner(m),
+    lambda m: prune_sparsegpt(m, [TOKENS], 0.5, "0.*"), lambda m: rewind(m, dict(m.state_dict()))],
+    ids=["mask", "score", "sparsegpt", "rewind"])
+def test_weights_in_another_order_or_basis_are_refused(arrange, act):
+    torch.manual_seed(0)
+    model = arrange(nn.Sequential(nn.Embedding(10, 6), nn.Linear(6, 3)))
+    before = model(TOKENS)
+    with pytest.raises(ValueError, match="weight' carries a (composition|row_order) step"):
+        act(model)
+    assert torch.equal(model(TOKENS), before) and get_mask(model[1]) is None
+
+
+def test_a_mask_says_more_than_the_zeros_of_what_it_masks(tmp_path):
+    """A kept weight that rounds to 0 is trained on after loading; a mask of the zeros alone takes no bytes."""
+    def loaded(format, sparsity):
+        model = MagnitudePruner(mlp()).prune(sparsity)
+        artifact.save(quantize_weights(model, format), tmp_path / "a.kit")
+        return model, artifact.load(tmp_path / "a.kit", mlp(1), trainable=True)
+
+    model, again = loaded(Format(2), 0.3)
+    assert ((model[0].weight == 0) & get_mask(model[0])).any()
+    for ours, theirs in zip(model, again):
+        assert torch.equal(get_mask(theirs), get_mask(ours)) and torch.equal(ours.weight, theirs.weight)
+    again[0].weight.sum().backward()
+    assert torch.equal(weight_of(again[0]).original.grad != 0, get_mask(model[0]))
+
+    class Write(list):
+        tensor = list.append
+
+    mask, entries = torch.rand(4, 5) > 0.5, Write()
+    assert Mask(mask).encode(None, mask.float(), entries) == {} and not entries
+    assert Mask(mask).encode(None, torch.zeros(4, 5), entries) == {"explicit": 1} and torch.equal(entries[0], mask)
+
+
+def test_norms_of_inputs_that_are_not_finite_are_refused_by_name():
+    with pytest.raises(ValueError, match="'1.weight' hold NaN or infinite"):
+        input_norms(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)), [torch.tensor([[0.0, 1.0, torch.inf]])])
+
+
 def test_random_scores_depend_on_seed_and_name_alone():
     def masks(seed, tensors="*"):
         model = mlp()
@@ -259,7 +343,10 @@ def test_rounds_with_rewinding_train_from_the_early_weights():
         with torch.no_grad():
             model[0].bias.add_(5)
 
-    MagnitudePruner(model).iterate([0.25, 0.5], retrain, rewind_to=early)
+    pruner = MagnitudePruner(model)
+    for sparsity in (0.25, 0.5):
+        rewind(pruner.prune(sparsity), early)
+        retrain(model)
     assert [share for share, _ in seen] == [0.25, 0.5]
     assert all(torch.equal(bias, early["0.bias"]) for _, bias in seen)
     assert torch.equal(model[0].weight, early["0.weight"] * get_mask(model[0]))

@@ -10,7 +10,15 @@ from kit.core.calibration import input_grams
 from kit.pruning.magnitude import MagnitudePruner
 from kit.core.weights import copy_model
 from kit.pruning.mask import set_mask
-from kit.pruning.sparsegpt import prune_sparsegpt, sparsegpt
+from kit.pruning import sparsegpt as of_stacks
+from kit.pruning import prune_sparsegpt
+
+
+def sparsegpt(weight, gram, sparsity=0.0, allowed=None, **settings):
+    """Of one matrix."""
+    allowed = None if allowed is None else allowed[None]
+    values, mask = of_stacks(weight[None], gram[None], sparsity, allowed=allowed, **settings)
+    return values[0], mask[0]
 
 
 def problem(rows=7, columns=10, tokens=200, seed=0):
@@ -126,6 +134,36 @@ def test_whole_model_beats_magnitude_pruning_on_its_calibration_outputs():
     assert (surgeon(x) - target).square().mean() < 0.9 * (plain(x) - target).square().mean()
     again = prune_sparsegpt(copy_model(dense), [x[:150], x[150:]], 0.6, weights)
     assert all(torch.equal(a, b) for a, b in zip(surgeon.state_dict().values(), again.state_dict().values()))
+
+
+def test_batches_may_come_from_a_generator_and_layers_be_called_by_keyword():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(10, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.b(input=self.a(input=x).relu())
+
+    torch.manual_seed(0)
+    x, model = torch.randn(60, 10), Net()
+    other = prune_sparsegpt(copy_model(model), [x], 0.5)
+    prune_sparsegpt(model, ({"x": part} for part in [x]), 0.5)
+    assert torch.equal(model.b.weight, other.b.weight) and (model.b.weight == 0).sum() == 16
+
+
+@pytest.mark.parametrize("batch, message", [
+    (torch.full((3, 10), torch.nan), "inputs of 'a.weight' hold NaN"),
+    (torch.ones(9, 10), "damping=0 leaves inputs linearly dependent"),
+])
+def test_inputs_that_allow_no_repair_are_refused_before_anything_changes(batch, message):
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("a", nn.Linear(10, 4))
+    before = model.a.weight.clone()
+    with pytest.raises(ValueError, match=message):
+        prune_sparsegpt(model, [batch], 0.5, damping=0)
+    assert not parametrize.is_parametrized(model.a) and torch.equal(model.a.weight, before)
 
 
 def test_pruned_weights_stay_pruned():

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch_pruning as tp
@@ -10,11 +11,12 @@ from kit.training.losses import classification_loss, next_token_loss
 from kit.core.measurement import macs
 from kit.models import DigitsCNN, DigitsMLP, MoE, ResNetBK, ResNetBKConfig, TransformerLM, parameter_count
 from kit.models.peers import TransformerLMConfig
-from kit.pruning import Mask, get_mask, prune_bk_channels, prune_channels, prune_hidden_units, set_mask
+from kit.pruning import MagnitudePruner, Mask, get_mask, prune_bk_channels, prune_channels, prune_hidden_units, set_mask
 from kit.pruning.least_squares import layer_examples
 from kit.pruning.structured import bk_channel_scores, channel_importance, hidden_unit_scores, shrink_hidden, sort_hidden_units
 from kit.quantization import FakeQuantize, Format, quantize_weights
-from kit.core.weights import weight_of
+from kit.core.weights import weight_of, weights
+from kit.quantization.token_tables import compose_tables, order_rows
 
 IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randint(0, 30, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -223,6 +225,48 @@ def test_masks_and_quantizers_are_there_again_on_the_smaller_weights():
     kept = get_mask(small.layers[0].moe, "w_in")
     assert all(any(torch.equal(row, old) for old in mask[e]) for e in range(3) for row in kept[e])
     assert torch.equal(get_mask(moe, "w_in"), mask) and small(TOKENS).shape == (2, 12, 30)
+
+
+PARTS = np.full((30, 2), -1, np.int32)
+PARTS[8:] = np.arange(22)[:, None] % 8
+EMBELLISHED = {
+    "masked": lambda m: MagnitudePruner(m).prune(0.4),
+    "rounded": lambda m: quantize_weights(m, Format(3, False, "group", 5)),
+    "trained steps": lambda m: quantize_weights(m, Format(4), learned=True),
+    "fixed grids": lambda m: quantize_weights(m, Format(4, granularity="tensor", range="mse")),
+    "composed and ordered": lambda m: quantize_weights(order_rows(compose_tables(
+        m, PARTS, [(TOKENS, TOKENS)], next_token_loss), np.arange(30)), Format(8)),
+}
+
+
+@pytest.mark.parametrize("prune", [prune_hidden_units, prune_bk_channels])
+@pytest.mark.parametrize("embellish", EMBELLISHED.values(), ids=EMBELLISHED)
+def test_removing_nothing_changes_no_bit_and_no_step(prune, embellish):
+    model = embellish(bk())
+    for weight in weights(model):
+        for step in weight.steps:
+            if getattr(step, "learned", False):
+                step.scale.data.mul_(1.0 + torch.rand(step.scale.shape))
+    for settings in ({}, {"batches": [(TOKENS, TOKENS)]}):
+        same = prune(model, 0.0, **settings)
+        assert torch.equal(same(TOKENS), model(TOKENS))
+        steps = [[[type(step) for step in w.steps] for w in weights(m)] for m in (model, same)]
+        assert steps[0] == steps[1]
+        tensors = zip(model.state_dict().items(), same.state_dict().items())
+        assert all(a == b and torch.equal(s, t) for (a, s), (b, t) in tensors)
+
+
+def test_untouched_weights_keep_their_steps_and_masked_readers_their_values():
+    model = EMBELLISHED["composed and ordered"](bk())
+    mask = torch.rand(3, 16, 12, generator=torch.Generator().manual_seed(0)) > 0.5
+    set_mask(model.layers[0].moe, "w_out", mask)
+    small = prune_hidden_units(model, 0.5, batches=[(TOKENS, TOKENS)])
+    assert torch.equal(small.embedding.weight, model.embedding.weight)
+    kept, old = (weight_of(m.layers[0].moe, "w_out").original for m in (small, model))
+    columns = [{tuple(column) for column in old[e].T.tolist()} for e in range(3)]
+    assert kept.shape == (3, 16, 6) and all(tuple(column) in columns[e] for e in range(3) for column in kept[e].T.tolist())
+    refitted, old = (weight_of(m.layers[1].moe, "w_out").original for m in (small, model))
+    assert not any(torch.equal(a, b) for a in refitted[0].T for b in old[0].T)
 
 
 class Untraceable(nn.Module):

@@ -1,7 +1,7 @@
 """Which weights matter: scores by name, and masks with exact counts from scores."""
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -60,11 +60,8 @@ def check_sparsity(sparsity: float) -> float:
 
 
 def prune_mask(scores: Tensor, sparsity: float) -> Tensor:
-    """Bool mask that drops exactly round(sparsity * n) of each row's n lowest scores.
-
-    scores: (..., n), each row a group of its own; a flat tensor is ranked as a whole. Of equal
-    scores the first go.
-    """
+    """Bool mask (..., n) that drops exactly the round(sparsity * n) lowest scores of each row; of
+    equal scores the first go."""
     return without_lowest(scores, round(check_sparsity(sparsity) * scores.shape[-1]))
 
 
@@ -75,18 +72,9 @@ def without_lowest(scores: Tensor, count: int) -> Tensor:
     return mask.scatter_(-1, order[..., :count], False)
 
 
-def global_masks(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-    """Masks for all tensors together: exactly round(sparsity * total) weights go, from wherever."""
-    flat = torch.cat([tensor.flatten() for tensor in scores.values()])
-    parts = prune_mask(flat, sparsity).split([tensor.numel() for tensor in scores.values()])
-    return {name: part.view_as(scores[name]) for name, part in zip(scores, parts)}
-
-
 def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
     """Bool mask that keeps the n highest of every m neighbours along the last dimension (2:4).
-
-    Raises ValueError: n is not in 1..m, or m does not divide the last dimension.
-    """
+    Raises ValueError as `check_pattern`."""
     check_pattern(scores.shape[-1], n, m)
     return without_lowest(scores.unflatten(-1, (-1, m)), m - n).flatten(-2)
 
@@ -102,10 +90,8 @@ def check_pattern(width: int, n: int, m: int, what: str = "the scores") -> None:
 
 
 def cubic_sparsity(step: int, start: int, end: int, final: float, initial: float = 0.0) -> float:
-    """Sparsity after `step` steps: s_f + (s_i - s_f) (1 - (t - t_0) / (t_n - t_0))^3, flat outside.
-
-    Zhu and Gupta 2017, "To prune, or not to prune", eq. 1: fast while much is redundant.
-    """
+    """Sparsity after `step` steps: s_f + (s_i - s_f) (1 - (t - t_0) / (t_n - t_0))^3, flat outside
+    (Zhu and Gupta 2017, "To prune, or not to prune", eq. 1)."""
     if end <= start:
         return final if step >= end else initial
     progress = min(max((step - start) / (end - start), 0.0), 1.0)

@@ -46,10 +46,8 @@ class PrunedMoELayer(MoE):
 
     @property
     def shares(self) -> Tensor:
-        """(E,) share of the routed tokens that went to each expert since `reset_usage`.
-
-        Raises ValueError when no token has been counted.
-        """
+        """(E,) share of the routed tokens that went to each expert since `reset_usage`; ValueError
+        if none did."""
         if not self.usage.sum():
             raise ValueError("no token has been counted yet: run the model over some data first")
         return self.usage / self.usage.sum()
@@ -62,11 +60,8 @@ class PrunedMoELayer(MoE):
         return self.keep(keep.nonzero()[:, 0])
 
     def keep(self, experts: Iterable[int]) -> list[int]:
-        """Keeps the experts at these positions and the router's rows for them, counts from 0 again,
-        and returns the original positions of those that went.
-
-        Raises ValueError when fewer than top_k experts would stay.
-        """
+        """Keeps the experts at these positions and the router's rows for them, and counts from 0;
+        returns the original positions of the others. ValueError if fewer than top_k would stay."""
         keep = sorted(int(expert) for expert in experts)
         _check_count(len(keep), self.top_k)
         origin, shares = self.origin, self.usage / self.usage.sum().clamp(min=1)
@@ -92,27 +87,21 @@ def keep_experts(moe: MoE, keep: Tensor) -> None:
 
 def track_experts(model: nn.Module, threshold: float = 0.05) -> nn.Module:
     """Makes every mixture of experts of the model a PrunedMoELayer, in place; returns the model.
-
-    Raises ValueError: the model has none, or the threshold is outside [0, 1).
-    """
-    layers = modules_of(model, MoE).items()
-    plain = {name: layer for name, layer in layers if not isinstance(layer, PrunedMoELayer)}
-    for name, layer in {n: PrunedMoELayer(moe, threshold) for n, moe in plain.items()}.items():
-        model.set_submodule(name, layer)
+    Raises ValueError: the model has none, or the threshold is outside [0, 1)."""
+    for name, moe in modules_of(model, MoE).items():
+        if not isinstance(moe, PrunedMoELayer):
+            model.set_submodule(name, PrunedMoELayer(moe, threshold))
     return model
 
 
 def prune_unused_experts(model: nn.Module, batches: Iterable, threshold: float = 0.05) -> nn.Module:
     """A copy of the model without the experts that get less than `threshold` of a layer's tokens in
     `batches`; those that stay, its top_k most used at least, are refitted to stand in for them.
-
-    Its mixtures of experts are PrunedMoELayers. Raises ValueError: no mixture of experts, no
-    batches, or a threshold outside [0, 1).
-    """
+    Raises ValueError: no mixture of experts, no batches, or a threshold outside [0, 1)."""
     small = track_experts(copy_model(model), threshold)
     for layer in modules_of(small, PrunedMoELayer).values():
         layer.threshold = threshold
-    _remove(small, batches, lambda name, layer, inputs: layer.prune())
+    _reduce(small, batches)
     return small
 
 
@@ -122,16 +111,14 @@ def reduce_experts(
 ) -> nn.Module:  # fmt: skip
     """A copy of the model with at most `keep` experts a layer, by what they do on `batches`.
 
-    Args:
-        criterion: "usage", "reap" or "random" drop the experts of lowest score (`expert_scores`);
-            "merge" joins the most similar ones (`merge_experts`) until `keep` are left.
-        refit: let the experts that stay take over from those that went, by least squares.
-    Raises ValueError: fewer than top_k experts to keep, an unknown criterion, no mixture of
-        experts, no batches.
+    criterion: "usage", "reap" or "random" drop the experts of lowest score (`expert_scores`);
+        "merge" joins the most similar ones (`merge_experts`) until `keep` are left.
+    refit: let the experts that stay take over from those that went, by least squares.
+    Raises ValueError: keep below top_k, an unknown criterion, no mixture of experts, no batches.
     """
     _check_reduction(model, keep, criterion)
     small = track_experts(copy_model(model))
-    _reduce(small, keep, batches, criterion, refit, seed)
+    _reduce(small, batches, keep, criterion, refit, seed)
     return small
 
 
@@ -141,29 +128,23 @@ def _check_reduction(model: nn.Module, keep: int, criterion: str) -> None:
     _check_count(keep, max(moe.top_k for moe in modules_of(model, MoE).values()))
 
 
-def _reduce(model, keep, batches, criterion, refit, seed) -> None:
-    """`reduce_experts` on a model that `track_experts` has prepared, in place."""
-
-    def reduce(name: str, layer: PrunedMoELayer, inputs: Tensor) -> list[int]:
-        if len(layer.usage) <= keep:
-            return []
-        if criterion == "merge":
-            return layer.keep(merge_experts(layer, keep, layer.usage))
-        scores = _scores(name, layer, inputs, criterion, seed)
-        return layer.keep(scores.argsort(descending=True, stable=True)[:keep])
-
-    _remove(model, batches, reduce, refit)
-
-
-def _remove(model: nn.Module, batches: Iterable, remove: Callable, refit: bool = True) -> None:
-    """Lets remove(name, layer, inputs (M, D)) take experts off each layer and refits the others."""
+def _reduce(model, batches, keep=None, criterion="usage", refit=True, seed=0) -> None:
+    """Takes experts off a model that `track_experts` has prepared, in place, after a pass over the
+    batches: all but `keep` a layer, or those under its threshold; the others are refitted."""
     layers = modules_of(model, PrunedMoELayer)
     for layer in layers.values():
         layer.reset_usage()
-    examples = layer_examples(model, layers, batches)
-    for name, layer in layers.items():
-        if remove(name, layer, examples[name][0]) and refit:
-            refit_experts(layer, *examples[name])
+    for name, (inputs, outputs) in layer_examples(model, layers, batches).items():
+        layer, gone = layers[name], []
+        if keep is None:
+            gone = layer.prune()
+        elif len(layer.usage) > keep and criterion == "merge":
+            gone = layer.keep(merge_experts(layer, keep, layer.usage))
+        elif len(layer.usage) > keep:
+            scores = _scores(name, layer, inputs, criterion, seed)
+            gone = layer.keep(scores.argsort(descending=True, stable=True)[:keep])
+        if gone and refit:
+            refit_experts(layer, inputs, outputs)
     refresh_config(model)
 
 
@@ -174,8 +155,6 @@ def expert_scores(
 
     "usage": share of the routed tokens. "reap": mean over an expert's tokens of gate * ||output||_2
     (Lasby et al. 2025, "REAP the Experts"). "random": the control, drawn from `seed` and the name.
-
-    Raises ValueError: no mixture of experts in the model, or no batches.
     """
     layers = modules_of(model, MoE)
     examples = layer_examples(model, layers, batches)
@@ -190,11 +169,9 @@ def _scores(name: str, moe: MoE, inputs: Tensor, criterion: str, seed: int) -> T
     counts = torch.bincount(moe.route(inputs)[2].flatten(), minlength=experts)
     if criterion == "usage":
         return counts / counts.sum()
-    norms, w_out, b_out = [], moe.w_out, moe.b_out
-    for expert, (_, _, hidden, gates) in enumerate(expert_rows(moe, inputs)):
-        outputs = F.linear(hidden, w_out[expert], b_out[expert])
-        norms.append((gates * outputs.norm(dim=-1)).double().sum())
-    return (torch.stack(norms) / counts.clamp(min=1)).float()
+    seen = zip(expert_rows(moe, inputs), moe.w_out, moe.b_out)
+    norms = [gates * F.linear(hidden, w, b).norm(dim=-1) for (_, _, hidden, gates), w, b in seen]
+    return torch.stack([norm.double().sum() for norm in norms]).float() / counts.clamp(min=1)
 
 
 def align(units: Tensor, reference: Tensor) -> tuple[Tensor, float]:
@@ -244,13 +221,11 @@ class ProgressivePruningScheduler:
     Args:
         model: changed in place; its mixtures of experts become PrunedMoELayers.
         stages: experts a layer after each stage, falling.
-        batches: what the experts are judged on: a few batches of the training split.
-        criterion: "usage", "reap", "random" (drawn from `seed`) or "merge" (`reduce_experts`).
+        batches, criterion, seed: as for `reduce_experts`.
         distill: a trainer class such as `kit.distillation.DistillationTrainer`, to learn from the
             unpruned model too: distill(teacher, student).fit(loader, config, **options of `train`).
         loss: loss(model, batch) when not distilling.
     Raises ValueError: stages that do not fall or end below top_k, an unknown criterion, no experts.
-        The model is untouched then.
     """
 
     def __init__(
@@ -268,8 +243,7 @@ class ProgressivePruningScheduler:
 
     @property
     def history(self):
-        """A DataFrame, a row an expert and pruning: stage, layer, expert (original position), share
-        of tokens, kept."""
+        """A DataFrame, a row an expert (by original position) and pruning, with its share."""
         import pandas as pd
 
         return pd.DataFrame(
@@ -280,21 +254,19 @@ class ProgressivePruningScheduler:
         )
 
     def run(
-        self, loader, config: TrainConfig, *, validate: Callable[[nn.Module], float] | None = None,
-        folder: str | Path | None = None, log: bool = True,
-    ) -> nn.Module:  # fmt: skip
+        self, loader, config: TrainConfig, *, folder: str | Path | None = None, **options
+    ) -> nn.Module:
         """All stages, each a pruning and `config.steps` steps of training; returns the model.
 
-        With a `folder`, training is checkpointed there: called again after a kill, with a new
-        scheduler over the same unpruned model, it goes on and ends with the same numbers. Other
-        stages, criteria, seeds and ways of training have checkpoints of their own.
+        options: of `kit.training.train`, such as validate= and log=. folder: of checkpoints. Called
+        again after a kill, with a new scheduler over the same unpruned model, it goes on and ends
+        with the same numbers; other stages, criteria and seeds have checkpoints of their own.
         """
         for stage, count in enumerate(self.stages):
-            _reduce(self.model, count, self.batches, self.criterion, True, self.seed)
+            _reduce(self.model, self.batches, count, self.criterion, seed=self.seed)
             own = dataclasses.replace(config, seed=config.seed + stage)
             key = digest(self.stages[: stage + 1], self.criterion, self.seed, bool(self.distill))
-            checkpoint = folder and Path(folder) / f"stage{stage}-{key}.safetensors"
-            options = {"validate": validate, "checkpoint": checkpoint, "log": log}
+            options["checkpoint"] = folder and Path(folder) / f"stage{stage}-{key}.safetensors"
             if self.distill is None:
                 train(self.model, loader, own, loss=self.loss, **options)
             else:

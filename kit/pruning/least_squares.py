@@ -20,12 +20,9 @@ def least_squares(
 ) -> tuple[Tensor, Tensor]:
     """The weight (R, K) and bias (R,) nearest to the given ones that turn features into targets.
 
-    Minimizes || s (h W^T + b) - y ||^2 + lambda || [W, b] - [W_0, b_0] ||^2 with lambda a hundredth
-    of the mean diagonal of the Gram matrix (He et al. 2017, "Channel Pruning", with a prior at the
-    present weights).
-
-    Args:
-        features: (m, K). targets: (m, R). scale: s, (m,), such as the gates of an expert.
+    Minimizes || s (h W^T + b) - y ||^2 + lambda || [W, b] - [W_0, b_0] ||^2, lambda a hundredth of
+    the mean diagonal of the Gram matrix (He et al. 2017, "Channel Pruning", with a prior), features
+    h (m, K), targets y (m, R), and scale s (m,), such as the gates of an expert.
     """
     if not len(features):
         return weight, bias
@@ -39,9 +36,7 @@ def least_squares(
     return after[:-1].T.to(weight.dtype), after[-1].to(bias.dtype)
 
 
-def layer_examples(
-    model: nn.Module, names: Iterable[str], batches: Iterable
-) -> dict[str, tuple[Tensor, Tensor]]:
+def layer_examples(model: nn.Module, names: Iterable[str], batches: Iterable) -> dict[str, tuple]:
     """Inputs and outputs of submodules over `batches`, as rows: name -> ((M, D_in), (M, D_out))."""
     seen: dict[str, list] = {name: [] for name in names}
 

@@ -1,4 +1,4 @@
-"""Unstructured pruning by score: one shot, on a schedule while training, or in rounds."""
+"""Unstructured pruning by score: in one shot, in rounds, or on a schedule while training."""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -19,10 +19,9 @@ class MagnitudePruner:
     Args:
         tensors: shell pattern or patterns of the weight matrices to prune (`kit.core.weights`).
         scope: where weights compete: inside each "tensor", each output "row", or all ("global").
-        score: a criterion of `kit.pruning.criteria`: "magnitude" |w|; "random", the control;
-            "wanda" |w| * input norm; or one registered since.
+        score: "magnitude" |w|; "random", the control, drawn from `seed`; "wanda" |w| * input norm;
+            or another of `kit.pruning.criteria`.
         input_norms: for criteria that need them, by tensor name (`kit.pruning.input_norms`).
-        seed: of random scores.
     Raises ValueError: a pattern that matches nothing, an unknown scope or score, norms missing, or
         a weight that is kept in another order or basis.
 
@@ -61,15 +60,16 @@ class MagnitudePruner:
 
         sparsity: of every selected tensor (with scope "global", of all of them together), or one
             for each tensor name; tensors that are not named are left alone.
-        Raises ValueError: a sparsity outside [0, 1), or a name that is not selected. Nothing is
-            masked then.
+        Raises ValueError, before anything is masked: outside [0, 1), or a name not selected.
         """
         each = self._checked(sparsity)
         scores = {name: self.scores(self.weights[name]) for name in each}
-        if self.scope == "global" and each is not sparsity:
-            return self._apply(criteria.global_masks(scores, sparsity))
         if self.scope != "row":
             scores = {name: score.flatten() for name, score in scores.items()}
+        if self.scope == "global" and each is not sparsity:
+            mask = criteria.prune_mask(torch.cat(list(scores.values())), sparsity)
+            parts = mask.split([len(score) for score in scores.values()])
+            return self._apply(dict(zip(scores, parts)))
         return self._apply({n: criteria.prune_mask(s, each[n]) for n, s in scores.items()})
 
     def _checked(self, sparsity: float | Mapping[str, float]) -> Mapping[str, float]:
@@ -83,26 +83,22 @@ class MagnitudePruner:
         return each
 
     def prune_below(self, threshold: float) -> nn.Module:
-        """Masks every weight with a score under `threshold`; returns the model.
-
-        Raises ValueError: a negative or non-finite threshold.
-        """
+        """Masks every weight with a score under `threshold`; returns the model. Raises ValueError
+        for a threshold that is negative or not finite."""
         if not 0 <= threshold < float("inf"):
             raise ValueError(f"threshold {threshold} must be finite and not negative")
         return self._apply({n: self.scores(w) >= threshold for n, w in self.weights.items()})
 
     def prune_pattern(self, n: int, m: int) -> nn.Module:
         """Keeps the n best of every m neighbours in a row (2:4: n=2, m=4); returns the model.
-
-        Raises ValueError: m does not divide the rows of a selected tensor. Nothing is masked then.
-        """
+        Raises ValueError if m does not divide all rows; nothing is masked then."""
         for name, weight in self.weights.items():
             criteria.check_pattern(weight.view.columns, n, m, name)
         scores = {name: self.scores(weight) for name, weight in self.weights.items()}
         return self._apply({name: criteria.nm_mask(s, n, m) for name, s in scores.items()})
 
     def _apply(self, masks: Mapping[str, Tensor]) -> nn.Module:
-        """Masks (rows, columns), or flat, in the order of the matrix."""
+        """Adds masks (rows, columns), or flat, to those that are there."""
         for name, mask in masks.items():
             weight, view = self.weights[name], self.weights[name].view
             mask = view.tensor(mask.reshape(view.rows, view.columns))
@@ -129,9 +125,8 @@ class MagnitudePruner:
         It returns True whenever masks have changed, so that the loop forgets the best state so far
         and the one it ends with has the final sparsity.
 
-        final: as for `prune`. start, end: fractions of the run's steps; what is left after `end`
-            retrains. every: steps between two prunings.
-        Raises ValueError: final outside [0, 1), an unknown name, or not 0 <= start < end <= 1.
+        final: as for `prune`, and its errors. start, end: fractions of the run's steps, 0 <= start
+            < end <= 1; what is left after `end` retrains. every: steps between two prunings.
         """
         self._checked(final)
         if not 0 <= start < end <= 1:
@@ -153,27 +148,11 @@ class MagnitudePruner:
 
         return hook
 
-    def iterate(
-        self, sparsities: Iterable[float], retrain: Callable, rewind_to: Mapping | None = None
-    ) -> nn.Module:
-        """Rounds of prune, optionally rewind, retrain (lottery tickets, Frankle et al. 2020).
-
-        sparsities: total sparsity of each round, increasing. retrain: trains the masked model in
-            place. rewind_to: `state_dict()` of the same model, unmasked, early in its training.
-        """
-        for sparsity in [criteria.check_sparsity(value) for value in sparsities]:
-            self.prune(sparsity)
-            if rewind_to is not None:
-                rewind(self.model, rewind_to)
-            retrain(self.model)
-        return self.model
-
 
 def rewind(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Sets the trained weights to those of `state` (a `state_dict()` without steps); masks stay.
-
-    Raises ValueError: the state lacks a weight or holds it in another shape, or a weight is kept in
-    another order or basis. The model is untouched then.
+    """Sets the trained weights to those of `state`, a `state_dict()` without steps, early in the
+    same model's training; masks stay. After each of several prunings, this makes lottery tickets
+    (Frankle et al. 2020). Raises ValueError if the state does not fit; the model is untouched then.
     """
     found = weights(model)
     for weight in found:

@@ -23,7 +23,7 @@ def sparsegpt(
     128 columns choose their masks together.
 
     Args:
-        weight: (R, C), or (G, R, C), a matrix for each set of inputs. gram: X^T X, (C, C) each.
+        weight: (G, R, C), a matrix for each set of inputs. gram: their X^T X, (G, C, C).
         sparsity: share to remove of each matrix. pattern: (n, m), n to keep of every m in a row.
         allowed: bool like weight, what may be kept; with sparsity 0 the mask is this.
         damping: added to the diagonal of the gram matrix, as a share of its mean.
@@ -32,12 +32,10 @@ def sparsegpt(
     """
     criteria.check_sparsity(sparsity)
     n, m = pattern or (1, 1)
-    criteria.check_pattern(weight.shape[-1], n, m)
-    rows, columns = weight.shape[-2:]
+    criteria.check_pattern(weight.shape[2], n, m)
+    upper = inverse_factor(gram.double(), damping)
     mask = torch.ones_like(weight, dtype=torch.bool) if allowed is None else allowed.clone()
-    mask = mask.reshape(-1, rows, columns)
-    upper = inverse_factor(gram.double().reshape(-1, columns, columns), damping)
-    width = m if pattern else BLOCK
+    (_, rows, columns), width = weight.shape, m if pattern else BLOCK
 
     def kept(j: int, rest: Tensor) -> Tensor:
         if j % width == 0:
@@ -52,10 +50,8 @@ def sparsegpt(
             mask[:, :, at] &= keep
         return rest[:, :, j] * mask[:, :, j]
 
-    dense = weight.detach().double().reshape(mask.shape)
-    values = column_sweep(dense, upper, kept, BLOCK // m * m or m)
-    mask = mask.view_as(weight)
-    return torch.where(mask, values.view_as(weight), 0.0).to(weight.dtype), mask
+    values = column_sweep(weight.detach().double(), upper, kept, BLOCK // m * m or m)
+    return torch.where(mask, values, 0.0).to(weight.dtype), mask
 
 
 def prune_sparsegpt(
@@ -65,10 +61,9 @@ def prune_sparsegpt(
     """SparseGPT on the selected weights, in place, in the order of use; returns the model.
 
     Each weight's inputs are collected after everything before it is pruned, one pass a weight over
-    `batches` (see `kit.core.protocols.call_of`). All selected weights are repaired, or none is.
-
-    Raises ValueError: bad sparsity, pattern or names; inputs that cannot be collected, are not
-        finite or, with a `damping` too small, linearly dependent. The model is untouched then.
+    `batches` (see `kit.core.protocols.call_of`). Raises ValueError, before anything changes: bad
+    sparsity, pattern or names; inputs that cannot be collected, are not finite or, with a `damping`
+    too small, linearly dependent.
     """
     batches = list(batches)
     criteria.check_sparsity(sparsity)
@@ -82,10 +77,9 @@ def prune_sparsegpt(
         inverse_factor(gram, damping)
     for name in grams:
         weight, (gram,) = found[name], input_grams(model, batches, name).values()
-        view, original = weight.view, weight.original.detach()
-        allowed = view.stack(mask_of(weight))
+        view, allowed = weight.view, weight.view.stack(mask_of(weight))
         settings = {"pattern": pattern, "allowed": allowed, "damping": damping}
-        values, mask = sparsegpt(view.stack(original), gram, sparsity, **settings)
+        values, mask = sparsegpt(view.stack(weight.original), gram, sparsity, **settings)
         weight.assign(view.tensor(values.flatten(0, 1)))
         put_mask(weight, view.tensor(mask.flatten(0, 1)))
     return model

@@ -38,7 +38,7 @@ def unit_saliency(weight: Weight, importance: str) -> Tensor:
 
 
 def hidden_unit_scores(moe: MoE, importance: str = "l2") -> Tensor:
-    """(E, F): the saliency of each expert's hidden units, rows of w_in and columns of w_out."""
+    """(E, F): saliency of each expert's hidden units, over rows of w_in and columns of w_out."""
     w_in, w_out = (unit_saliency(weight_of(moe, name), importance) for name in ("w_in", "w_out"))
     return w_in.sum(2) + w_out.sum(1)
 
@@ -50,16 +50,24 @@ def bk_channel_scores(mixer: BKMixer, importance: str = "l2") -> Tensor:
     return (sum(part.sum(1) for part in made) + read).view(2, -1).sum(0)
 
 
-def shrink_hidden(moe: MoE, keep: Tensor) -> None:
-    """Keeps hidden units `keep` (E, F') int64 of each expert, in place, and in that order."""
+def shrink_hidden(moe: MoE, keep: Tensor, *seen: Tensor) -> None:
+    """Keeps hidden units `keep` (E, F') int64 of each expert, in place, and in that order.
+
+    seen: inputs and outputs (M, D) of the layer, to which what is left is refitted.
+    """
     d_model = moe.w_in.shape[2]
     rows, columns = keep[:, :, None].expand(-1, -1, d_model), keep[:, None].expand(-1, d_model, -1)
     for name, axis, units in (("w_in", 1, rows), ("b_in", 1, keep), ("w_out", 2, columns)):
         weight_of(moe, name).select(lambda t, axis=axis, units=units: t.gather(axis, units))
+    if seen:
+        refit_experts(moe, *seen)
 
 
-def shrink_channels(mixer: BKMixer, keep: Tensor) -> None:
-    """Keeps channels `keep` (C',) int64 of a mixer, in place: v, hopping, gates, energy, eta, g."""
+def shrink_channels(mixer: BKMixer, keep: Tensor, *seen: Tensor) -> None:
+    """Keeps channels `keep` (C',) int64 of a mixer, in place: v, hopping, gates, energy, eta, g.
+
+    seen: inputs and outputs (M, ...) of its output layer, to which that is refitted.
+    """
     channels = len(mixer.energy)
     both = torch.cat([keep, keep + channels])
     for layer in (mixer.input, mixer.gate):
@@ -72,6 +80,8 @@ def shrink_channels(mixer: BKMixer, keep: Tensor) -> None:
     for quantizer in [*mixer.quantize_v.modules(), *mixer.quantize_g.modules()]:
         if isinstance(quantizer, ActivationQuantizer) and quantizer.channels == channels:
             quantizer.select(keep)
+    if seen:
+        refit_linear(mixer.output, seen[0][:, both], seen[1])
 
 
 def sort_hidden_units(model: nn.Module) -> nn.Module:
@@ -87,12 +97,6 @@ def sort_hidden_units(model: nn.Module) -> nn.Module:
     return model
 
 
-UNITS = {  # the units of a class: scores, what keeps some, and which submodule's weights read them
-    MoE: (hidden_unit_scores, shrink_hidden, ""),
-    BKMixer: (bk_channel_scores, shrink_channels, ".output"),
-}
-
-
 def prune_hidden_units(
     model: nn.Module, sparsity: float, *, layers: str = "*", importance: str = "l2",
     batches: Iterable | None = None, loss: Callable = next_token_loss,
@@ -102,10 +106,10 @@ def prune_hidden_units(
     Args:
         layers: shell pattern of the names of mixture-of-experts layers.
         importance: "l1", "l2", or "taylor": gradients of loss(model, batch), summed over `batches`.
-        batches: training batches. With them, what reads the units that stay (`w_out`) is refitted
-            by least squares to the outputs that the layer had, one pass a layer.
+        batches: with them, what reads the units that stay (`w_out`) is refitted by least squares to
+            the outputs that the layer had, one pass a layer.
     Raises ValueError: sparsity outside [0, 1), unknown importance, no such layer, taylor without
-        batches, or a weight with a step that cannot be resized.
+        batches, or a step that cannot be resized.
     """
     return _prune_units(model, MoE, sparsity, layers, importance, batches, loss)
 
@@ -117,52 +121,45 @@ def prune_bk_channels(
     """A copy of the model whose BK mixers have lost a share `sparsity` of their channels.
 
     A channel's potential, hopping, gates, energy, eta, and the columns that read its g go together.
-    Arguments and errors as for `prune_hidden_units`; `layers` names mixers, and `batches` refit
-    their output layers.
+    Else as `prune_hidden_units`; `layers` names mixers, and `batches` refit their output layers.
     """
     return _prune_units(model, BKMixer, sparsity, layers, importance, batches, loss)
 
 
 def _prune_units(model, kind, sparsity, layers, importance, batches, loss) -> nn.Module:
-    batches = _checked(sparsity, importance, batches)
-    small, (scores, shrink, reader) = copy_model(model), UNITS[kind]
+    small, scores = copy_model(model), hidden_unit_scores if kind is MoE else bk_channel_scores
     found = modules_of(small, kind, layers)
-    if importance == "taylor":
-        accumulate_gradients(small, batches, loss)
+    batches = _prepared(small, sparsity, importance, batches, loss)
     ranked = {name: scores(module, importance) for name, module in found.items()}
     small.zero_grad(set_to_none=True)
     for name, module in found.items():
-        count = ranked[name].shape[-1]
+        count, reader = ranked[name].shape[-1], name if kind is MoE else f"{name}.output"
         drop = min(round(sparsity * count), count - 1)  # at least one stays
         keep = ranked[name].argsort(dim=-1, stable=True)[..., drop:].sort(-1).values
-        examples = layer_examples(small, [name + reader], batches) if batches is not None else {}
-        shrink(module, keep)
-        for inputs, outputs in examples.values():
-            if kind is MoE:
-                refit_experts(module, inputs, outputs)
-            else:
-                kept = inputs.unflatten(1, (2, -1))[:, :, keep].flatten(1)
-                refit_linear(module.output, kept, outputs)
+        refit = drop and batches is not None
+        seen = layer_examples(small, [reader], batches)[reader] if refit else ()
+        if kind is MoE:
+            shrink_hidden(module, keep, *seen)
+        else:
+            shrink_channels(module, keep, *seen)
     refresh_config(small)
     return small
 
 
-def _checked(sparsity: float, importance: str, batches: Iterable | None) -> list | None:
-    """The batches as a list."""
+def _prepared(model, sparsity, importance, batches, loss) -> list | None:
+    """The batches as a list; for "taylor", `.grad` has the sum of their gradients, in evaluation
+    mode."""
     check_sparsity(sparsity)
     if importance not in IMPORTANCE:
         raise ValueError(f"unknown importance {importance!r}; choose from {', '.join(IMPORTANCE)}")
     if importance == "taylor" and batches is None:
         raise ValueError("taylor importance needs gradients: pass batches=, some training batches")
-    return None if batches is None else list(batches)
-
-
-def accumulate_gradients(model: nn.Module, batches: Iterable, loss: Callable) -> None:
-    """Sums the gradients of loss(model, batch) over batches into `.grad`, in evaluation mode."""
+    batches = None if batches is None else list(batches)
     model.zero_grad(set_to_none=True)
     with evaluating(model), torch.enable_grad():
-        for batch in batches:
+        for batch in batches if importance == "taylor" else ():
             loss(model, call_of(batch).to(device_of(model))).backward()
+    return batches
 
 
 def prune_channels(
@@ -172,8 +169,8 @@ def prune_channels(
     """A copy of a CNN or MLP that has lost a share `sparsity` of the outputs of each layer.
 
     What goes with an output (batch norm, inputs of the next layer, the other side of a sum) is
-    found by Torch-Pruning's dependency graph (Fang et al. 2023); layers that make the model's output
-    keep theirs. The copy carries no steps: masks are zeros in it.
+    found by Torch-Pruning's dependency graph (Fang et al. 2023); layers that make the output of the
+    model keep theirs. The copy carries no steps: masks are zeros in it.
 
     Args:
         example: inputs to trace the model with, a tensor or what `call_with` takes.
@@ -182,11 +179,9 @@ def prune_channels(
     """
     import torch_pruning as tp  # slow to import
 
-    batches = _checked(sparsity, importance, batches)
     modules_of(model, (_ConvNd, nn.Linear), layers)
     small, call = materialize(model), call_with(example)
-    if importance == "taylor":
-        accumulate_gradients(small, batches, loss)
+    _prepared(small, sparsity, importance, batches, loss)
     try:
         shapes = _output_shapes(small, call)
         with evaluating(small), torch.enable_grad(), warnings.catch_warnings():
@@ -210,11 +205,12 @@ def prune_channels(
 
 def channel_importance(importance: str):
     """Torch-Pruning's score of a group: a mean over layers of the sum of |w|, w^2 or |w dL/dw|."""
-    from torch_pruning.pruner import importance as scores
+    import torch_pruning as tp
 
     if importance == "taylor":
-        return scores.GroupTaylorImportance(normalizer=None)
-    return scores.GroupMagnitudeImportance(p=1 if importance == "l1" else 2, normalizer=None)
+        return tp.importance.GroupTaylorImportance(normalizer=None)
+    p = 1 if importance == "l1" else 2
+    return tp.importance.GroupMagnitudeImportance(p=p, normalizer=None)
 
 
 def _fixed_layers(model: nn.Module, example: tuple, layers: str) -> list[nn.Module]:
