@@ -3,6 +3,7 @@
 import ctypes
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kit.core.protocols import evaluating
 
 BLOCK, ROUNDS = 0.004, 50  # seconds that a short call is repeated for; blocks of a call at most
+STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def measure(calls: dict[str, Callable], seconds=1.0, cutoff=math.inf) -> dict[st
 
 
 def _block(call: Callable, count: int) -> float:
-    """Seconds a call; a short one runs once before, as the caches hold what others left there."""
+    """Seconds a call; a short one runs once before, for the caches hold what others left there."""
     if count > 1:
         call()
     start = _now()
@@ -71,40 +73,31 @@ def _now() -> float:
 
 
 def tune_process() -> bool:
-    """Lets glibc keep freed blocks of memory for the next use, up to 32 MiB each; for notebooks.
-
-    It would hand them back to the system, and each new activation would pay for its pages again.
-    Returns False where the C library is another one.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, TypeError, OSError):
-        return False
-    mmap_threshold, trim_threshold = -3, -1
-    return bool(mallopt(mmap_threshold, 32 * 2**20) and mallopt(trim_threshold, 2**31 - 1))
+    """Lets glibc keep freed blocks of up to 32 MiB for the next use: it would hand them
+    back to the system, and each new activation would pay for its pages again. False elsewhere."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    thresholds = {-3: 32 * 2**20, -1: 2**31 - 1}  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
+    return mallopt is not None and all(mallopt(*item) for item in thresholds.items())
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int:
     """Bytes: this process's largest resident size so far, or torch's largest allocation on CUDA."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if STATUS.exists():  # Linux, where ru_maxrss begins at what the parent process had
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", STATUS.read_text())[1])
     import resource  # not on Windows
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def added_memory(setup: str, work: str) -> int:
-    """Bytes that the statements `work` add to the resident memory of a fresh process at their peak.
-
-    The statements `setup` run before. Linux counts the peak from there on; elsewhere it is that of
-    the whole process. Raises RuntimeError with the last line of the error when statements fail.
-    """
-    script = f"""from kit.core.measurement import _resident_peak
-{setup}
-before = _resident_peak(restart=True)
-{work}
-print(_resident_peak() - before)"""
+    """Bytes that the statements `work` add to the resident memory of a fresh process at their peak,
+    where `setup` has run before (its own peak counts, but on Linux). Raises RuntimeError with the
+    last line of the error when statements fail."""
+    restart = 'open("/proc/self/clear_refs", "w").write("5")' if STATUS.exists() else ""
+    lines = "from kit.core.measurement import peak_memory", setup, restart, "before = peak_memory()"
+    script = "\n".join([*lines, work, "print(peak_memory() - before)"])
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
     if done.returncode:
@@ -112,22 +105,10 @@ print(_resident_peak() - before)"""
     return int(done.stdout.split()[-1])
 
 
-def _resident_peak(restart: bool = False) -> int:
-    process = Path("/proc/self")
-    if not (process / "status").exists():
-        return peak_memory()
-    if restart:
-        (process / "clear_refs").write_text("5")
-    lines = (process / "status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
 def macs(model: nn.Module, example: Tensor | tuple) -> int:
-    """Multiply-accumulates of matrix products, convolutions and attentions in `model(example)`.
-
-    Counted as executed, so an expert counts for the tokens routed to it (and for padding, where its
-    layer pads). Element-wise work, the BK-core's recurrence included, is not counted.
-    """
+    """Multiply-accumulates of matrix products, convolutions and attentions in `model(example)`, as
+    executed: an expert counts for the tokens routed to it. Element-wise work, the BK-core's
+    recurrence included, is not counted."""
     with evaluating(model), FlopCounterMode(display=False) as counter:
         model(*(example if isinstance(example, tuple) else (example,)))
     return counter.get_total_flops() // 2
@@ -142,20 +123,13 @@ def has_fast_bfloat16(device: torch.device | str = "cpu") -> bool:
 
 
 def oversubscribed(cpu_share: float, load=None, cores=None) -> str | None:
-    """A hint when too many processes share this machine, else None.
-
-    Args:
-        cpu_share: CPU seconds that this process gets a second; the hint comes below 0.7.
-        load: processes that want to run (default: the last minute's average); it comes from
-            `cores` + 1 on.
-    """
+    """A hint when this process gets under 70 % of a core (`cpu_share`, CPU seconds a second) or
+    more processes want to run (`load`, of the last minute) than there are `cores`; else None."""
     cores = cores or os.cpu_count() or 1
     if load is None:
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load < cores + 1 and cpu_share >= 0.7:
         return None
-    return (
-        f"hint: this machine is busy (load {load:.1f} on {cores} cores, this process gets "
-        f"{cpu_share:.1f}): threads that wait for each other run up to 20x slower; stop other jobs "
-        "or set OMP_NUM_THREADS=1"
-    )
+    share = f"load {load:.1f} on {cores} cores, this process gets {cpu_share:.1f}"
+    slow = "threads that wait for each other run up to 20x slower"
+    return f"hint: this machine is busy ({share}): {slow}; stop other jobs or set OMP_NUM_THREADS=1"
