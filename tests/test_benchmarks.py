@@ -3,15 +3,24 @@ import pandas as pd
 import pytest
 import torch
 
-from notebooks.reference.benchmarks import MIXING, Attention, crossing, equal_shape, forward_backward, mixing_seconds
 from kit.models import build_model, parameter_count
+from notebooks.reference.benchmarks import (
+    MIXING,
+    Attention,
+    crossing,
+    equal_shape,
+    forward_backward,
+    mixing_seconds,
+)
 
 
 @pytest.mark.parametrize("name, field", [("LSTMLM", "hidden"), ("TransformerLM", "d_ff")])
 def test_equal_shape_is_the_nearest(name, field):
     target = parameter_count(build_model("ResNetBK", dict(vocab_size=300, d_model=32)))
     shape = equal_shape(name, target, field, vocab_size=300, d_model=32)
-    sizes = [parameter_count(build_model(name, {**shape, field: shape[field] + by})) for by in (-1, 0, 1)]
+    sizes = [
+        parameter_count(build_model(name, {**shape, field: shape[field] + by})) for by in (-1, 0, 1)
+    ]
     assert abs(sizes[1] - target) <= min(abs(sizes[0] - target), abs(sizes[2] - target))
     assert abs(sizes[1] / target - 1) <= 0.03
 
@@ -41,4 +50,8 @@ def test_crossing_is_exact_for_power_laws():
 
 def test_every_mixing_is_measured_at_every_length():
     table = mixing_seconds([8, 16], 32, d_model=8, channels=4, heads=2, seconds=0)
-    assert list(table.columns) == list(MIXING) and list(table.index) == [8, 16] and (table > 0).all(axis=None)
+    assert (
+        list(table.columns) == list(MIXING)
+        and list(table.index) == [8, 16]
+        and (table > 0).all(axis=None)
+    )

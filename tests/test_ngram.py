@@ -16,11 +16,12 @@ texts = st.lists(st.integers(0, VOCAB - 1), min_size=6, max_size=60)
 
 def brute_force(text, order, context, word):
     """Interpolated Kneser-Ney by its definition: sets, sums, recursion over the order."""
+
     def counts(k):
-        grams = [tuple(text[i:i + k]) for i in range(len(text) - k + 1)]
+        grams = [tuple(text[i : i + k]) for i in range(len(text) - k + 1)]
         if k == order:
             return {gram: grams.count(gram) for gram in grams}
-        longer = {tuple(text[i:i + k + 1]) for i in range(len(text) - k)}
+        longer = {tuple(text[i : i + k + 1]) for i in range(len(text) - k)}
         return {gram: sum(g[1:] == gram for g in longer) for gram in grams}
 
     def probability(context, word):
@@ -35,7 +36,7 @@ def brute_force(text, order, context, word):
         total = sum(after.values())
         return (max(after.get(word, 0) - discount, 0) + discount * len(after) * lower) / total
 
-    return probability(tuple(context[len(context) - min(len(context), order - 1):]), word)
+    return probability(tuple(context[len(context) - min(len(context), order - 1) :]), word)
 
 
 @given(texts, st.integers(1, 4))
@@ -64,7 +65,9 @@ def test_nll_is_that_of_the_tokens_one_by_one(text, other, order):
 
 
 def test_unigram_discounts_counts_towards_the_uniform():
-    p = KneserNey.fit([0, 0, 0, 1, 1, 2], 1, 4).probabilities([])  # n1 = 1, n2 = 1: D = 1/3, freed mass 3 D
+    p = KneserNey.fit([0, 0, 0, 1, 1, 2], 1, 4).probabilities(
+        []
+    )  # n1 = 1, n2 = 1: D = 1/3, freed mass 3 D
     np.testing.assert_allclose(p, np.array([3 - 1 / 3, 2 - 1 / 3, 1 - 1 / 3, 0]) / 6 + 3 / 18 / 4)
 
 
@@ -74,16 +77,21 @@ def test_a_higher_order_learns_what_a_lower_one_cannot():
     text[:2] = 0
     for i in range(2, len(text)):  # the next token depends on the two before, not on one
         text[i] = (text[i - 1] + text[i - 2] + (rng.random() < 0.1)) % 2
-    perplexity = [KneserNey.fit(text[:2500], order, 2).perplexity(text[2500:]) for order in (1, 2, 3)]
+    perplexity = [
+        KneserNey.fit(text[:2500], order, 2).perplexity(text[2500:]) for order in (1, 2, 3)
+    ]
     assert perplexity[2] < 1.5 < perplexity[1]
     assert perplexity[2] == pytest.approx(np.exp(-0.9 * np.log(0.9) - 0.1 * np.log(0.1)), rel=0.05)
 
 
-@pytest.mark.parametrize("tokens, order, message", [
-    ([0, 1, 2], 3, "order=3 must be 1 or more and under the text's 3 tokens"),
-    ([0, 1, 2], 0, "order=0"),
-    ([0, 1, 7], 1, r"Tokens must lie in 0..3 .*span 0..7"),
-])
+@pytest.mark.parametrize(
+    "tokens, order, message",
+    [
+        ([0, 1, 2], 3, "order=3 must be 1 or more and under the text's 3 tokens"),
+        ([0, 1, 2], 0, "order=0"),
+        ([0, 1, 7], 1, r"Tokens must lie in 0..3 .*span 0..7"),
+    ],
+)
 def test_bad_input(tokens, order, message):
     with pytest.raises(ValueError, match=message):
         KneserNey.fit(tokens, order, VOCAB)

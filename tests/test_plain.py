@@ -1,10 +1,15 @@
 import pytest
 import torch
 
-from kit.training.losses import next_token_loss
 from kit.models import build_model
-from notebooks.reference.plain import plain_experts, plain_next_token_loss, plain_train, training_latency
 from kit.training import TrainConfig, train
+from kit.training.losses import next_token_loss
+from notebooks.reference.plain import (
+    plain_experts,
+    plain_next_token_loss,
+    plain_train,
+    training_latency,
+)
 
 SMALL = {"vocab_size": 50, "d_model": 8, "layers": 2, "experts": 3, "d_ff": 16, "channels": 4}
 
@@ -35,7 +40,9 @@ def test_plain_training_learns_as_ours_does():
     data = batches(1) * 30
     last = plain_train(plain, data, 30)
     config = TrainConfig(steps=30, warmup=0, final_lr=1)
-    assert last == pytest.approx(train(model, data, config, log=False).history[-1]["loss"], rel=0.02)
+    assert last == pytest.approx(
+        train(model, data, config, log=False).history[-1]["loss"], rel=0.02
+    )
 
 
 def test_training_latency_names_the_loops():

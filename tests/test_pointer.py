@@ -4,12 +4,19 @@ import torch
 import torch.nn.functional as F
 
 from kit import artifact
-from kit.training.evaluation import evaluate
 from kit.models import build_model
+from kit.training.evaluation import evaluate
 from notebooks.reference.pointer import LONGEST, PointerLM, PointerLMConfig, fit_pointer, places
 
 VOCABULARY = 12
-SHAPE = {"vocab_size": VOCABULARY, "d_model": 8, "layers": 1, "experts": 2, "d_ff": 8, "channels": 4}
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "d_model": 8,
+    "layers": 1,
+    "experts": 2,
+    "d_ff": 8,
+    "channels": 4,
+}
 
 
 @pytest.fixture
@@ -21,7 +28,11 @@ def model():
 def pointing(model):
     pointer = PointerLM(PointerLMConfig("ResNetBK", SHAPE), model).eval()
     with torch.no_grad():
-        pointer.similarity.fill_(1.5), pointer.match.copy_(torch.tensor([0.7, 1.9, 2.4])), pointer.sentinel.fill_(1.1)
+        (
+            pointer.similarity.fill_(1.5),
+            pointer.match.copy_(torch.tensor([0.7, 1.9, 2.4])),
+            pointer.sentinel.fill_(1.1),
+        )
     return pointer
 
 
@@ -37,7 +48,10 @@ def brute_force(pointer, tokens):
             while length < LONGEST and length <= i and tokens[t - length] == tokens[i - length]:
                 length += 1
             likeness = float(hidden[t] @ hidden[i] / hidden[t].norm() / hidden[i].norm())
-            scores.append(pointer.similarity.item() * likeness + (pointer.match[length - 1].item() if length else 0))
+            scores.append(
+                pointer.similarity.item() * likeness
+                + (pointer.match[length - 1].item() if length else 0)
+            )
         powers = np.exp([*scores, pointer.sentinel.item()])
         shares = powers / powers.sum()
         row = shares[-1] * own[t].numpy()
@@ -65,11 +79,17 @@ def test_never_sees_the_future(model):
 def test_matches_count_the_tokens_that_agree():
     tokens = torch.tensor([[1, 2, 3, 9, 1, 2, 3]])
     _, length = places(torch.randn(1, 7, 4), tokens)
-    assert length[0, 6, 2] == 3 and length[0, 5, 1] == 2 and length[0, 4, 0] == 1 and length[0, 6, 1] == 0
+    assert (
+        length[0, 6, 2] == 3
+        and length[0, 5, 1] == 2
+        and length[0, 4, 0] == 1
+        and length[0, 6, 1] == 0
+    )
 
 
 def test_fit_finds_the_likeliest_and_leaves_the_model_alone(model):
-    """A text of random phrases said twice: without the pointer no better than chance, with it the second half is known."""
+    """A text of random phrases said twice: without the pointer no better than chance, with it the
+    second half is known."""
     torch.manual_seed(1)
     phrases = torch.randint(VOCABULARY, (32, 8))
     windows = torch.cat([phrases, phrases], 1)
@@ -90,7 +110,9 @@ def test_fit_finds_the_likeliest_and_leaves_the_model_alone(model):
 
 def test_file_holds_five_numbers_more(model, tmp_path):
     pointer = pointing(model)
-    more = artifact.save(pointer, tmp_path / "pointer.kit") - artifact.save(model, tmp_path / "model.kit")
+    more = artifact.save(pointer, tmp_path / "pointer.kit") - artifact.save(
+        model, tmp_path / "model.kit"
+    )
     assert 0 < more < 300
     tokens = torch.randint(VOCABULARY, (2, 9))
     assert torch.equal(artifact.load(tmp_path / "pointer.kit")(tokens), pointer(tokens))

@@ -1,7 +1,7 @@
 """Plots of weights, sizes, curves, and compression against quality: data in, Axes (or Figure) out.
 
-They draw into `ax` or a new figure, in colours that colour-blind readers can tell apart; markers and
-dashes say the same in grey print.
+They draw into `ax` or a new figure, in colours that colour-blind readers can tell apart; markers
+and dashes say the same in grey print.
 """
 
 from collections.abc import Mapping, Sequence

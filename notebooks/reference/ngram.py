@@ -20,14 +20,16 @@ class _Order:
 
 @dataclass(frozen=True)
 class KneserNey:
-    """Interpolated Kneser-Ney language model (Kneser & Ney 1995, interpolated as by Chen & Goodman 1999):
+    """Interpolated Kneser-Ney language model (Kneser & Ney 1995, interpolated as by Chen & Goodman
+    1999):
 
         p(w | h) = max(c(h w) - D, 0) / c(h .) + D N(h .) / c(h .) p(w | h without its first word)
 
-    with N(h .) the number of distinct words seen after h. At the highest order c counts occurrences, at each
-    lower one the distinct words seen before the gram. One discount an order, D = n1 / (n1 + 2 n2), from the
-    numbers of grams counted once and twice; below the unigram stands the uniform distribution, so that every
-    token has a probability and those of a context sum to one. ``order=1`` is a unigram model of plain counts.
+    with N(h .) the number of distinct words seen after h. At the highest order c counts
+    occurrences, at each lower one the distinct words seen before the gram. One discount an order, D
+    = n1 / (n1 + 2 n2), from the numbers of grams counted once and twice; below the unigram stands
+    the uniform distribution, so that every token has a probability and those of a context sum to
+    one. ``order=1`` is a unigram model of plain counts.
     """
 
     order: int
@@ -45,7 +47,8 @@ class KneserNey:
             raise ValueError(
                 f"order={order} must be 1 or more and under the text's {tokens.size} tokens."
             )
-        # grams[k][j]: index of the (k + 1)-gram beginning at j; firsts[k]: where each distinct one first does
+        # grams[k][j]: index of the (k + 1)-gram beginning at j; firsts[k]: where each distinct one
+        # first does
         keys, grams = [np.arange(vocab_size)], [tokens]
         counts, firsts = np.bincount(tokens, minlength=vocab_size), [None]
         for k in range(1, order):
@@ -64,14 +67,16 @@ class KneserNey:
         return cls(order, vocab_size, tuple(tables))
 
     def probabilities(self, context):
-        """Distribution of the token after ``context`` (tokens (n,), n may be 0): float64 (vocab_size,)."""
+        """Distribution of the token after ``context`` (tokens (n,), n may be 0): float64
+        (vocab_size,)."""
         context = _checked(context, self.vocab_size)
         context = context[max(0, context.size - self.order + 1) :]
         rows = np.tile(context, (self.vocab_size, 1))
         return self._likelihood(np.column_stack([rows, np.arange(self.vocab_size)]))[:, -1]
 
     def nll(self, tokens):
-        """Negative log-likelihood in nats of each token but the first, given all before: float64 (n - 1,)."""
+        """Negative log-likelihood in nats of each token but the first, given all before: float64 (n
+        - 1,)."""
         tokens = _checked(tokens, self.vocab_size)
         if tokens.size < 2:
             raise ValueError(
@@ -84,7 +89,8 @@ class KneserNey:
         return float(np.exp(self.nll(tokens).mean()))
 
     def _likelihood(self, tokens):
-        """Probability of each token given those before it on the last axis: float64, of the tokens' shape."""
+        """Probability of each token given those before it on the last axis: float64, of the tokens'
+        shape."""
         unigram = self.tables[0]
         p = unigram.direct[tokens] + unigram.backoff[0] / self.vocab_size
         grams = tokens

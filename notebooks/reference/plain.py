@@ -1,5 +1,5 @@
-"""The loop one writes first, kept to time `kit.training` against: all logits at once in float32, experts one
-by one with masked assignment, AdamW and clipping as they come."""
+"""The loop one writes first, kept to time `kit.training` against: all logits at once in float32,
+experts one by one with masked assignment, AdamW and clipping as they come."""
 
 import copy
 import types
@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kit.training.losses import AUXILIARY_WEIGHT
 from kit.core.measurement import Latency, measure
 from kit.models.moe import MoE
 from kit.training import TrainConfig, train
+from kit.training.losses import AUXILIARY_WEIGHT
 
 
 def plain_next_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -36,7 +36,9 @@ def _experts_one_by_one(moe: MoE, x: Tensor) -> Tensor:
     probabilities = moe.router(rows).softmax(-1)
     gates, chosen = probabilities.topk(moe.top_k)
     mixture = torch.zeros_like(rows)
-    for expert, (w_in, b_in, w_out, b_out) in enumerate(zip(moe.w_in, moe.b_in, moe.w_out, moe.b_out)):
+    for expert, (w_in, b_in, w_out, b_out) in enumerate(
+        zip(moe.w_in, moe.b_in, moe.w_out, moe.b_out)
+    ):
         for k in range(moe.top_k):
             mine = chosen[:, k] == expert
             output = F.linear(F.gelu(F.linear(rows[mine], w_in, b_in)), w_out, b_out)
@@ -59,8 +61,8 @@ def plain_train(model: nn.Module, batches: Iterable, steps: int, lr: float = 3e-
 
 
 def training_latency(model: nn.Module, batches: list, seconds: float = 1.0) -> dict[str, Latency]:
-    """Seconds to train on `batches` once, by the plain loop and by `kit.training` in both precisions, in
-    turn."""
+    """Seconds to train on `batches` once, by the plain loop and by `kit.training` in both
+    precisions, in turn."""
     plain, *ours = plain_experts(model), copy.deepcopy(model), copy.deepcopy(model)
     calls = {"plain": lambda: plain_train(plain, batches, len(batches))}
     for precision, own in zip(("float32", "bfloat16"), ours):

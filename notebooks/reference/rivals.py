@@ -1,4 +1,5 @@
-"""What the engines are measured against: the INT8 paths that torch, torchao and ONNX Runtime offer themselves.
+"""What the engines are measured against: the INT8 paths that torch, torchao and ONNX Runtime offer
+themselves.
 
 Only for comparison; nothing else uses them. Those whose package or API is missing are left out.
 """
@@ -16,15 +17,16 @@ from torch import Tensor, nn
 from kit.core.measurement import measure
 from kit.engines.choice import relative_error
 from kit.engines.graph import export_graph, quiet
-from kit.engines.runtime import OnnxEngine
 from kit.engines.quantized import QuantizationConfig, quantize
+from kit.engines.runtime import OnnxEngine
 
 
 def rivals(model: nn.Module, example: Tensor, compiled: bool = True) -> dict[str, Callable]:
-    """Callables by name: torch dynamic (and, for convolutions, static) INT8, torchao, ONNX Runtime's quantizer.
+    """Callables by name: torch dynamic (and, for convolutions, static) INT8, torchao, ONNX
+    Runtime's quantizer.
 
-    example: inputs, on which static ranges are found as well. compiled: with torchao, which needs half a minute a
-    model to compile.
+    example: inputs, on which static ranges are found as well. compiled: with torchao, which needs
+    half a minute a model to compile.
     """
     found: dict[str, Callable] = {}
     convolutional = _convolutional(model)
@@ -32,7 +34,9 @@ def rivals(model: nn.Module, example: Tensor, compiled: bool = True) -> dict[str
     for backend in [name for name in ("x86", "onednn") if name in known] or ["qnnpack"]:
         with contextlib.suppress(Exception), quiet(), _backend(backend):
             make = torch_static if convolutional else torch_dynamic
-            found[f"torch {'static' if convolutional else 'dynamic'} ({backend})"] = make(model, example, backend)
+            found[f"torch {'static' if convolutional else 'dynamic'} ({backend})"] = make(
+                model, example, backend
+            )
     if compiled and not convolutional:
         with contextlib.suppress(ImportError), quiet():
             found["torchao (compiled)"] = _warm(torchao_int8(model), example)
@@ -62,7 +66,9 @@ def _backend(name: str) -> Iterator[None]:
 
 def torch_dynamic(model: nn.Module, example: Tensor, backend: str) -> nn.Module:
     """torch.ao's dynamic quantization of Linear and LSTM (deprecated)."""
-    return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model).eval(), {nn.Linear, nn.LSTM}, torch.qint8)
+    return torch.ao.quantization.quantize_dynamic(
+        copy.deepcopy(model).eval(), {nn.Linear, nn.LSTM}, torch.qint8
+    )
 
 
 def torch_static(model: nn.Module, example: Tensor, backend: str) -> nn.Module:
@@ -70,13 +76,16 @@ def torch_static(model: nn.Module, example: Tensor, backend: str) -> nn.Module:
     from torch.ao.quantization import get_default_qconfig_mapping
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
-    prepared = prepare_fx(copy.deepcopy(model).eval(), get_default_qconfig_mapping(backend), (example,))
+    prepared = prepare_fx(
+        copy.deepcopy(model).eval(), get_default_qconfig_mapping(backend), (example,)
+    )
     prepared(example)
     return convert_fx(prepared)
 
 
 def torchao_int8(model: nn.Module) -> Callable:
-    """torchao's INT8 weights and dynamic INT8 inputs, compiled with frozen weights as its documentation advises."""
+    """torchao's INT8 weights and dynamic INT8 inputs, compiled with frozen weights as its
+    documentation advises."""
     import torch._inductor.config
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
@@ -87,7 +96,8 @@ def torchao_int8(model: nn.Module) -> Callable:
 
 
 def onnxruntime_int8(model: nn.Module, example: Tensor, static: bool) -> OnnxEngine:
-    """onnxruntime.quantization.quantize_dynamic or quantize_static (QDQ), weights int8 by channel."""
+    """onnxruntime.quantization.quantize_dynamic or quantize_static (QDQ), weights int8 by
+    channel."""
     from onnxruntime import quantization as ort
 
     graph = export_graph(model, (example,))
@@ -98,7 +108,9 @@ def onnxruntime_int8(model: nn.Module, example: Tensor, static: bool) -> OnnxEng
         if static:
             ort.quantize_static(graph, path, _Reader(graph.graph.input[0].name, example), **options)
         else:
-            ort.quantize_dynamic(graph, path, op_types_to_quantize=["MatMul", "Gemm", "LSTM"], **options)
+            ort.quantize_dynamic(
+                graph, path, op_types_to_quantize=["MatMul", "Gemm", "LSTM"], **options
+            )
         return OnnxEngine.load(path)
 
 
@@ -113,12 +125,18 @@ class _Reader:
 
 
 @torch.inference_mode()
-def against_rivals(model: nn.Module, inputs: Tensor, found: dict[str, Callable], max_error: float = 1e-3,
-                   seconds: float = 1.0) -> pd.DataFrame:
-    """Times the chosen engine, float32 in torch, and rivals on the same inputs, in turns of a few milliseconds.
+def against_rivals(
+    model: nn.Module,
+    inputs: Tensor,
+    found: dict[str, Callable],
+    max_error: float = 1e-3,
+    seconds: float = 1.0,
+) -> pd.DataFrame:
+    """Times the chosen engine, float32 in torch, and rivals on the same inputs, in turns of a few
+    milliseconds.
 
-    One row each: name, ms (median), low and high (quartiles), error (mean squared difference from the float32 output
-    over its mean square); `attrs["engine"]` is what was chosen.
+    One row each: name, ms (median), low and high (quartiles), error (mean squared difference from
+    the float32 output over its mean square); `attrs["engine"]` is what was chosen.
     """
     with quiet():
         calibration = [inputs] if _convolutional(model) else None
@@ -127,8 +145,16 @@ def against_rivals(model: nn.Module, inputs: Tensor, found: dict[str, Callable],
         calls = {"float32 in torch": model, "kit": quantized, **found}
         errors = {name: relative_error(call(inputs), model(inputs)) for name, call in calls.items()}
         times = measure({name: (lambda c=call: c(inputs)) for name, call in calls.items()}, seconds)
-    rows = [{"name": name, "ms": 1e3 * time.median, "low": 1e3 * time.low, "high": 1e3 * time.high, "error": errors[name]}
-            for name, time in times.items()]
+    rows = [
+        {
+            "name": name,
+            "ms": 1e3 * time.median,
+            "low": 1e3 * time.low,
+            "high": 1e3 * time.high,
+            "error": errors[name],
+        }
+        for name, time in times.items()
+    ]
     frame = pd.DataFrame(rows)
     frame.attrs["engine"] = choice.name
     return frame
