@@ -9,18 +9,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kit import artifact
-from kit.models import build_model
-from kit.quantization import Format, quantize_weights
 from kit.budget.allocation import allocate
 from kit.budget.sensitivity import plan_for_budget, scan
+from kit.models import build_model
+from kit.quantization import Format, quantize_weights
 
-options_of = st.dictionaries(st.sampled_from("abcd"), st.lists(st.tuples(st.integers(0, 30), st.floats(-1, 9)), min_size=1,
-                                                               max_size=4), min_size=1)
+options_of = st.dictionaries(
+    st.sampled_from("abcd"),
+    st.lists(st.tuples(st.integers(0, 30), st.floats(-1, 9)), min_size=1, max_size=4),
+    min_size=1,
+)
 
 
 def best_of_all(options, budget):
-    return min((sum(loss for _, loss in picks) for picks in itertools.product(*options.values())
-                if sum(size for size, _ in picks) <= budget), default=None)
+    return min(
+        (
+            sum(loss for _, loss in picks)
+            for picks in itertools.product(*options.values())
+            if sum(size for size, _ in picks) <= budget
+        ),
+        default=None,
+    )
 
 
 @given(options_of, st.integers(0, 120))
@@ -41,7 +50,9 @@ def test_slices_keep_the_budget_and_come_close(options, budget):
     best = best_of_all(options, budget - 12 * len(options))
     if best is None:
         return
-    picks = [options[name][position] for name, position in allocate(options, budget, cells=10).items()]
+    picks = [
+        options[name][position] for name, position in allocate(options, budget, cells=10).items()
+    ]
     assert sum(size for size, _ in picks) <= budget
     assert sum(loss for _, loss in picks) <= best + 1e-9
 
@@ -57,7 +68,10 @@ FORMATS = {"8": Format(8), "4": Format(4, range="mse"), "2": Format(2, range="ms
 @pytest.fixture(scope="module")
 def scanned(tmp_path_factory):
     torch.manual_seed(0)
-    model = build_model("ResNetBK", {"vocab_size": 80, "d_model": 16, "layers": 1, "d_ff": 24, "channels": 8, "experts": 2})
+    model = build_model(
+        "ResNetBK",
+        {"vocab_size": 80, "d_model": 16, "layers": 1, "d_ff": 24, "channels": 8, "experts": 2},
+    )
     tokens = torch.randint(0, 80, (4, 33))
     batches = [(tokens[:, :-1], tokens[:, 1:])]
     cache = tmp_path_factory.mktemp("scan")
@@ -68,9 +82,13 @@ def test_scan_measures_each_tensor_alone_and_is_cached(scanned, monkeypatch):
     model, batches, table, cache = scanned
     assert len(table) == 3 * 9 and set(table["format"]) == set(FORMATS)
     assert (table.groupby("format")["bytes"].sum()[["2", "4", "8"]].diff().dropna() > 0).all()
-    assert table[table.format == "2"]["increase"].abs().sum() > table[table.format == "8"]["increase"].abs().sum()
+    assert (
+        table[table.format == "2"]["increase"].abs().sum()
+        > table[table.format == "8"]["increase"].abs().sum()
+    )
     row = table[(table.tensor == "head.weight") & (table.format == "4")].iloc[0]
     from kit.training.evaluation import evaluate
+
     alone = quantize_weights(artifact_copy(model), {"head.weight": FORMATS["4"]})
     assert evaluate(alone, batches).loss == pytest.approx(row["loss"], abs=1e-7)
     monkeypatch.setattr("kit.budget.sensitivity.evaluate", lambda *_: pytest.fail("scanned again"))
@@ -79,6 +97,7 @@ def test_scan_measures_each_tensor_alone_and_is_cached(scanned, monkeypatch):
 
 def artifact_copy(model):
     from kit.core.weights import materialize
+
     return materialize(model)
 
 

@@ -1,4 +1,5 @@
-"""The compressed file: exact in every layout, really as small as it says, and clear about damage."""
+"""The compressed file: exact in every layout, really as small as it says, and clear about
+damage."""
 
 import copy
 import hashlib
@@ -15,16 +16,33 @@ from torch import nn
 
 from kit import artifact
 from kit.artifact.layouts import LAYOUTS, Reader, Writer
+from kit.core.weights import copy_model, materialize, weight_of, weights
 from kit.models import build_model
-from kit.core.weights import copy_model, materialize, matrix_view, weight_of, weights
 from kit.pruning.mask import Mask, set_mask
-from kit.quantization import (HALF, ComplexQuantizer, FakeQuantize, Format, calibrate, original_mix, quantize_bk_core,
-                              quantize_weights, quantizers)
+from kit.quantization import (
+    HALF,
+    ComplexQuantizer,
+    FakeQuantize,
+    Format,
+    calibrate,
+    original_mix,
+    quantize_bk_core,
+    quantize_weights,
+    quantizers,
+)
 from kit.quantization.packing import packed_bytes
 
-FORMATS = [Format(8), Format(6, False, "tensor"), Format(5, False), Format(4, granularity="group", group_size=10),
-           Format(3, False, "group", 7, scale="log8"), Format(2, granularity="rows", group_size=5, range="mse"),
-           Format("ternary", granularity="tensor", range="mse"), Format(8, scale="float32"), Format(4, range="percentile")]
+FORMATS = [
+    Format(8),
+    Format(6, False, "tensor"),
+    Format(5, False),
+    Format(4, granularity="group", group_size=10),
+    Format(3, False, "group", 7, scale="log8"),
+    Format(2, granularity="rows", group_size=5, range="mse"),
+    Format("ternary", granularity="tensor", range="mse"),
+    Format(8, scale="float32"),
+    Format(4, range="percentile"),
+]
 CONFIG = {"vocab_size": 50, "d_model": 16, "layers": 2, "d_ff": 24, "channels": 8, "experts": 2}
 
 
@@ -42,6 +60,7 @@ def bits(x):
 
 # Tensors
 
+
 def rounded(weight, format, layout):
     """A weight as it comes back from its codes in one layout, and the bytes of the codes."""
     module = nn.Module()
@@ -49,7 +68,9 @@ def rounded(weight, format, layout):
     quantizer = FakeQuantize(weight, format)
     write = Writer((layout,) if layout else tuple(LAYOUTS))
     entry = json.loads(json.dumps(quantizer.encode(weight, quantizer(weight), write)))
-    step, value = FakeQuantize.decode(entry, Reader(write.letters, write.blobs), weight_of(module), None, None)
+    step, value = FakeQuantize.decode(
+        entry, Reader(write.letters, write.blobs), weight_of(module), None, None
+    )
     return quantizer(weight), value, step, write
 
 
@@ -60,12 +81,24 @@ def test_codes_are_exact_in_every_layout(format, layout):
     weight[weight.abs() < 0.05] = 0
     expected, value, step, write = rounded(weight, format, layout)
     assert write.letters[-1] == LAYOUTS[layout].letter
-    assert np.array_equal(bits(value), bits(expected)) and np.array_equal(bits(step(value)), bits(expected))
+    assert np.array_equal(bits(value), bits(expected)) and np.array_equal(
+        bits(step(value)), bits(expected)
+    )
 
 
 @pytest.mark.parametrize("layout", ["dense", "bitmap", "gaps"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool,
-                                   torch.complex64])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.int64,
+        torch.bool,
+        torch.complex64,
+    ],
+)
 @pytest.mark.parametrize("shape", [(5, 7), (), (0, 3), (1,)])
 def test_plain_tensors_are_exact_in_every_dtype(dtype, layout, shape):
     x = (3 * torch.randn(shape, generator=torch.Generator().manual_seed(1))).to(dtype)
@@ -82,7 +115,23 @@ def returned(x, layout):
 
 
 def test_special_floats_come_back_to_the_bit():
-    x = torch.tensor([0.0, float("inf"), -float("inf"), float("nan"), 1e-45, -0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    x = torch.tensor(
+        [
+            0.0,
+            float("inf"),
+            -float("inf"),
+            float("nan"),
+            1e-45,
+            -0.0,
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+        ]
+    )
     for layout in ("dense", "bitmap", "gaps"):
         assert np.array_equal(bits(returned(x, layout)), bits(x))
 
@@ -98,19 +147,31 @@ def test_the_smallest_layout_is_taken():
         write.tensor(x)
         assert write.letters == letter
     chosen = {}
-    for name, weight, width in (("even", finer, 8), ("sparse", sparse, 4), ("peaked", even * even.abs() ** 3, 4)):
+    for name, weight, width in (
+        ("even", finer, 8),
+        ("sparse", sparse, 4),
+        ("peaked", even * even.abs() ** 3, 4),
+    ):
         format = Format(width, granularity="tensor")
         sizes = {layout: len(rounded(weight, format, layout)[3].blobs[-1]) for layout in LAYOUTS}
         write = rounded(weight, format, None)[3]
-        assert len(write.blobs[-1]) == min(sizes.values()) and sizes["dense"] == packed_bytes(10_000, width)
+        assert len(write.blobs[-1]) == min(sizes.values()) and sizes["dense"] == packed_bytes(
+            10_000, width
+        )
         chosen[name] = write.letters[-1]
     assert chosen["peaked"] == "e" and chosen["even"] == "d"
 
 
 # Models
 
-PLANS = {"original mix": original_mix, "asymmetric": lambda m: Format(5, False, "group", 6), "half": lambda m: HALF,
-         "ternary": lambda m: Format("ternary", range="mse"), "log scales": lambda m: Format(3, scale="log8"), "float": None}
+PLANS = {
+    "original mix": original_mix,
+    "asymmetric": lambda m: Format(5, False, "group", 6),
+    "half": lambda m: HALF,
+    "ternary": lambda m: Format("ternary", range="mse"),
+    "log scales": lambda m: Format(3, scale="log8"),
+    "float": None,
+}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -120,7 +181,9 @@ def test_saved_and_loaded_models_agree_to_the_last_bit(plan, tied, tmp_path):
     if PLANS[plan]:
         quantize_weights(model, PLANS[plan](model))
     size = artifact.save(model, tmp_path / "a")
-    assert size == os.stat(tmp_path / "a").st_size == artifact.describe(tmp_path / "a")["bytes"].sum()
+    assert (
+        size == os.stat(tmp_path / "a").st_size == artifact.describe(tmp_path / "a")["bytes"].sum()
+    )
     loaded, trainable = artifact.load(tmp_path / "a"), artifact.load(tmp_path / "a", trainable=True)
     assert not loaded.training
     for other in (loaded, trainable, materialize(model)):
@@ -143,7 +206,9 @@ def test_masks_learned_steps_and_activations_come_back_for_training(learned, tmp
     calibrate(quantize_bk_core(model, 8, per_channel=True, mode="polar"), [TOKENS])
     artifact.save(model, tmp_path / "a")
     loaded = artifact.load(tmp_path / "a", trainable=True)
-    assert loaded(TOKENS).equal(model(TOKENS)) and artifact.load(tmp_path / "a")(TOKENS).equal(model(TOKENS))
+    assert loaded(TOKENS).equal(model(TOKENS)) and artifact.load(tmp_path / "a")(TOKENS).equal(
+        model(TOKENS)
+    )
     moe, same = model.layers[1].moe, loaded.layers[1].moe
     mask = weight_of(moe, "w_in").find(Mask).mask
     assert torch.equal(weight_of(same, "w_in").find(Mask).mask, mask)
@@ -190,18 +255,23 @@ def test_writing_twice_gives_the_same_bytes_and_leaves_the_model_alone(tmp_path)
 
 
 def test_sizes_on_linear_dominated_models(tmp_path):
-    """INT8 at least 3.9x, INT4 in groups of 128 at least 7.5x smaller than float32, without help from the range coder."""
+    """INT8 at least 3.9x, INT4 in groups of 128 at least 7.5x smaller than float32, without help
+    from the range coder."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512))
     dense = artifact.float32_bytes(model)
     for layouts in (LAYOUTS, ("dense",)):
         for format, least in ((Format(8), 3.9), (Format(4, granularity="group"), 7.5)):
-            size = artifact.save(quantize_weights(copy.deepcopy(model), format), tmp_path / "a", layouts)
+            size = artifact.save(
+                quantize_weights(copy.deepcopy(model), format), tmp_path / "a", layouts
+            )
             assert dense / size >= least
 
 
 def test_expert_tensors_in_int4_groups_of_128_are_7_5_times_smaller(tmp_path):
-    model = build_model("ResNetBK", {"vocab_size": 50, "d_model": 128, "layers": 1, "d_ff": 256, "channels": 8})
+    model = build_model(
+        "ResNetBK", {"vocab_size": 50, "d_model": 128, "layers": 1, "d_ff": 256, "channels": 8}
+    )
     quantize_weights(model, original_mix(model))
     artifact.save(model, tmp_path / "a", ("dense",))
     rows = artifact.describe(tmp_path / "a")
@@ -210,6 +280,7 @@ def test_expert_tensors_in_int4_groups_of_128_are_7_5_times_smaller(tmp_path):
 
 
 # Damage
+
 
 @pytest.fixture
 def saved(tmp_path):
@@ -246,22 +317,25 @@ def rewrite(path, change):
     """The file with another header and a checksum that fits."""
     data = path.read_bytes()
     length = struct.unpack("<I", data[4:8])[0]
-    header = json.loads(zlib.decompress(data[8:8 + length]))
+    header = json.loads(zlib.decompress(data[8 : 8 + length]))
     change(header)
     text = zlib.compress(json.dumps(header).encode())
-    body = data[:4] + struct.pack("<I", len(text)) + text + data[8 + length:-32]
+    body = data[:4] + struct.pack("<I", len(text)) + text + data[8 + length : -32]
     path.write_bytes(body + hashlib.sha256(body).digest())
 
 
-@pytest.mark.parametrize("change", [
-    lambda h: h["tensors"].pop(),
-    lambda h: h["tensors"][0].update(sizes=[1]),
-    lambda h: h["tensors"][0]["sizes"].append(-1),
-    lambda h: h["tensors"][0].update(name="other"),
-    lambda h: h.pop("model"),
-    lambda h: h["model"]["config"].update(vocab_size=51),
-    lambda h: h["modules"].update({"layers.0.mixer.quantize_v": {"class": "Popen"}}),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h["tensors"].pop(),
+        lambda h: h["tensors"][0].update(sizes=[1]),
+        lambda h: h["tensors"][0]["sizes"].append(-1),
+        lambda h: h["tensors"][0].update(name="other"),
+        lambda h: h.pop("model"),
+        lambda h: h["model"]["config"].update(vocab_size=51),
+        lambda h: h["modules"].update({"layers.0.mixer.quantize_v": {"class": "Popen"}}),
+    ],
+)
 def test_a_header_that_contradicts_itself_is_refused(saved, change):
     rewrite(saved, change)
     with pytest.raises(artifact.ArtifactError):
@@ -271,7 +345,10 @@ def test_a_header_that_contradicts_itself_is_refused(saved, change):
 def test_a_file_for_another_model_names_what_differs(saved):
     with pytest.raises(artifact.ArtifactError, match="shape"):
         artifact.load(saved, small_lm(vocab_size=51))
-    with pytest.raises(artifact.ArtifactError, match="in the file but not in the model|in the model but not in the file"):
+    with pytest.raises(
+        artifact.ArtifactError,
+        match="in the file but not in the model|in the model but not in the file",
+    ):
         artifact.load(saved, small_lm(layers=1))
     with pytest.raises(FileNotFoundError):
         artifact.load(saved.with_name("none.kit"))
@@ -291,19 +368,22 @@ DATA = Path(__file__).parent / "data"
 
 @pytest.mark.parametrize("name", ["tables", "formats"])
 def test_files_of_the_version_before_still_load(name, tmp_path):
-    """Written by the code of KIT3, with the logits that it computed; every format, mask, layout and transform."""
+    """Written by the code of KIT3, with the logits that it computed; every format, mask, layout and
+    transform."""
     before = np.load(DATA / "kit3.npz")
     tokens, path = torch.arange(24)[None], DATA / f"kit3_{name}.kit"
     for trainable in (False, True):
         model = artifact.load(path, trainable=trainable, parts=before["parts"])
         assert np.allclose(model(tokens).detach().numpy(), before[name], rtol=1e-5, atol=1e-5)
-    assert artifact.save(model, tmp_path / "a") <= path.stat().st_size + 16  # a header tells steps in full
+    assert (
+        artifact.save(model, tmp_path / "a") <= path.stat().st_size + 16
+    )  # a header tells steps in full
     again = artifact.load(tmp_path / "a", parts=before["parts"])
     assert torch.equal(again(tokens), model(tokens))
 
 
 def test_range_coded_files_of_the_first_versions_are_refused(tmp_path):
-    body = b"KIT2" + (DATA / "kit3_tables.kit").read_bytes()[4:-artifact.file.CHECKSUM]
+    body = b"KIT2" + (DATA / "kit3_tables.kit").read_bytes()[4 : -artifact.file.CHECKSUM]
     (tmp_path / "a").write_bytes(body + hashlib.sha256(body).digest())
     with pytest.raises(artifact.ArtifactError, match="earlier version"):
         artifact.load(tmp_path / "a", parts=np.load(DATA / "kit3.npz")["parts"])

@@ -19,7 +19,9 @@ def reference(x, p, eta):
 
 EVERY = {
     "left": left_resolvent,
-    "left, scan": lambda *inputs: bk_kernels.apply(bk_scan.resolve, bk_scan.resolve_backward, *inputs),
+    "left, scan": lambda *inputs: bk_kernels.apply(
+        bk_scan.resolve, bk_scan.resolve_backward, *inputs
+    ),
     "left, reference": reference,
     "diagonal": resolvent_diagonal,
     "diagonal, reference": lambda *inputs: resolvent_diagonal(*inputs, left=reference),
@@ -31,12 +33,20 @@ def draw(batch=2, steps=20, channels=3, eta=None, dtype=torch.float64, seed=0):
     """Random x, p = b c from off-diagonals b and c of one sign, and eta."""
     generator = torch.Generator().manual_seed(seed)
     x, b, c = torch.randn(3, batch, steps, channels, generator=generator, dtype=torch.float64)
-    width = torch.rand(channels, generator=generator, dtype=torch.float64) + 0.01 if eta is None else eta
-    return [part.to(dtype) for part in (x, (b * c).abs(), torch.as_tensor(width).double().expand(channels))]
+    width = (
+        torch.rand(channels, generator=generator, dtype=torch.float64) + 0.01
+        if eta is None
+        else eta
+    )
+    return [
+        part.to(dtype)
+        for part in (x, (b * c).abs(), torch.as_tensor(width).double().expand(channels))
+    ]
 
 
 def dense(x, p, eta, seed=0):
-    """(B, C, N, N) complex128 operators whose off-diagonal products are p, split unevenly into b and c."""
+    """(B, C, N, N) complex128 operators whose off-diagonal products are p, split unevenly into b
+    and c."""
     b = np.random.default_rng(seed).uniform(0.5, 2, p.shape)
     matrix = np.zeros((x.shape[0], x.shape[2], x.shape[1], x.shape[1]), complex)
     i = np.arange(x.shape[1])
@@ -78,7 +88,9 @@ def test_gradients_agree_with_finite_differences(name, steps):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 33, 5), (1, 300, 130), (2, 257, 16)])
 def test_kernels_agree_with_the_reference_forward_and_backward(name, shape, monkeypatch):
     monkeypatch.setattr(bk_kernels, "GRAIN", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # tiles and threads, also for one batch row
+    monkeypatch.setattr(
+        torch, "get_num_threads", lambda: 3
+    )  # tiles and threads, also for one batch row
     inputs = [part.requires_grad_() for part in draw(*shape)]
     weight = torch.randn(shape, dtype=torch.complex128, generator=torch.Generator().manual_seed(1))
     g, truth = EVERY[name](*inputs), reference(*inputs)
@@ -90,7 +102,10 @@ def test_kernels_agree_with_the_reference_forward_and_backward(name, shape, monk
 @pytest.mark.parametrize("name", ["left", "left, scan"])
 @pytest.mark.parametrize("steps", [1, 4096])
 def test_float32_stays_close_at_the_smallest_eta(name, steps):
-    inputs = [part.requires_grad_() for part in draw(steps=steps, channels=16, eta=1e-3, dtype=torch.float32)]
+    inputs = [
+        part.requires_grad_()
+        for part in draw(steps=steps, channels=16, eta=1e-3, dtype=torch.float32)
+    ]
     doubles = [part.detach().double().requires_grad_() for part in inputs]
     g, truth = EVERY[name](*inputs), left_resolvent(*doubles)
     assert relative_error(g, truth) < 3e-5
@@ -99,7 +114,11 @@ def test_float32_stays_close_at_the_smallest_eta(name, steps):
         assert relative_error(actual, expected) < 3e-5
 
 
-@given(st.integers(0, 10**6), st.sampled_from([1e-3, 0.1, 10.0]), st.sampled_from(["left", "left, scan", "diagonal"]))
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([1e-3, 0.1, 10.0]),
+    st.sampled_from(["left", "left, scan", "diagonal"]),
+)
 def test_resolvents_stay_in_the_upper_half_plane_under_one_over_eta(seed, eta, name):
     x, p, eta = draw(1, 40, 4, eta, torch.float32, seed)
     g = EVERY[name](5 * x, 5 * p, eta)
@@ -137,7 +156,10 @@ def test_the_first_hopping_is_ignored_and_has_no_gradient(name):
 @pytest.mark.parametrize("name", ["left", "left, scan", "diagonal"])
 def test_strided_inputs_and_gradients_are_accepted(name):
     x, p, eta = (part.requires_grad_() for part in draw())
-    inputs = [part.detach().transpose(0, 2).contiguous().transpose(0, 2).requires_grad_() for part in (x, p)]
+    inputs = [
+        part.detach().transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
+        for part in (x, p)
+    ]
     wide = torch.stack([eta.detach()] * 2, 1)[:, 0].requires_grad_()
     for arguments in ((x, p, eta), (*inputs, wide)):
         EVERY[name](*arguments).conj().sum().imag.backward()
@@ -164,7 +186,9 @@ def test_threads_calling_at_once_get_the_same_as_one(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     inputs = draw(8, 200, 8)
     truth, results = left_resolvent(*inputs), []
-    threads = [threading.Thread(target=lambda: results.append(left_resolvent(*inputs))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: results.append(left_resolvent(*inputs))) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -233,13 +257,17 @@ def test_reflection_is_the_cayley_transform_of_the_staggered_operator():
     r = (g - 1j) / (g + 1j)
     truth = np.where(sign > 0, r, r.conj())
     np.testing.assert_allclose(staggered_reflection(x, p, eta), truth, rtol=1e-11)
-    np.testing.assert_allclose(torch.complex(*bk_core.staggered_reflection_pair(x, p, eta)), truth, rtol=1e-11)
+    np.testing.assert_allclose(
+        torch.complex(*bk_core.staggered_reflection_pair(x, p, eta)), truth, rtol=1e-11
+    )
     assert (np.abs(truth) < 1).all()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 19])
 def test_gradients_of_the_reflection_agree_with_finite_differences(steps):
-    assert torch.autograd.gradcheck(staggered_reflection, [part.clone().requires_grad_() for part in draw(steps=steps)])
+    assert torch.autograd.gradcheck(
+        staggered_reflection, [part.clone().requires_grad_() for part in draw(steps=steps)]
+    )
 
 
 @pytest.mark.parametrize("shape", [(3, 33, 5), (1, 300, 130)])
@@ -248,9 +276,14 @@ def test_the_reflection_kernels_agree_with_the_reference_in_tiles(shape, monkeyp
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     inputs = [part.requires_grad_() for part in draw(*shape)]
     weight = torch.randn(shape, dtype=torch.complex128, generator=torch.Generator().manual_seed(1))
-    r, truth = staggered_reflection(*inputs), torch.complex(*bk_core.staggered_reflection_pair(*inputs))
+    r, truth = (
+        staggered_reflection(*inputs),
+        torch.complex(*bk_core.staggered_reflection_pair(*inputs)),
+    )
     torch.testing.assert_close(r, truth)
-    torch.testing.assert_close(torch.autograd.grad(r, inputs, weight), torch.autograd.grad(truth, inputs, weight))
+    torch.testing.assert_close(
+        torch.autograd.grad(r, inputs, weight), torch.autograd.grad(truth, inputs, weight)
+    )
 
 
 def test_reflection_moves_with_its_input_by_an_odd_number_of_steps():
@@ -264,8 +297,12 @@ def test_reflection_integrates_a_weak_potential_for_one_over_eta_steps():
     x, eta = torch.zeros(1, 400, 1, dtype=torch.float64), torch.tensor([0.02], dtype=torch.float64)
     p, pulse = torch.ones_like(x), x.clone()
     pulse[:, 300] = 1e-6
-    answer = (staggered_reflection(pulse, p, eta) - staggered_reflection(x, p, eta))[0, 300:, 0].abs()
-    torch.testing.assert_close(answer[50] / answer[0], torch.tensor(np.exp(-1.0)), rtol=0.02, atol=0)
+    answer = (staggered_reflection(pulse, p, eta) - staggered_reflection(x, p, eta))[
+        0, 300:, 0
+    ].abs()
+    torch.testing.assert_close(
+        answer[50] / answer[0], torch.tensor(np.exp(-1.0)), rtol=0.02, atol=0
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 9, 70)])
@@ -274,7 +311,9 @@ def test_gated_parts_and_their_gradients(shape, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     generator = torch.Generator().manual_seed(0)
     r = torch.randn(shape, dtype=torch.complex128, generator=generator).requires_grad_()
-    gate = torch.randn(*shape[:2], 2 * shape[2], dtype=torch.float64, generator=generator).requires_grad_()
+    gate = torch.randn(
+        *shape[:2], 2 * shape[2], dtype=torch.float64, generator=generator
+    ).requires_grad_()
     truth = torch.cat([r.real, r.imag], -1) * gate
     torch.testing.assert_close(gated_parts(r, gate), truth)
     weight = torch.randn(truth.shape, dtype=torch.float64, generator=generator)

@@ -1,4 +1,5 @@
-"""The range coder: exact round trips of random and adversarial streams, and sizes close to the entropy of its model."""
+"""The range coder: exact round trips of random and adversarial streams, and sizes close to the
+entropy of its model."""
 
 import numpy as np
 import pytest
@@ -18,7 +19,13 @@ def round_trip(codes):
     return data
 
 
-@given(arrays(np.int32, st.tuples(st.integers(0, 12), st.integers(0, 12)), elements=st.integers(-LARGEST, LARGEST)))
+@given(
+    arrays(
+        np.int32,
+        st.tuples(st.integers(0, 12), st.integers(0, 12)),
+        elements=st.integers(-LARGEST, LARGEST),
+    )
+)
 def test_any_integers(codes):
     round_trip(codes)
 
@@ -35,7 +42,9 @@ ADVERSARIAL = {
     "zeros, then the largest": np.r_[np.zeros(5000), np.full(500, LARGEST)][None],
     "largest, alternating signs": np.tile([LARGEST, -LARGEST], 2000)[None],
     "always the unlikely": np.tile(np.r_[np.zeros(60), LARGEST], 200)[None],
-    "powers of two and their neighbours": np.concatenate([[2**k - 1, 2**k, -(2**k)] for k in range(31)])[:, None],
+    "powers of two and their neighbours": np.concatenate(
+        [[2**k - 1, 2**k, -(2**k)] for k in range(31)]
+    )[:, None],
     "unary border": np.tile(np.arange(-16, 17), 40)[:, None],
     "one row": np.arange(3000)[None] % 7,
     "one column": np.arange(3000)[:, None] % 7,
@@ -49,14 +58,17 @@ def test_adversarial_streams(name):
 
 @pytest.mark.parametrize("byte", [0x00, 0xFF])
 def test_carries_run_through_long_chains_of_bytes(byte):
-    """Streams found by search: encode what the decoder reads from constant bytes, which keeps carries pending."""
+    """Streams found by search: encode what the decoder reads from constant bytes, which keeps
+    carries pending."""
     codes = coding.decode(bytes([byte]) * 400, (30, 30))
     assert np.array_equal(coding.decode(coding.encode(codes), codes.shape), codes)
 
 
 @pytest.mark.parametrize("spread", [0.05, 0.3, 1.0, 4.0, 40.0])
 def test_size_is_within_a_percent_of_the_models_entropy(spread):
-    codes = np.round(np.random.default_rng(0).laplace(scale=spread, size=(800, 200))).astype(np.int64)
+    codes = np.round(np.random.default_rng(0).laplace(scale=spread, size=(800, 200))).astype(
+        np.int64
+    )
     data, bits = coding.encode_with_entropy(codes)
     assert bits / 8 <= len(data) * 1.0001 + 1 and len(data) <= 1.01 * bits / 8 + 8
 
@@ -73,7 +85,9 @@ def test_model_is_close_to_the_entropy_of_independent_symbols(spread, shape, mos
 
 def test_first_chances_are_those_of_the_geometric_distribution_with_the_mean_of_the_class():
     zero, more = (coding.FIRST_CHANCES[n].diagonal() / (1 << coding.FINE) for n in (0, 1))
-    mean = (1 - zero) / more  # P(|q| > 0) times the mean of 1, 2, ... that end with probability `more`
+    mean = (
+        1 - zero
+    ) / more  # P(|q| > 0) times the mean of 1, 2, ... that end with probability `more`
     below, above = coding.EDGES[:-1] / coding.ONE, coding.EDGES[1:] / coding.ONE
     assert np.all((below < mean[1:-1]) & (mean[1:-1] < above))
 
@@ -100,7 +114,9 @@ def test_logistic_tables_are_those_of_float64():
     logits = (np.arange(len(coding.SQUASH)) - coding.SPAN * coding.LOGIT) / coding.LOGIT
     assert np.abs(coding.SQUASH - coding.ONE / (1 + np.exp(-logits))).max() <= 1
     chance = (np.arange(len(coding.STRETCH)) + 0.5) / len(coding.STRETCH)
-    inner = np.abs(np.log(chance / (1 - chance))) < 5  # further out, neighbouring probabilities are far apart
+    inner = (
+        np.abs(np.log(chance / (1 - chance))) < 5
+    )  # further out, neighbouring probabilities are far apart
     assert np.abs(coding.STRETCH / coding.LOGIT - np.log(chance / (1 - chance)))[inner].max() < 0.05
 
 

@@ -8,18 +8,26 @@ import torch
 from torch.nn.utils import parametrize
 
 from kit import artifact
+from kit.budget.rate import RateLoss, row_sensitivity, set_rate_formats
+from kit.core.weights import weight_of
 from kit.data.tokenization import BPETokenizer
 from kit.distillation import DistillationTrainer
-from kit.training.losses import next_token_loss
 from kit.models import build_model
-from kit.core.weights import weight_of
 from kit.quantization import kernels
-from kit.quantization.token_tables import (Composition, _Compose, compose_by_levels, compose_by_levels_backward,
-                                          compose_tables)
 from kit.quantization.formats import Format
-from kit.budget.rate import RateLoss, row_sensitivity, set_rate_formats
+from kit.quantization.token_tables import (
+    Composition,
+    _Compose,
+    compose_by_levels,
+    compose_by_levels_backward,
+    compose_tables,
+)
+from kit.training.losses import next_token_loss
 
-TEXT = "the theory of the other weather gathers there; they breathe together, rather other than the others. " * 40
+TEXT = 40 * (
+    "the theory of the other weather gathers there; they breathe together, rather other than "
+    "the others. "
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +37,10 @@ def tokenizer():
 
 def model_of(tokenizer, **more):
     torch.manual_seed(0)
-    return build_model("ResNetBK", {"vocab_size": tokenizer.vocab_size, "d_model": 32, "layers": 1, "channels": 8, **more}).eval()
+    return build_model(
+        "ResNetBK",
+        {"vocab_size": tokenizer.vocab_size, "d_model": 32, "layers": 1, "channels": 8, **more},
+    ).eval()
 
 
 def batch(tokenizer):
@@ -47,13 +58,19 @@ def test_parts_spell_their_token(tokenizer):
 def test_rows_are_the_recursion(tokenizer):
     torch.manual_seed(1)
     composition = Composition(tokenizer.parts, 5)
-    composition.left.data, composition.right.data = torch.randn(5).half().float(), torch.randn(5).half().float()
+    composition.left.data, composition.right.data = (
+        torch.randn(5).half().float(),
+        torch.randn(5).half().float(),
+    )
     composition.basis.copy_(torch.randn(5, 5))
     residual = torch.randn(tokenizer.vocab_size, 5)
     expected = residual.double()
     for i, (left, right) in enumerate(tokenizer.parts):
         if left >= 0:
-            expected[i] += composition.left.double() * expected[left] + composition.right.double() * expected[right]
+            expected[i] += (
+                composition.left.double() * expected[left]
+                + composition.right.double() * expected[right]
+            )
     expected = expected @ composition.rounding(composition.basis).double()
     assert torch.allclose(composition(residual).double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -72,8 +89,10 @@ def test_levels_give_what_the_kernel_gives(tokenizer):
     left, right, grad = torch.rand(4), torch.rand(4), torch.randn(tokenizer.vocab_size, 4)
     rows = compose_by_levels(residual, left, right, composition.levels)
     assert torch.allclose(kernels.compose(residual, left, right, tokenizer.parts), rows, atol=1e-5)
-    for ours, theirs in zip(kernels.compose_backward(rows, left, right, tokenizer.parts, grad),
-                            compose_by_levels_backward(rows, left, right, composition.levels, grad)):
+    for ours, theirs in zip(
+        kernels.compose_backward(rows, left, right, tokenizer.parts, grad),
+        compose_by_levels_backward(rows, left, right, composition.levels, grad),
+    ):
         assert torch.allclose(ours, theirs, atol=1e-4)
 
 
@@ -84,7 +103,9 @@ def test_composing_keeps_the_outputs(tokenizer):
     assert torch.allclose(model(inputs), before, atol=1e-4)
 
 
-def test_distillation_composes_a_tied_table_once_and_with_the_same_gradients(tokenizer, monkeypatch):
+def test_distillation_composes_a_tied_table_once_and_with_the_same_gradients(
+    tokenizer, monkeypatch
+):
     model, teacher = model_of(tokenizer, tied=True), model_of(tokenizer, tied=True)
     compose_tables(model, tokenizer.parts, [batch(tokenizer)], next_token_loss)
     distill, found = DistillationTrainer(teacher, model, temperature=1.0, alpha=0.5), []
@@ -104,20 +125,31 @@ def test_distillation_composes_a_tied_table_once_and_with_the_same_gradients(tok
 def test_fit_finds_the_factors_that_made_the_rows(tokenizer):
     torch.manual_seed(3)
     truth = Composition(tokenizer.parts, 6)
-    truth.left.data, truth.right.data = torch.full((6,), 0.75), torch.full((6,), 0.5)  # the same in every basis
-    rows = truth(torch.cat([torch.randn(256, 6), torch.zeros(tokenizer.vocab_size - 256, 6)])).detach()
+    truth.left.data, truth.right.data = (
+        torch.full((6,), 0.75),
+        torch.full((6,), 0.5),
+    )  # the same in every basis
+    rows = truth(
+        torch.cat([torch.randn(256, 6), torch.zeros(tokenizer.vocab_size - 256, 6)])
+    ).detach()
     found = Composition(tokenizer.parts, 6)
     residual = found.fit(rows, torch.ones(len(rows)), torch.eye(6))
     assert torch.allclose(found.left, truth.left, atol=2e-3) and residual[256:].abs().max() < 2e-2
     assert torch.allclose(found(residual), rows, atol=1e-4)
 
 
-@pytest.mark.parametrize("rounding, most", [(None, 0.02), (Format(6), 0.1)])  # a and b are fitted anew, so it is not 0
+@pytest.mark.parametrize(
+    "rounding, most", [(None, 0.02), (Format(6), 0.1)]
+)  # a and b are fitted anew, so it is not 0
 def test_columns_cost_the_same_and_tell_nothing_of_each_other(tokenizer, rounding, most):
-    """In the fitted basis the curvature is a multiple of the identity and the residuals are uncorrelated, most first."""
+    """In the fitted basis the curvature is a multiple of the identity and the residuals are
+    uncorrelated, most first."""
     torch.manual_seed(4)
     mix, slope = torch.randn(6, 6, dtype=torch.float64), torch.randn(40, 6, dtype=torch.float64)
-    curvature, rows = slope.T @ slope, torch.randn(tokenizer.vocab_size, 6, dtype=torch.float64) @ mix
+    curvature, rows = (
+        slope.T @ slope,
+        torch.randn(tokenizer.vocab_size, 6, dtype=torch.float64) @ mix,
+    )
     composition = Composition(tokenizer.parts, 6).double()
     if rounding is None:
         composition.rounding = torch.nn.Identity()
@@ -139,7 +171,11 @@ def test_file_gives_the_model_back(tokenizer, tmp_path, tied):
     set_rate_formats(model, row_sensitivity(model, examples, next_token_loss), 4000)
     rate = RateLoss(next_token_loss, model, 9000, examples)
     rate(model, examples[0]).backward()
-    assert all(step.left.grad.abs().sum() > 0 for name, step in model.named_modules() if isinstance(step, Composition))
+    assert all(
+        step.left.grad.abs().sum() > 0
+        for name, step in model.named_modules()
+        if isinstance(step, Composition)
+    )
     rate.finish()
     assert artifact.save(model, tmp_path / "a.kit") <= 9000
     again = artifact.load(tmp_path / "a.kit", parts=tokenizer.parts)

@@ -331,7 +331,8 @@ def test_docs_are_about_ten_megabytes_of_documentation(docs_texts):
 
 
 def test_no_near_duplicate_paragraph_crosses_the_splits_of_docs(docs_texts):
-    """Jaccard similarity of 5-grams of words: held-out paragraphs (a sample) against all training text."""
+    """Jaccard similarity of 5-grams of words: held-out paragraphs (a sample) against all training
+    text."""
     held_out = docs.paragraphs(docs_texts["validation"]) + docs.paragraphs(docs_texts["test"])
     sample = random.Random(0).sample(held_out, 500)
     grams = [docs.shingles(docs.normalized(paragraph)) for paragraph in sample]

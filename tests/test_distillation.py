@@ -11,22 +11,36 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
+from kit.core.measurement import added_memory
 from kit.distillation import (
-    DistillationTrainer, LinearSchedule, Output, build_cache, capture, feature_pairs, layer_mapping,
-    linear_distillation, register_divergence, register_feature_loss,
-)  # fmt: skip
+    DistillationTrainer,
+    LinearSchedule,
+    Output,
+    build_cache,
+    capture,
+    feature_pairs,
+    layer_mapping,
+    linear_distillation,
+    register_divergence,
+    register_feature_loss,
+)
 from kit.distillation.cache import TeacherCache, sparse
 from kit.distillation.divergences import (
-    DIVERGENCES, FEATURE_LOSSES, as_real, feature_cosine, feature_mse, relational_loss, soft_loss, soft_targets,
+    DIVERGENCES,
+    FEATURE_LOSSES,
+    as_real,
+    feature_cosine,
+    feature_mse,
+    relational_loss,
+    soft_loss,
+    soft_targets,
     sparse_divergence,
-)  # fmt: skip
-from kit.training import losses
-from kit.training.losses import VocabularySample
-from kit.core.measurement import added_memory
-from kit.models import DigitsCNN, DigitsMLP, LSTMLM, LSTMLMConfig, ResNetBK, ResNetBKConfig
+)
+from kit.models import LSTMLM, DigitsCNN, DigitsMLP, LSTMLMConfig, ResNetBK, ResNetBKConfig
 from kit.pruning.mask import set_mask
 from kit.quantization import Format, quantize_weights
-from kit.training import TrainConfig
+from kit.training import TrainConfig, losses
+from kit.training.losses import VocabularySample
 
 VOCABULARY = 50
 
@@ -34,7 +48,9 @@ VOCABULARY = 50
 @pytest.fixture
 def teacher():
     torch.manual_seed(0)
-    return ResNetBK(ResNetBKConfig(VOCABULARY, d_model=16, layers=4, experts=2, d_ff=16, channels=8)).eval()
+    return ResNetBK(
+        ResNetBKConfig(VOCABULARY, d_model=16, layers=4, experts=2, d_ff=16, channels=8)
+    ).eval()
 
 
 @pytest.fixture
@@ -51,7 +67,10 @@ def loader():
 
 def tensors(*shapes, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in shapes
+    ]
 
 
 # Losses
@@ -59,8 +78,15 @@ def tensors(*shapes, seed=0):
 
 def plain_divergence(kind, z_s, z_t, temperature, skew=0.1):
     """From probabilities alone, in NumPy's order of operations: no log-softmax, no shared code."""
-    q, p = (torch.exp(z / temperature) / torch.exp(z / temperature).sum(-1, keepdim=True) for z in (z_s, z_t))
-    first, second = {"forward": (p, q), "reverse": (q, p), "skewed": (p, skew * p + (1 - skew) * q)}[kind]
+    q, p = (
+        torch.exp(z / temperature) / torch.exp(z / temperature).sum(-1, keepdim=True)
+        for z in (z_s, z_t)
+    )
+    first, second = {
+        "forward": (p, q),
+        "reverse": (q, p),
+        "skewed": (p, skew * p + (1 - skew) * q),
+    }[kind]
     return temperature**2 * (first * torch.log(first / second)).sum(-1)
 
 
@@ -69,7 +95,9 @@ def test_soft_loss_and_its_gradient_match_the_definition(kind):
     z_s, z_t = tensors((5, 7), (5, 7))
     ours, plain = soft_loss(z_s, z_t, 3.0, kind), plain_divergence(kind, z_s, z_t, 3.0)
     torch.testing.assert_close(ours, plain)
-    torch.testing.assert_close(torch.autograd.grad(ours.sum(), z_s), torch.autograd.grad(plain.sum(), z_s))
+    torch.testing.assert_close(
+        torch.autograd.grad(ours.sum(), z_s), torch.autograd.grad(plain.sum(), z_s)
+    )
     assert torch.autograd.gradcheck(lambda z: soft_loss(z, z_t.detach(), 3.0, kind), z_s)
 
 
@@ -93,7 +121,9 @@ def test_feature_losses_have_right_gradients_and_scale():
     s, t = tensors((2, 4, 3), (2, 4, 3))
     wide = tensors((2, 4, 5))[0]
     for loss, other in ((feature_mse, t), (feature_cosine, t), (relational_loss, wide)):
-        assert torch.autograd.gradcheck(lambda x, loss=loss, other=other: loss(x, other.detach()), s)
+        assert torch.autograd.gradcheck(
+            lambda x, loss=loss, other=other: loss(x, other.detach()), s
+        )
     assert feature_mse(torch.zeros_like(t), t).item() == pytest.approx(1)
     assert feature_mse(10 * s, 10 * t).item() == pytest.approx(feature_mse(s, t).item())
     assert feature_cosine(3 * t, t).item() == pytest.approx(0) == relational_loss(3 * t, t).item()
@@ -104,7 +134,9 @@ def test_complex_features_compare_real_and_imaginary_parts():
     g = torch.complex(re, im)
     assert as_real(g).shape == (2, 6)
     difference = feature_mse(as_real(g), as_real(g.conj()))
-    torch.testing.assert_close(difference, 4 * im.square().sum() / (re.square() + im.square()).sum())
+    torch.testing.assert_close(
+        difference, 4 * im.square().sum() / (re.square() + im.square()).sum()
+    )
     assert feature_cosine(as_real(g), as_real(1j * g)).item() == pytest.approx(1)
 
 
@@ -123,10 +155,15 @@ def plain_total(h, weight, bias, targets, soft, temperature, alpha, kind):
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
 def test_fused_loss_and_gradients_equal_the_plain_ones(kind, teachers, alpha):
     h, weight, bias = tensors((3, 4, 5), (11, 5), (11,))
-    soft = [Output(*(t.detach() for t in tensors((3, 4, 7), (11, 7), (11,), seed=i + 1))) for i in range(teachers)]
+    soft = [
+        Output(*(t.detach() for t in tensors((3, 4, 7), (11, 7), (11,), seed=i + 1)))
+        for i in range(teachers)
+    ]
     targets = torch.randint(0, 11, (3, 4), generator=torch.Generator().manual_seed(0))
     targets[1, 2] = -100
-    fused = linear_distillation(Output(h, weight, bias), targets, soft, temperature=1.7, alpha=alpha, kind=kind, chunk=5)
+    fused = linear_distillation(
+        Output(h, weight, bias), targets, soft, temperature=1.7, alpha=alpha, kind=kind, chunk=5
+    )
     plain = plain_total(h, weight, bias, targets, soft, 1.7, alpha, kind)
     torch.testing.assert_close(fused.total, plain)
     torch.testing.assert_close(alpha * fused.soft + (1 - alpha) * fused.hard, plain.detach())
@@ -138,13 +175,17 @@ def test_fused_loss_passes_gradcheck_without_bias():
     h, weight = tensors((6, 3), (8, 3))
     soft = [Output(*(t.detach() for t in tensors((6, 2), (8, 2), seed=1)))]
     targets = torch.arange(6)
-    assert torch.autograd.gradcheck(lambda *s: linear_distillation(Output(*s), targets, soft, chunk=4).total, (h, weight))
+    assert torch.autograd.gradcheck(
+        lambda *s: linear_distillation(Output(*s), targets, soft, chunk=4).total, (h, weight)
+    )
 
 
 def test_fused_loss_is_accurate_for_extreme_logits():
     h, weight = torch.tensor([[100.0, -100.0]], requires_grad=True), torch.eye(2)
     soft = [Output(torch.tensor([[-90.0, 90.0]]), torch.eye(2))]
-    loss = linear_distillation(Output(h, weight), torch.tensor([1]), soft, temperature=1.0, alpha=0.5)
+    loss = linear_distillation(
+        Output(h, weight), torch.tensor([1]), soft, temperature=1.0, alpha=0.5
+    )
     assert loss.soft.item() == pytest.approx(200) and loss.hard.item() == pytest.approx(200)
     loss.total.backward()
     assert h.grad.tolist() == [[1.0, -1.0]]
@@ -156,9 +197,15 @@ def test_fused_sparse_loss_equals_the_plain_one(temperature, alpha):
     p = soft_targets(tensors((6, 11), seed=1)[0].detach(), temperature).exp()
     soft, _ = sparse(p, 3, torch.rand(6, 1, dtype=torch.float64))
     targets = torch.arange(6)
-    fused = linear_distillation(Output(h, weight, bias), targets, soft, temperature=temperature, alpha=alpha, chunk=4)
+    fused = linear_distillation(
+        Output(h, weight, bias), targets, soft, temperature=temperature, alpha=alpha, chunk=4
+    )
     logits = F.linear(h, weight, bias)
-    plain = alpha * temperature**2 * sparse_divergence(F.log_softmax(logits / temperature, -1), *soft).mean()
+    plain = (
+        alpha
+        * temperature**2
+        * sparse_divergence(F.log_softmax(logits / temperature, -1), *soft).mean()
+    )
     plain = plain + (1 - alpha) * F.cross_entropy(logits, targets)
     torch.testing.assert_close(fused.total, plain)
     gradients = (torch.autograd.grad(loss, (h, weight, bias)) for loss in (fused.total, plain))
@@ -169,7 +216,9 @@ def test_fused_sparse_loss_equals_the_plain_one(temperature, alpha):
 
 
 def probabilities(rows, vocabulary, seed=0):
-    logits = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logits = torch.randn(
+        rows, vocabulary, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return (3 * logits).softmax(-1)
 
 
@@ -178,7 +227,9 @@ def every_start(draws):
 
 
 def dense(target, vocabulary):
-    return torch.zeros(*target.indices.shape[:-1], vocabulary, dtype=torch.float64).scatter_add_(-1, *target_pairs(target))
+    return torch.zeros(*target.indices.shape[:-1], vocabulary, dtype=torch.float64).scatter_add_(
+        -1, *target_pairs(target)
+    )
 
 
 def target_pairs(target):
@@ -188,7 +239,9 @@ def target_pairs(target):
 @given(st.integers(0, 10**6), st.integers(1, 12))
 def test_sparse_targets_have_k_distinct_tokens_keep_likely_ones_and_sum_to_one(seed, k):
     p = probabilities(20, 12, seed)
-    target, sampled = sparse(p, k, torch.rand(20, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+    target, sampled = sparse(
+        p, k, torch.rand(20, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    )
     assert all(len(set(row.tolist())) == k for row in target.indices)
     found = target.log_p.exp()
     torch.testing.assert_close(found.sum(-1), torch.ones(20, dtype=torch.float64))
@@ -226,7 +279,9 @@ def test_mean_gradient_over_sparse_targets_is_the_full_one():
     draws, (h, weight, bias) = 2000, tensors((4, 5), (11, 5), (11,))
     teacher = Output(*(t.detach() for t in tensors((4, 7), (11, 7), (11,), seed=1)))
     targets = torch.arange(4)
-    full = linear_distillation(Output(h, weight, bias), targets, [teacher], temperature=1.5, alpha=0.8).total
+    full = linear_distillation(
+        Output(h, weight, bias), targets, [teacher], temperature=1.5, alpha=0.8
+    ).total
     p = soft_targets(F.linear(*teacher), 1.5).exp()
     soft, _ = sparse(p.repeat(draws, 1), 3, every_start(draws).repeat_interleave(4, 0))
     many = Output(h.repeat(draws, 1), weight, bias)
@@ -238,8 +293,10 @@ def test_mean_gradient_over_sparse_targets_is_the_full_one():
 # Features and hooks
 
 
-@pytest.mark.parametrize("student,teacher,expected", [(2, 4, (1, 3)), (4, 4, (0, 1, 2, 3)), (1, 4, (3,)),
-                                                      (3, 4, (1, 2, 3)), (4, 2, (0, 0, 1, 1))])  # fmt: skip
+@pytest.mark.parametrize(
+    "student,teacher,expected",
+    [(2, 4, (1, 3)), (4, 4, (0, 1, 2, 3)), (1, 4, (3,)), (3, 4, (1, 2, 3)), (4, 2, (0, 0, 1, 1))],
+)
 def test_layer_mapping_is_even_and_ends_at_the_last_layer(student, teacher, expected):
     assert layer_mapping(student, teacher) == expected
 
@@ -267,12 +324,17 @@ def test_features_that_match_cost_nothing(teacher, loader):
     batch = next(iter(loader))
     trainer = DistillationTrainer(teacher, teacher, alpha=1.0, features=[("layers.1", "layers.1")])
     trainer(teacher, batch)
-    assert trainer.parts["soft"].item() == pytest.approx(0, abs=1e-5) and trainer.parts["features"] == 0
+    assert (
+        trainer.parts["soft"].item() == pytest.approx(0, abs=1e-5)
+        and trainer.parts["features"] == 0
+    )
 
 
 def test_hidden_states_of_different_models_by_name(teacher, loader):
     student = LSTMLM(LSTMLMConfig(VOCABULARY, d_model=8, hidden=12))
-    trainer = DistillationTrainer(teacher, student, features=[("norm", "norm")], feature_loss="cosine")
+    trainer = DistillationTrainer(
+        teacher, student, features=[("norm", "norm")], feature_loss="cosine"
+    )
     trainer.prepare(loader)
     trainer(student, next(iter(loader))).backward()
     assert trainer.features.projections[0].weight.grad.abs().sum() > 0
@@ -362,9 +424,13 @@ def test_language_models_and_plain_logits_give_the_same_loss(teacher, student, l
 def test_schedules_move_and_resume_exactly(teacher, loader, tmp_path):
     def run(steps_before_kill=None):
         torch.manual_seed(1)
-        model = ResNetBK(ResNetBKConfig(VOCABULARY, d_model=8, layers=2, experts=2, d_ff=16, channels=4))
+        model = ResNetBK(
+            ResNetBKConfig(VOCABULARY, d_model=8, layers=2, experts=2, d_ff=16, channels=4)
+        )
         seen = []
-        trainer = DistillationTrainer(teacher, model, LinearSchedule(4.0, 1.0), LinearSchedule(1.0, 0.0))
+        trainer = DistillationTrainer(
+            teacher, model, LinearSchedule(4.0, 1.0), LinearSchedule(1.0, 0.0)
+        )
         spy = [lambda step, *_: seen.append(step) or _stop(step == steps_before_kill)]
         config = TrainConfig(steps=8, eval_every=2)
         trainer.fit(loader, config, hooks=spy, checkpoint=tmp_path / "run.ckpt", log=False)
@@ -386,7 +452,9 @@ def test_schedules_move_and_resume_exactly(teacher, loader, tmp_path):
 def test_a_student_under_masks_and_quantizers_learns(teacher, student, loader):
     set_mask(student.layers[0].moe, "w_in", torch.rand(2, 16, 8) > 0.5)
     quantize_weights(student, Format(4))
-    result = DistillationTrainer(teacher, student).fit(loader, TrainConfig(steps=20, lr=1e-2), log=False)
+    result = DistillationTrainer(teacher, student).fit(
+        loader, TrainConfig(steps=20, lr=1e-2), log=False
+    )
     assert result.history[-1]["loss"] < result.history[0]["loss"]
     assert len(student.head.weight[0].unique()) <= 16
 
@@ -413,7 +481,9 @@ def test_classifiers(tmp_path):
     cache = build_cache(cnn, loader, tmp_path / "cache", k=10)
     batch = next(iter(cache.wrap(loader)))
     full = DistillationTrainer(cnn, mlp)(mlp, (*batch.args, batch.targets))
-    torch.testing.assert_close(DistillationTrainer(cache, mlp)(mlp, batch), full, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        DistillationTrainer(cache, mlp)(mlp, batch), full, atol=1e-3, rtol=1e-3
+    )
 
 
 # The cache
@@ -442,19 +512,27 @@ def test_cache_keeps_order_bytes_and_likely_tokens(teacher, loader, tmp_path):
         with torch.no_grad():
             p = F.softmax(teacher(inputs), -1).gather(-1, batch.soft.indices)
         found = batch.soft.log_p.exp()
-        torch.testing.assert_close(found, torch.maximum(p, found.amin(-1, keepdim=True)), atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(
+            found, torch.maximum(p, found.amin(-1, keepdim=True)), atol=2e-3, rtol=2e-3
+        )
         torch.testing.assert_close(found.sum(-1), torch.ones(inputs.shape))
 
 
-def test_a_cache_has_the_same_bytes_each_time_and_others_with_another_seed(teacher, loader, tmp_path):
-    first, again, other = (build_cache(teacher, loader, tmp_path / str(i), k=5, seed=seed).arrays["indices"].tobytes()
-                           for i, seed in enumerate((3, 3, 4)))  # fmt: skip
+def test_a_cache_has_the_same_bytes_each_time_and_others_with_another_seed(
+    teacher, loader, tmp_path
+):
+    first, again, other = (
+        build_cache(teacher, loader, tmp_path / str(i), k=5, seed=seed).arrays["indices"].tobytes()
+        for i, seed in enumerate((3, 3, 4))
+    )
     assert first == again != other
 
 
 def test_training_on_cached_targets(teacher, student, loader, tmp_path):
     cache = build_cache(teacher, loader, tmp_path / "cache", k=5)
-    result = DistillationTrainer(cache, student).fit(cache.wrap(loader), TrainConfig(steps=20, lr=1e-2), log=False)
+    result = DistillationTrainer(cache, student).fit(
+        cache.wrap(loader), TrainConfig(steps=20, lr=1e-2), log=False
+    )
     assert result.tokens == 20 * 40 and result.history[-1]["loss"] < result.history[0]["loss"]
 
 
@@ -462,7 +540,9 @@ def test_damaged_missing_and_foreign_caches(teacher, student, loader, tmp_path):
     with pytest.raises(FileNotFoundError, match="no teacher cache"):
         TeacherCache(tmp_path / "none")
     cache = build_cache(teacher, loader, tmp_path / "cache", k=5)
-    other = DataLoader(TensorDataset(torch.zeros(12, 10).long(), torch.zeros(12, 10).long()), batch_size=4)
+    other = DataLoader(
+        TensorDataset(torch.zeros(12, 10).long(), torch.zeros(12, 10).long()), batch_size=4
+    )
     with pytest.raises(ValueError, match="another dataset"):
         cache.wrap(other)
     with pytest.raises(ValueError, match="no cached targets"):
@@ -483,7 +563,9 @@ def test_damaged_missing_and_foreign_caches(teacher, student, loader, tmp_path):
 
 
 def test_added_memory_is_that_of_the_work_alone_and_errors_are_named():
-    added = added_memory("import torch; early = torch.ones(50_000_000)", "late = torch.ones(25_000_000)")
+    added = added_memory(
+        "import torch; early = torch.ones(50_000_000)", "late = torch.ones(25_000_000)"
+    )
     assert 95e6 < added < 115e6
     with pytest.raises(RuntimeError, match="NameError: name 'absent'"):
         added_memory("", "absent")
@@ -492,13 +574,22 @@ def test_added_memory_is_that_of_the_work_alone_and_errors_are_named():
 # Bad input
 
 
-@pytest.mark.parametrize("settings,message", [
-    ({"temperature": 0}, "temperature is 0"), ({"temperature": math.inf}, "temperature is inf"),
-    ({"temperature": LinearSchedule(0, 1)}, "temperature is 0"), ({"alpha": 1.5}, "alpha is 1.5"), ({"alpha": -1}, "alpha is -1"),
-    ({"alpha": math.nan}, "alpha is nan"), ({"feature_weight": -1}, "feature_weight is -1"),
-    ({"features": [("layers.0", "layers.9")]}, "'layers.9'"), ({"features": [("mixer", "layers.0")]}, "'mixer'"),
-    ({"feature_loss": "l1"}, "'l1'"), ({"kind": "jensen"}, "'jensen'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"temperature": 0}, "temperature is 0"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"temperature": LinearSchedule(0, 1)}, "temperature is 0"),
+        ({"alpha": 1.5}, "alpha is 1.5"),
+        ({"alpha": -1}, "alpha is -1"),
+        ({"alpha": math.nan}, "alpha is nan"),
+        ({"feature_weight": -1}, "feature_weight is -1"),
+        ({"features": [("layers.0", "layers.9")]}, "'layers.9'"),
+        ({"features": [("mixer", "layers.0")]}, "'mixer'"),
+        ({"feature_loss": "l1"}, "'l1'"),
+        ({"kind": "jensen"}, "'jensen'"),
+    ],
+)
 def test_bad_settings_name_the_value(teacher, student, settings, message):
     with pytest.raises(ValueError, match=message) as error:
         DistillationTrainer(teacher, student, **settings)
@@ -521,14 +612,18 @@ def test_bad_teachers(teacher, student, loader):
     with pytest.raises(ValueError, match="10 classes, the teacher 4"):
         DistillationTrainer(few, mlp := DigitsMLP())(mlp, (images, torch.arange(3)))
     with pytest.raises(ValueError, match="every target is -100"):
-        DistillationTrainer(teacher.eval(), student)(student, [torch.zeros(1, 4).long(), torch.full((1, 4), -100)])
+        DistillationTrainer(teacher.eval(), student)(
+            student, [torch.zeros(1, 4).long(), torch.full((1, 4), -100)]
+        )
 
 
 def test_a_sample_of_the_whole_vocabulary_changes_nothing(teacher, student):
     batch = torch.randint(0, VOCABULARY, (2, 8)), torch.randint(0, VOCABULARY, (2, 8))
     settings = {"temperature": 1.0, "alpha": 0.6, "feature_weight": 0.0}
     whole = DistillationTrainer(teacher, student, **settings)(student, batch)
-    sampled = DistillationTrainer(teacher, student, **settings, sample=VocabularySample(frequent=VOCABULARY))(student, batch)
+    sampled = DistillationTrainer(
+        teacher, student, **settings, sample=VocabularySample(frequent=VOCABULARY)
+    )(student, batch)
     torch.testing.assert_close(sampled, whole)
     with pytest.raises(ValueError, match="temperature 1"):
         DistillationTrainer(teacher, student, temperature=2.0, sample=VocabularySample())
@@ -552,7 +647,9 @@ def test_a_registered_divergence_is_chunked_and_correct(teacher, student, loader
     expected = (student(inputs).softmax(-1) - p).square().sum(-1).mean()
     torch.testing.assert_close(loss, expected)
     weight = student.head.weight
-    torch.testing.assert_close(*(torch.autograd.grad(x, weight, retain_graph=True) for x in (loss, expected)))
+    torch.testing.assert_close(
+        *(torch.autograd.grad(x, weight, retain_graph=True) for x in (loss, expected))
+    )
     assert DIVERGENCES.pop("total variation, squared") is variation
 
 
@@ -581,7 +678,8 @@ def test_features_come_from_the_first_of_several_teachers(teacher, student, load
 
 
 class Tagger(nn.Module):
-    """Layers that happen to be called as a language model's methods, a second input, a tuple as output."""
+    """Layers that happen to be called as a language model's methods, a second input, a tuple as
+    output."""
 
     def __init__(self, seed):
         super().__init__()
@@ -600,12 +698,21 @@ def test_any_batch_and_any_output(tmp_path):
     for name, dataset in {"tuple": data, "dict": as_dict}.items():
         loader = DataLoader(dataset, 6)
         cache = build_cache(teacher, loader, tmp_path / name, k=5)
-        for source, batch in ((teacher, next(iter(loader))), (cache, next(iter(cache.wrap(loader))))):
+        for source, batch in (
+            (teacher, next(iter(loader))),
+            (cache, next(iter(cache.wrap(loader)))),
+        ):
             found.append(DistillationTrainer(source, student)(student, batch))
-        result = DistillationTrainer(cache, student).fit(cache.wrap(loader), TrainConfig(steps=2, lr=1e-9), log=False)
+        result = DistillationTrainer(cache, student).fit(
+            cache.wrap(loader), TrainConfig(steps=2, lr=1e-9), log=False
+        )
         assert result.tokens == 2 * 24
-    plain = plain_divergence("forward", student(x[:6], scale[:6])[0], teacher(x[:6], scale[:6])[0], 2.0).mean()
-    plain = 0.7 * plain + 0.3 * F.cross_entropy(student(x[:6], scale[:6])[0].flatten(0, 1), labels[:6].flatten())
+    plain = plain_divergence(
+        "forward", student(x[:6], scale[:6])[0], teacher(x[:6], scale[:6])[0], 2.0
+    ).mean()
+    plain = 0.7 * plain + 0.3 * F.cross_entropy(
+        student(x[:6], scale[:6])[0].flatten(0, 1), labels[:6].flatten()
+    )
     torch.testing.assert_close(torch.stack(found), plain.expand(4), atol=2e-3, rtol=2e-3)
     with pytest.raises(ValueError, match="holds no targets"):
         DistillationTrainer(teacher, student)(student, {"x": x, "scale": scale})

@@ -8,12 +8,27 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kit import artifact
-from kit.distillation import DistillationTrainer, ProgressiveDistillation, config_for_parameters, initialize_from_teacher, student_like
+from kit.distillation import (
+    DistillationTrainer,
+    ProgressiveDistillation,
+    config_for_parameters,
+    initialize_from_teacher,
+    student_like,
+)
 from kit.distillation.search import RIVALS, StudentSearch, expected_bytes, resnet_bk_space
-from kit.training.evaluation import evaluate
-from kit.models import DigitsCNN, DigitsMLP, DigitsMLPConfig, LSTMLM, LSTMLMConfig, ResNetBK, ResNetBKConfig, parameter_count
+from kit.models import (
+    LSTMLM,
+    DigitsCNN,
+    DigitsMLP,
+    DigitsMLPConfig,
+    LSTMLMConfig,
+    ResNetBK,
+    ResNetBKConfig,
+    parameter_count,
+)
 from kit.quantization import Format, quantize_weights
 from kit.training import TrainConfig
+from kit.training.evaluation import evaluate
 
 VOCABULARY = 40
 
@@ -21,7 +36,9 @@ VOCABULARY = 40
 @pytest.fixture
 def teacher():
     torch.manual_seed(0)
-    return ResNetBK(ResNetBKConfig(VOCABULARY, d_model=16, layers=3, experts=2, d_ff=16, channels=8)).eval()
+    return ResNetBK(
+        ResNetBKConfig(VOCABULARY, d_model=16, layers=3, experts=2, d_ff=16, channels=8)
+    ).eval()
 
 
 @pytest.fixture
@@ -36,12 +53,18 @@ def loader():
 @pytest.mark.parametrize("budget", [83_000, 250_000, 1_000_000])
 @pytest.mark.parametrize("vocabulary", [512, 4096, 30_000])
 def test_budgets_are_kept_and_used(budget, vocabulary):
-    assert 0.8 * budget < parameter_count(ResNetBK(config_for_parameters(budget, vocabulary))) <= budget
+    assert (
+        0.8 * budget
+        < parameter_count(ResNetBK(config_for_parameters(budget, vocabulary)))
+        <= budget
+    )
 
 
 def test_a_third_of_the_parameters_is_in_the_layers_where_the_tables_may_be_factored():
     model = ResNetBK(config_for_parameters(1_000_000, 30_000))
-    body = sum(p.numel() for name, p in model.named_parameters() if name.startswith(("layers", "norm")))
+    body = sum(
+        p.numel() for name, p in model.named_parameters() if name.startswith(("layers", "norm"))
+    )
     assert 0.3 < body / parameter_count(model) < 0.4
 
 
@@ -80,7 +103,8 @@ def test_factored_tables_are_the_truncated_svd(teacher):
 
 
 def test_narrow_layers_keep_a_consistent_set_of_units(teacher):
-    """With zeroed-out units of the teacher's residual stream, the kept ones compute what the teacher does."""
+    """With zeroed-out units of the teacher's residual stream, the kept ones compute what the
+    teacher does."""
     student = ResNetBK(dataclasses.replace(teacher.config, d_model=8, channels=4, d_ff=8)).eval()
     initialize_from_teacher(student, teacher)
     importance = teacher.embedding.weight.var(0) / teacher.embedding.weight.var(0).sum()
@@ -95,12 +119,17 @@ def test_narrow_layers_keep_a_consistent_set_of_units(teacher):
 
 
 def test_kept_units_are_those_with_the_largest_share_of_variance_in_both_tables():
-    """Eight units: 0-3 vary most in the embedding, 4-7 in the output layer, whose numbers are a thousand times larger. As
-    shares of each table's variance, the two largest are 1 (40 % + 10 %) and 6 (15 % + 30 %)."""
-    teacher = ResNetBK(ResNetBKConfig(VOCABULARY, d_model=8, layers=1, experts=1, d_ff=4, channels=4)).eval()
+    """Eight units: 0-3 vary most in the embedding, 4-7 in the output layer, whose numbers are a
+    thousand times larger. As shares of each table's variance, the two largest are 1 (40 % + 10 %)
+    and 6 (15 % + 30 %)."""
+    teacher = ResNetBK(
+        ResNetBKConfig(VOCABULARY, d_model=8, layers=1, experts=1, d_ff=4, channels=4)
+    ).eval()
     shares = [25, 40, 5, 5, 0, 5, 15, 5], [2, 10, 12, 8, 26, 8, 30, 4]
     noise = torch.linspace(-1, 1, VOCABULARY)
-    for table, share, scale in zip((teacher.embedding.weight, teacher.head.weight), shares, (1, 1000)):
+    for table, share, scale in zip(
+        (teacher.embedding.weight, teacher.head.weight), shares, (1, 1000)
+    ):
         deviation = torch.tensor(share, dtype=torch.float32).sqrt()
         table.data = scale * noise[:, None] * deviation / noise.std() + 7
     student = ResNetBK(dataclasses.replace(teacher.config, d_model=2))
@@ -112,17 +141,26 @@ def test_kept_units_are_those_with_the_largest_share_of_variance_in_both_tables(
 def test_other_models_take_what_fits(teacher):
     student = LSTMLM(LSTMLMConfig(VOCABULARY, d_model=8, hidden=8))
     assert set(initialize_from_teacher(student, teacher)) == {
-        "embedding.weight", "head.weight", "head.bias", "norm.weight", "norm.bias"}  # fmt: skip
+        "embedding.weight",
+        "head.weight",
+        "head.bias",
+        "norm.weight",
+        "norm.bias",
+    }
     small, large = DigitsMLP(DigitsMLPConfig((16, 16))), DigitsMLP(DigitsMLPConfig((32, 32)))
     initialize_from_teacher(small, large)
-    assert torch.equal(small[1].weight, large[1].weight[::2]) and torch.equal(small[3].weight, large[3].weight[::2, ::2])
+    assert torch.equal(small[1].weight, large[1].weight[::2]) and torch.equal(
+        small[3].weight, large[3].weight[::2, ::2]
+    )
 
 
 # Cascades
 
 
 def small_student(teacher, size):
-    model = ResNetBK(ResNetBKConfig(VOCABULARY, d_model=size // 1000, layers=1, experts=2, d_ff=8, channels=4))
+    model = ResNetBK(
+        ResNetBKConfig(VOCABULARY, d_model=size // 1000, layers=1, experts=2, d_ff=8, channels=4)
+    )
     return quantize_weights(model, Format(8))
 
 
@@ -138,26 +176,40 @@ def test_cascade_resumes_finished_and_killed_stages(teacher, loader, tmp_path):
                 raise KeyboardInterrupt
 
         cascade = ProgressiveDistillation(teacher, [6000, 3000], make_student=small_student)
-        student, records = cascade.run(loader, config, folder, validate=lambda m: evaluate(m, loader).loss, hooks=[hook])
+        student, records = cascade.run(
+            loader, config, folder, validate=lambda m: evaluate(m, loader).loss, hooks=[hook]
+        )
         return student, records, len(seen)
 
     straight, records, steps = run(tmp_path / "a")
-    assert steps == 8 and [r["size"] for r in records] == [6000, 3000] and sum(r["tokens"] for r in records) == 8 * 40
-    assert all(r["bytes"] == (tmp_path / "a" / f"stage_{i + 1}_{r['size']}.kit").stat().st_size for i, r in enumerate(records))
+    assert (
+        steps == 8
+        and [r["size"] for r in records] == [6000, 3000]
+        and sum(r["tokens"] for r in records) == 8 * 40
+    )
+    assert all(
+        r["bytes"] == (tmp_path / "a" / f"stage_{i + 1}_{r['size']}.kit").stat().st_size
+        for i, r in enumerate(records)
+    )
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", kill=7)
     resumed, again, steps = run(tmp_path / "b")
     assert steps <= 2
-    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True)
+    )
     assert run(tmp_path / "b")[2] == 0
     assert not list((tmp_path / "b").glob("*.ckpt"))
     with pytest.raises(ValueError, match="other settings"):
         ProgressiveDistillation(teacher, [6000, 3000], make_student=small_student, alpha=0.5).run(
-            loader, config, tmp_path / "b")  # fmt: skip
+            loader, config, tmp_path / "b"
+        )
 
 
 def test_default_students_are_made_from_the_budget(teacher, loader, tmp_path):
-    student, records = ProgressiveDistillation(teacher, [1500]).run(loader, TrainConfig(steps=2), tmp_path)
+    student, records = ProgressiveDistillation(teacher, [1500]).run(
+        loader, TrainConfig(steps=2), tmp_path
+    )
     assert parameter_count(student) == records[0]["parameters"] <= 1500
     assert student.config.vocab_size == VOCABULARY and student.config.experts == 2
     json.loads((tmp_path / "stage_1_1500.json").read_text())
@@ -181,17 +233,28 @@ def test_classifiers_need_make_student():
 def digits():
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(60, 1, 8, 8, generator=generator)
-    return DataLoader(TensorDataset(images, (images.mean((1, 2, 3)) * 50).long() % 10), batch_size=20)
+    return DataLoader(
+        TensorDataset(images, (images.mean((1, 2, 3)) * 50).long() % 10), batch_size=20
+    )
 
 
 def mlp(trial):
-    return quantize_weights(DigitsMLP(DigitsMLPConfig((trial.suggest_int("width", 4, 32),))), Format(8))
+    return quantize_weights(
+        DigitsMLP(DigitsMLPConfig((trial.suggest_int("width", 4, 32),))), Format(8)
+    )
 
 
 def make_search(digits, folder, **arguments):
     torch.manual_seed(0)
-    return StudentSearch(DigitsCNN().eval(), digits, lambda m: evaluate(m, digits).loss, TrainConfig(steps=8), folder,
-                         mlp, **arguments)  # fmt: skip
+    return StudentSearch(
+        DigitsCNN().eval(),
+        digits,
+        lambda m: evaluate(m, digits).loss,
+        TrainConfig(steps=8),
+        folder,
+        mlp,
+        **arguments,
+    )
 
 
 def test_search_finds_the_front_and_keeps_a_budget(digits, tmp_path):
@@ -205,7 +268,10 @@ def test_search_finds_the_front_and_keeps_a_budget(digits, tmp_path):
         assert row.bytes == (tmp_path / f"trial_{row.trial}.kit").stat().st_size
         assert row.on_front != dominated or (done["bytes"] == row.bytes).sum() > 1
     student, row = search.best(2500)
-    assert row["bytes"] <= 2500 and row["perplexity"] == done[done["bytes"] <= 2500]["perplexity"].min()
+    assert (
+        row["bytes"] <= 2500
+        and row["perplexity"] == done[done["bytes"] <= 2500]["perplexity"].min()
+    )
     assert evaluate(student, digits).perplexity == pytest.approx(row["perplexity"], rel=1e-6)
     with pytest.raises(ValueError, match="no student fits 100 bytes"):
         search.best(100)
@@ -248,7 +314,9 @@ def test_the_descent_keeps_what_helps_and_stays_in_the_budget(digits, tmp_path):
     assert unlimited.descend({"width": 8, "second": 4}, changes, 20).equals(table)
     small = make_search(digits, tmp_path / "small", budget=12_000)
     small.space, small.validate = space, distance
-    assert (32, 32) not in set(zip(*small.descend({"width": 8, "second": 4}, changes, 20)[["width", "second"]].T.values))
+    assert (32, 32) not in set(
+        zip(*small.descend({"width": 8, "second": 4}, changes, 20)[["width", "second"]].T.values)
+    )
     assert len(small.descend({"width": 8, "second": 4}, changes, 20)) == 5
 
 
@@ -270,13 +338,18 @@ def test_the_language_model_space_fills_the_budget_with_quantized_students(fill)
     space = resnet_bk_space(VOCABULARY, 20_000)
     student = space(optuna.trial.FixedTrial(settings))
     assert student.config.embedding_rank == student.config.d_model // 2 and student.config.tied
-    assert isinstance(student, nn.Module) and len(student.layers[0].mixer.gate.weight[0].unique()) <= 16
+    assert (
+        isinstance(student, nn.Module)
+        and len(student.layers[0].mixer.gate.weight[0].unique()) <= 16
+    )
     assert 0.8 * fill * 20_000 < expected_bytes(student) <= fill * 20_000
     assert space(optuna.trial.FixedTrial(settings)).config == student.config
 
 
 def test_expected_bytes_are_those_of_the_trained_file(teacher, loader, tmp_path):
-    student = quantize_weights(ResNetBK(ResNetBKConfig(VOCABULARY, 16, 2, 2, 32, 12, tied=True)), Format(4))
+    student = quantize_weights(
+        ResNetBK(ResNetBKConfig(VOCABULARY, 16, 2, 2, 32, 12, tied=True)), Format(4)
+    )
     before, expected = artifact.save(student, tmp_path / "untrained.kit"), expected_bytes(student)
     DistillationTrainer(teacher, student).fit(loader, TrainConfig(steps=20, lr=1e-2), log=False)
     trained = artifact.save(student, tmp_path / "trained.kit")

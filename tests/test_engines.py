@@ -3,19 +3,20 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
 from kit import engines
+from kit.core.protocols import call_with
+from kit.core.weights import weight_of
 from kit.engines import OnnxEngine, build_engine, choose_engine
 from kit.engines.choice import relative_error
 from kit.engines.folding import batch_norm_pairs, fold_batch_norms
-from kit.core.protocols import call_with
-from kit.core.weights import weight_of
 from kit.engines.kernels import Int8Conv2d, Int8Linear, int8_layer, int8_model, quantize_batch
 from kit.engines.layers import calibrate_inputs, float_copy, integer_weight
 from kit.models import build_model
 from kit.quantization import Format, quantize_weights
 from notebooks.reference.rivals import against_rivals, rivals
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 # But for rounding of ties; convolutions that stay in float round no inputs.
 EXACT = 1e-6 if engines.kernels.ONEDNN else 1e-4
@@ -103,7 +104,10 @@ class Reads(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.attention, self.layer = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 16)
+        self.attention, self.layer = (
+            nn.MultiheadAttention(16, 2, batch_first=True),
+            nn.Linear(16, 16),
+        )
 
     def forward(self, x):
         return self.attention(x, x, x)[0] @ self.layer.weight
@@ -183,17 +187,25 @@ def test_a_float_copy_leaves_the_model_alone(dense, x):
 
 def test_batch_norms_are_folded(cnn):
     torch.manual_seed(0)
-    head = nn.Sequential(nn.Linear(10, 6), nn.BatchNorm1d(6), nn.Linear(6, 3, bias=False), nn.BatchNorm1d(3))
+    head = nn.Sequential(
+        nn.Linear(10, 6), nn.BatchNorm1d(6), nn.Linear(6, 3, bias=False), nn.BatchNorm1d(3)
+    )
     model = nn.Sequential(copy.deepcopy(cnn), head)
     images = torch.rand(16, 1, 8, 8)
     head.train()(cnn(images)), model.eval()
     with torch.no_grad():
         model[0][1].weight[::2] *= -1
         folded = fold_batch_norms(copy.deepcopy(model))
-        assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in folded.modules())
+        assert not any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in folded.modules()
+        )
         torch.testing.assert_close(folded(images), model(images), rtol=1e-4, atol=1e-5)
         integer = int8_model(quantized(model, calibration=images))
-        left = [module for module in integer.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        left = [
+            module
+            for module in integer.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        ]
         assert len(left) == (0 if engines.kernels.ONEDNN else 2)  # float convolutions keep theirs
         assert relative_error(integer(images), quantized(model, calibration=images)(images)) < EXACT
 
@@ -222,7 +234,9 @@ def test_convolutions_are_fused_to_integer_ones(cnn, tmp_path):
         assert relative_error(engine(images), model(images)) < 1e-3
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "fused.onnx"), 3
-    onnxruntime.InferenceSession(engine.graph.numpy().tobytes(), options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(
+        engine.graph.numpy().tobytes(), options, providers=["CPUExecutionProvider"]
+    )
     operators = {node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node}
     assert "QLinearConv" in operators and "Conv" not in operators
 
@@ -246,7 +260,9 @@ def test_int4_blocks_use_the_codes_of_the_model(dense, x):
     model = quantized(dense, Format(4, granularity="group", group_size=32))
     builder = engines.choice._Builder(model, call_with(x))
     with torch.no_grad():
-        assert relative_error(builder.build("onnx-blocks")(x), model(x)) < 2e-4  # what rounding the inputs costs
+        assert (
+            relative_error(builder.build("onnx-blocks")(x), model(x)) < 2e-4
+        )  # what rounding the inputs costs
     for name in ("onnx-int8", "torch-int8", "onnx-static"):
         with pytest.raises(ValueError, match="has no"):
             builder.build(name)
@@ -274,8 +290,12 @@ def test_choice_measures_all_and_keeps_the_stated_error(exported, dense, x):
     low = table["low"].dropna()
     assert low[choice.name] <= 1.0001 * low["float32"]
     with torch.no_grad():
-        assert relative_error(choice.engine(x), dense(x)) == pytest.approx(table.loc[choice.name, "error"])
-    strict = choose_engine(model, (x,), reference=dense, max_error=0.0, names=("torch-int8",), seconds=0.01)
+        assert relative_error(choice.engine(x), dense(x)) == pytest.approx(
+            table.loc[choice.name, "error"]
+        )
+    strict = choose_engine(
+        model, (x,), reference=dense, max_error=0.0, names=("torch-int8",), seconds=0.01
+    )
     reasons = strict.table.set_index("engine")["why not"]
     assert strict.name == "float32" and "error above" in reasons["torch-int8"]
 
@@ -287,10 +307,14 @@ def test_choice_falls_back_to_float32_where_nothing_else_works():
             self.weight = nn.Parameter(torch.randn(3, 3))
 
         def forward(self, x):
-            return x @ self.weight if float(x.sum()) > -1e9 else x  # data-dependent: no exporter follows it
+            return (
+                x @ self.weight if float(x.sum()) > -1e9 else x
+            )  # data-dependent: no exporter follows it
 
     model = quantized(Odd())
-    choice = choose_engine(model, (torch.randn(2, 3),), names=("torch-int8", "onnx-float32"), seconds=0.01)
+    choice = choose_engine(
+        model, (torch.randn(2, 3),), names=("torch-int8", "onnx-float32"), seconds=0.01
+    )
     assert choice.name == "float32"
     reasons = choice.table.set_index("engine")["why not"]
     assert "no Linear" in reasons["torch-int8"] and "cannot be exported" in reasons["onnx-float32"]
@@ -300,7 +324,9 @@ def test_choice_falls_back_to_float32_where_nothing_else_works():
 
 def test_rivals_are_measured_side_by_side(dense, x):
     found = rivals(dense, x, compiled=False)
-    assert "ONNX Runtime's quantizer" in found and any(name.startswith("torch dynamic") for name in found)
+    assert "ONNX Runtime's quantizer" in found and any(
+        name.startswith("torch dynamic") for name in found
+    )
     table = against_rivals(dense, x, found, seconds=0.01).set_index("name")
     assert set(table.index) == {"float32 in torch", "kit", *found} and (table["ms"] > 0).all()
     assert table.loc["float32 in torch", "error"] == 0 and (table["error"] < 2e-3).all()

@@ -26,7 +26,10 @@ class ToyLM(LanguageModel):
 
 def batches(lengths=(3, 3, 1), seed=0):
     g = torch.Generator().manual_seed(seed)
-    data = [(torch.randint(13, (n, 6), generator=g), torch.randint(13, (n, 6), generator=g)) for n in lengths]
+    data = [
+        (torch.randint(13, (n, 6), generator=g), torch.randint(13, (n, 6), generator=g))
+        for n in lengths
+    ]
     data[-1][1][-1, 2:] = -100
     return data
 
@@ -41,9 +44,14 @@ def test_tokens_are_weighed_not_batches():
     hits = [(model.head(model.embedding(x)).argmax(-1) == y).sum().item() for x, y in batches()]
     assert result.nll == pytest.approx(sum(loss.sum().item() for loss in losses), rel=1e-6)
     assert (
-        result.tokens == 38 and result.window_tokens.tolist() == [6] * 6 + [2] and result.correct == sum(hits)
+        result.tokens == 38
+        and result.window_tokens.tolist() == [6] * 6 + [2]
+        and result.correct == sum(hits)
     )
-    assert result.perplexity == pytest.approx(math.exp(result.nll / 38)) and result.accuracy == sum(hits) / 38
+    assert (
+        result.perplexity == pytest.approx(math.exp(result.nll / 38))
+        and result.accuracy == sum(hits) / 38
+    )
     assert result.bits_per_byte(100) == pytest.approx(result.nll / 100 / math.log(2))
     assert evaluate(model, batches()).nll == result.nll
 
@@ -62,7 +70,10 @@ def test_classifier_and_plain_language_model():
     torch.manual_seed(0)
     model, x, y = nn.Linear(3, 4), torch.randn(50, 3), torch.randint(4, (50,))
     result = evaluate(model, [(x[:30], y[:30]), (x[30:], y[30:])])
-    assert result.loss == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-6) and result.tokens == 50
+    assert (
+        result.loss == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-6)
+        and result.tokens == 50
+    )
     assert result.accuracy == (model(x).argmax(1) == y).double().mean().item()
     low, high = result.interval()
     assert 0 <= low < result.accuracy < high <= 1
@@ -75,7 +86,9 @@ def test_classifier_and_plain_language_model():
 
 def evaluation(window_nll, tokens=10):
     n = len(window_nll)
-    return Evaluation(window_nll.sum(), n * tokens, window_nll, np.full(n, tokens), 0, np.zeros(n, int))
+    return Evaluation(
+        window_nll.sum(), n * tokens, window_nll, np.full(n, tokens), 0, np.zeros(n, int)
+    )
 
 
 def test_interval_matches_the_normal_theory():
@@ -96,7 +109,9 @@ def test_paired_interval_is_narrower_and_signed():
     a = evaluation(rng.normal(50, 8, 300))
     b = evaluation(a.window_nll + rng.normal(0.5, 1, 300))
     low, high = paired_interval(a, b)
-    assert 0 < low < 0.05 < high and high - low < 0.2 * (np.log(a.interval()[1]) - np.log(a.interval()[0]))
+    assert 0 < low < 0.05 < high and high - low < 0.2 * (
+        np.log(a.interval()[1]) - np.log(a.interval()[0])
+    )
     assert paired_interval(b, a) == pytest.approx((-high, -low))
     with pytest.raises(ValueError, match="different windows"):
         paired_interval(a, evaluation(a.window_nll[1:]))

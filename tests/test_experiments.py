@@ -35,8 +35,8 @@ if name == "hang":
     time.sleep(600)
 if name == "broken":
     raise RuntimeError("the loss is not finite")
-record = {"notebook": "tiny", "parameters": {"steps": steps, "lr": lr}, "seed": seed, "bytes": 100 // steps,
-          "ratio": steps, "perplexity": 10.0 + steps}
+record = {"notebook": "tiny", "parameters": {"steps": steps, "lr": lr}, "seed": seed,
+          "bytes": 100 // steps, "ratio": steps, "perplexity": 10.0 + steps}
 (folder / "result.json").write_text(json.dumps(record))
 """
 
@@ -204,7 +204,8 @@ def test_a_batch_through_papermill(notebook, tmp_path, capsys):
 def test_success_is_exit_code_and_record(notebook, tmp_path, script):
     script(
         "import os, sys; steps = os.path.basename(sys.argv[1]).split('steps=')[1][0]\n"
-        "if steps != '1': open(sys.argv[1] + '/result.json', 'w').write('{\"notebook\": \"tiny\"}')\n"
+        "result = sys.argv[1] + '/result.json'\n"
+        "if steps != '1': open(result, 'w').write('{\"notebook\": \"tiny\"}')\n"
         "sys.exit(steps == '3')"
     )
     frame, failed = run_batch(notebook, {"steps": [1, 3, 5]}, folder=tmp_path)
@@ -263,9 +264,10 @@ def test_threads_are_shared_out_and_jobs_bounded(notebook, tmp_path, script, mon
         "import os, sys, json\nwhere = os.path.dirname(sys.argv[1])\n"
         "open(sys.argv[1] + '/running', 'w').close()\n"
         "others = sum(os.path.exists(f'{where}/{n}/running') for n in os.listdir(where))\n"
-        "record = {'threads': os.environ['OMP_NUM_THREADS'], 'profile': 'KIT_PROFILE' in os.environ,\n"
-        "          'at once': others}\n"
-        "json.dump(record, open(sys.argv[1] + '/result.json', 'w'))\nos.remove(sys.argv[1] + '/running')"
+        "record = {'threads': os.environ['OMP_NUM_THREADS'],\n"
+        "          'profile': 'KIT_PROFILE' in os.environ, 'at once': others}\n"
+        "json.dump(record, open(sys.argv[1] + '/result.json', 'w'))\n"
+        "os.remove(sys.argv[1] + '/running')"
     )
     frame, _ = run_batch(notebook, {"steps": [1, 2, 3, 4, 5]}, jobs=3, folder=tmp_path)
     assert len(frame) == 5 and set(frame["threads"]) == {"2"} and not frame["profile"].any()

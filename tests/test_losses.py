@@ -8,17 +8,33 @@ from torch import nn
 from kit.core.protocols import LanguageModel
 from kit.models import build_model
 from kit.training.losses import (
-    VocabularySample, chunked_linear_loss, classification_loss, linear_cross_entropy, linear_token_losses, logits_of,
-    next_token_loss, training_loss,
-)  # fmt: skip
+    VocabularySample,
+    chunked_linear_loss,
+    classification_loss,
+    linear_cross_entropy,
+    linear_token_losses,
+    logits_of,
+    next_token_loss,
+    training_loss,
+)
 
 
-def problem(shape=(3, 5), vocab_size=17, width=6, dtype=torch.float64, bias=True, seed=0, scale=1.0):
+def problem(
+    shape=(3, 5), vocab_size=17, width=6, dtype=torch.float64, bias=True, seed=0, scale=1.0
+):
     g = torch.Generator().manual_seed(seed)
-    hidden = (torch.randn(*shape, width, generator=g, dtype=torch.float64) * scale).to(dtype).requires_grad_()
-    weight = torch.randn(vocab_size, width, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    hidden = (
+        (torch.randn(*shape, width, generator=g, dtype=torch.float64) * scale)
+        .to(dtype)
+        .requires_grad_()
+    )
+    weight = (
+        torch.randn(vocab_size, width, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    )
     offset = (
-        torch.randn(vocab_size, generator=g, dtype=torch.float64).to(dtype).requires_grad_() if bias else None
+        torch.randn(vocab_size, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+        if bias
+        else None
     )
     return hidden, weight, offset, torch.randint(vocab_size, shape, generator=g)
 
@@ -68,7 +84,9 @@ def test_low_precision_is_as_good_as_its_inputs(dtype, tolerance):
         reference(hidden, weight, bias, targets),
     )
     assert loss.dtype == torch.float32 and abs(loss - expected) < tolerance * expected
-    for ours, theirs in zip(gradients(loss, hidden, weight, bias), gradients(expected, hidden, weight, bias)):
+    for ours, theirs in zip(
+        gradients(loss, hidden, weight, bias), gradients(expected, hidden, weight, bias)
+    ):
         assert ours.dtype == dtype and (ours - theirs).norm() < 2 * tolerance * theirs.norm()
 
 
@@ -90,7 +108,10 @@ def test_huge_logits_stay_exact():
     )
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(
-        linear_token_losses(hidden, weight, bias, targets)[0].mean().double(), expected, rtol=1e-6, atol=0
+        linear_token_losses(hidden, weight, bias, targets)[0].mean().double(),
+        expected,
+        rtol=1e-6,
+        atol=0,
     )
 
 
@@ -111,7 +132,9 @@ def test_token_losses_and_hits():
     targets[1, 3:] = -100
     losses, hits = linear_token_losses(hidden, weight, bias, targets, chunk=7)
     logits = F.linear(hidden, weight, bias)
-    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(4, 30)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(
+        4, 30
+    )
     torch.testing.assert_close(losses, expected.detach())
     assert torch.equal(hits, logits.argmax(-1) == targets) and losses.shape == targets.shape
     constant = linear_token_losses(torch.zeros(6, 2), torch.ones(3, 2), None, torch.arange(6) % 3)
@@ -121,7 +144,9 @@ def test_token_losses_and_hits():
 def test_one_block_of_logits_is_all_there_is(monkeypatch):
     monkeypatch.setattr("kit.training.losses.CPU_BLOCK", 8 * 1000)
     sizes, empty = [], torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, **kw: (sizes.append(size), empty(*size, **kw))[1])
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, **kw: (sizes.append(size), empty(*size, **kw))[1]
+    )
     linear_cross_entropy(*problem((20, 10), vocab_size=50)).backward()
     assert (20, 50) in sizes and max(size[0] * (size[1:] or (1,))[0] for size in sizes) == 1000
 
@@ -176,7 +201,10 @@ def test_misfits_are_named():
 def test_cuda_agrees():
     hidden, weight, bias, targets = problem((4, 64), 999, 16, torch.float32)
     on_gpu = linear_cross_entropy(
-        *(t.detach().cuda().requires_grad_(t.is_floating_point()) for t in (hidden, weight, bias, targets))
+        *(
+            t.detach().cuda().requires_grad_(t.is_floating_point())
+            for t in (hidden, weight, bias, targets)
+        )
     )
     torch.testing.assert_close(
         on_gpu.cpu().double(), reference(hidden, weight, bias, targets), rtol=1e-3, atol=1e-3
@@ -201,7 +229,9 @@ def test_bfloat16_keeps_the_gradient_of_learned_tokens():
     )
     assert expected < 0.1 and abs(loss - expected) < 0.15 * expected
     ours, theirs = (g.double() for (g,) in (gradients(loss, weight), gradients(expected, weight)))
-    assert (ours - theirs).norm() < 0.15 * theirs.norm()  # bfloat16 rounds logits near 40 by up to 0.13
+    assert (
+        ours - theirs
+    ).norm() < 0.15 * theirs.norm()  # bfloat16 rounds logits near 40 by up to 0.13
     assert ours.sum(0).norm() < 0.01 * ours.norm()  # errors of a token add up to 0, as they must
 
 
@@ -230,7 +260,9 @@ def test_a_sample_of_everything_is_the_loss_itself():
         torch.testing.assert_close(next_token_loss(model, batch, sample), whole)
 
 
-@given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 50), st.booleans(), st.integers(0, 99))
+@given(
+    st.integers(1, 40), st.integers(1, 30), st.integers(1, 50), st.booleans(), st.integers(0, 99)
+)
 def test_any_function_of_logits_in_chunks(tokens, vocab_size, chunk, bias, seed):
     hidden, weight, offset, targets = problem((tokens,), vocab_size, bias=bias, seed=seed)
 
@@ -251,17 +283,28 @@ def test_a_function_of_bfloat16_logits_sees_float32():
     hidden, weight, bias, targets = problem((64,), 99, 16, torch.bfloat16, scale=0.3)
     with torch.autocast("cpu", torch.bfloat16):
         loss, kinds = chunked_linear_loss(
-            hidden, weight, bias, lambda z, rows: (F.cross_entropy(z, targets[rows]), torch.tensor(z.itemsize)), 64
+            hidden,
+            weight,
+            bias,
+            lambda z, rows: (F.cross_entropy(z, targets[rows]), torch.tensor(z.itemsize)),
+            64,
         )
     expected = reference(hidden, weight, bias, targets)
     assert loss.dtype == torch.float32 and kinds == 4 and abs(loss - expected) < 1e-5 * expected
     ours, theirs = gradients(loss, hidden, weight, bias), gradients(expected, hidden, weight, bias)
-    assert all(a.dtype == torch.bfloat16 and (a - b).norm() < 0.01 * b.norm() for a, b in zip(ours, theirs))
+    assert all(
+        a.dtype == torch.bfloat16 and (a - b).norm() < 0.01 * b.norm() for a, b in zip(ours, theirs)
+    )
 
 
 def test_logits_are_found_in_what_models_return():
     logits, targets = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
-    for output in (logits, (logits, None), {"loss": logits.sum(), "logits": logits}, [logits, targets]):
+    for output in (
+        logits,
+        (logits, None),
+        {"loss": logits.sum(), "logits": logits},
+        [logits, targets],
+    ):
         assert logits_of(output, targets) is logits
     images = torch.randn(2, 4, 6, 7)
     assert torch.equal(logits_of(images, torch.zeros(2, 6, 7)), images.permute(0, 2, 3, 1))

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kit.training.losses import next_token_loss
 from kit.models import (
     MODELS,
     DigitsCNN,
@@ -19,6 +18,7 @@ from kit.models import (
     build_model,
     parameter_count,
 )
+from kit.training.losses import next_token_loss
 
 SMALL = {"vocab_size": 50, "d_model": 16}
 CONFIGS = {
@@ -26,7 +26,9 @@ CONFIGS = {
     "top-2": ResNetBKConfig(**SMALL, layers=2, d_ff=24, channels=8, top_k=2),
     "tied": ResNetBKConfig(**SMALL, layers=1, d_ff=24, channels=8, tied=True),
     "factored": ResNetBKConfig(**SMALL, layers=1, d_ff=24, channels=8, embedding_rank=5),
-    "tied, factored": ResNetBKConfig(**SMALL, layers=1, d_ff=24, channels=8, embedding_rank=5, tied=True),
+    "tied, factored": ResNetBKConfig(
+        **SMALL, layers=1, d_ff=24, channels=8, embedding_rank=5, tied=True
+    ),
     "pruned": ResNetBKConfig(**SMALL, layers=2, experts=(3, 1), d_ff=(24, 9), channels=(8, 3)),
     "LSTM": LSTMLMConfig(**SMALL, hidden=12),
     "Transformer": TransformerLMConfig(**SMALL, layers=2, d_ff=32),
@@ -86,8 +88,13 @@ def test_every_parameter_learns(config):
     model = make(config)
     everything = torch.arange(50).reshape(2, 25)
     next_token_loss(model, (everything, everything.flip(1))).backward()
-    silent = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
-    lonely = {"layers.1.moe.router.weight", "layers.1.moe.router.bias"}  # one expert: nothing to choose
+    silent = {
+        n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    }
+    lonely = {
+        "layers.1.moe.router.weight",
+        "layers.1.moe.router.bias",
+    }  # one expert: nothing to choose
     assert silent == (lonely if config == CONFIGS["pruned"] else set())
 
 
@@ -111,7 +118,9 @@ def test_copied_after_a_forward(config):
 def test_reference_size():
     """The reference language model: 4.15 million parameters within 3 %."""
     with torch.device("meta"):
-        model = ResNetBK(ResNetBKConfig(vocab_size=30000, d_model=64, layers=4, experts=4, d_ff=128))
+        model = ResNetBK(
+            ResNetBKConfig(vocab_size=30000, d_model=64, layers=4, experts=4, d_ff=128)
+        )
     assert abs(parameter_count(model) / 4.15e6 - 1) < 0.03
 
 
@@ -154,7 +163,9 @@ def test_each_weight_is_read_once_a_forward():
             reads.append(1)
             return weight
 
-    for module, name in [(m, n) for m in model.modules() for n, _ in m.named_parameters(recurse=False)]:
+    for module, name in [
+        (m, n) for m in model.modules() for n, _ in m.named_parameters(recurse=False)
+    ]:
         torch.nn.utils.parametrize.register_parametrization(module, name, Count())
     reads.clear()
     model(tokens())
@@ -183,7 +194,11 @@ def test_digit_classifiers(name):
 
 
 def test_cnn_has_batch_norm_to_fold():
-    norms = [m for m in DigitsCNN(DigitsCNNConfig(channels=(4, 6, 8))).modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    norms = [
+        m
+        for m in DigitsCNN(DigitsCNNConfig(channels=(4, 6, 8))).modules()
+        if isinstance(m, torch.nn.BatchNorm2d)
+    ]
     assert [norm.num_features for norm in norms] == [4, 6, 8]
     assert parameter_count(DigitsMLP()) == 64 * 65 + 64 * 65 + 10 * 65
 
@@ -196,10 +211,18 @@ def test_cnn_has_batch_norm_to_fold():
         ("ResNetBK", {"layers": 0}, "ResNetBKConfig.layers = 0 must be at least 1"),
         ("ResNetBK", {"channels": [3, 0, 4, 4]}, "channels = .* must be at least 1"),
         ("ResNetBK", {"experts": [3, 2]}, r"experts = \(3, 2\) has 2 entries for 4 layers"),
-        ("ResNetBK", {"experts": [3, 2, 1, 3], "top_k": 2}, "top_k = 2 must be between 1 and the number of experts"),
+        (
+            "ResNetBK",
+            {"experts": [3, 2, 1, 3], "top_k": 2},
+            "top_k = 2 must be between 1 and the number of experts",
+        ),
         ("ResNetBK", {"dropout": 1.0}, "dropout = 1.0 must be in"),
         ("ResNetBK", {"embedding_rank": 0}, "embedding_rank = 0 must be at least 1"),
-        ("TransformerLM", {"d_model": 64, "heads": 5}, "d_model = 64 must be a multiple of twice .* heads, 5"),
+        (
+            "TransformerLM",
+            {"d_model": 64, "heads": 5},
+            "d_model = 64 must be a multiple of twice .* heads, 5",
+        ),
         ("LSTMLM", {"hidden": -1}, "hidden = -1 must be at least 1"),
         ("DigitsCNN", {"channels": [0]}, "must be at least 1"),
     ],

@@ -39,7 +39,12 @@ def test_gradients_equal_those_of_the_loop(top_k):
     x = torch.randn(17, 4, dtype=torch.float64, requires_grad=True)
     target = torch.randn(17, 4, dtype=torch.float64)
     inputs = [x, *moe.parameters()]
-    for ours, theirs in zip(*(torch.autograd.grad((f(x) * target).sum(), inputs) for f in (moe, lambda x: naive(moe, x)))):
+    for ours, theirs in zip(
+        *(
+            torch.autograd.grad((f(x) * target).sum(), inputs)
+            for f in (moe, lambda x: naive(moe, x))
+        )
+    ):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -100,5 +105,7 @@ def test_learns_through_the_router():
 
 @pytest.mark.parametrize("top_k", [0, 3])
 def test_top_k_must_fit(top_k):
-    with pytest.raises(ValueError, match=f"top_k = {top_k} must be between 1 and the number of experts, 2"):
+    with pytest.raises(
+        ValueError, match=f"top_k = {top_k} must be between 1 and the number of experts, 2"
+    ):
         MoE(4, 6, 2, top_k)

@@ -1,23 +1,31 @@
-"""kit.quantization.ordering: what a model computes does not change, and rows that cost alike share a step."""
+"""kit.quantization.ordering: what a model computes does not change, and rows that cost alike share
+a step."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from kit import artifact
+from kit.artifact.layouts import Reader, Writer
+from kit.budget.rate import RateLoss, RateSettings, row_sensitivity, set_rate_formats
+from kit.core.weights import gradients, weight_of
 from kit.data.tokenization import BPETokenizer
-from kit.training.losses import next_token_loss
 from kit.models import build_model
 from kit.models.moe import Permute
-from kit.artifact.layouts import Reader, Writer
-from kit.core.weights import gradients, weight_of
-from kit.quantization.token_tables import compose_tables
-from kit.quantization.token_tables import RowOrder, expected_classes, frequency_classes, merge_curve, order_rows
-from kit.budget.rate import RateLoss, RateSettings, row_sensitivity, set_rate_formats
+from kit.quantization.token_tables import (
+    RowOrder,
+    compose_tables,
+    expected_classes,
+    frequency_classes,
+    merge_curve,
+    order_rows,
+)
+from kit.training.losses import next_token_loss
 
 PARTS = np.full((300, 2), -1, np.int32)
 PARTS[200:] = np.random.default_rng(1).integers(0, 200, (100, 2))
@@ -27,7 +35,9 @@ CLASSES = frequency_classes(COUNTS, COUNTS.max())
 
 def model_of(tied):
     torch.manual_seed(0)
-    return build_model("ResNetBK", {"vocab_size": 300, "d_model": 16, "layers": 1, "channels": 8, "tied": tied}).eval()
+    return build_model(
+        "ResNetBK", {"vocab_size": 300, "d_model": 16, "layers": 1, "channels": 8, "tied": tied}
+    ).eval()
 
 
 def batch():
@@ -47,7 +57,9 @@ def coded(order):
 def classes_of(order, parts=None):
     entry, write = written(order)
     stored = torch.zeros(len(order.classes))
-    return RowOrder.decode(entry, Reader(write.letters, write.blobs), None, stored, parts)[0].classes
+    return RowOrder.decode(entry, Reader(write.letters, write.blobs), None, stored, parts)[
+        0
+    ].classes
 
 
 def test_a_class_is_a_factor_of_four():
@@ -75,7 +87,9 @@ def test_merges_tell_the_classes_and_classes_survive_merges_that_do_not():
     for order, parts in ((informed, tokenizer.parts), (plain, None)):
         assert np.array_equal(classes_of(order, parts), classes)
     other = rng.permutation(classes)
-    assert np.array_equal(classes_of(RowOrder(other, tokenizer.parts, curve), tokenizer.parts), other)
+    assert np.array_equal(
+        classes_of(RowOrder(other, tokenizer.parts, curve), tokenizer.parts), other
+    )
 
 
 def test_gradient():
@@ -98,7 +112,9 @@ def test_model_computes_the_same_and_rows_go_by_class(tied, composed):
     assert torch.equal(weight_of(model.embedding).original, table[by_class])
     found = next(gradients(model, [(inputs, targets)], next_token_loss))
     for name, grad in expected.items():
-        assert torch.allclose(found[name], grad[by_class] if len(grad) == 300 else grad, rtol=1e-4, atol=1e-7)
+        assert torch.allclose(
+            found[name], grad[by_class] if len(grad) == 300 else grad, rtol=1e-4, atol=1e-7
+        )
 
 
 @pytest.mark.parametrize("tied, composed", [(True, True), (False, False)])
@@ -110,8 +126,12 @@ def test_file_gives_the_model_back_and_holds_the_order_once(tied, composed, tmp_
     set_rate_formats(model, row_sensitivity(model, examples, next_token_loss), 4000)
     RateLoss(next_token_loss, model, 9000, examples).finish()
     artifact.save(model, tmp_path / "a.kit")
-    assert torch.equal(artifact.load(tmp_path / "a.kit", parts=parts)(examples[0][0]), model(examples[0][0]))
-    artifact.save(artifact.load(tmp_path / "a.kit", trainable=True, parts=parts), tmp_path / "b.kit")
+    assert torch.equal(
+        artifact.load(tmp_path / "a.kit", parts=parts)(examples[0][0]), model(examples[0][0])
+    )
+    artifact.save(
+        artifact.load(tmp_path / "a.kit", trainable=True, parts=parts), tmp_path / "b.kit"
+    )
     assert (tmp_path / "a.kit").read_bytes() == (tmp_path / "b.kit").read_bytes()
     table = artifact.describe(tmp_path / "a.kit").set_index("tensor")
     curve = None if parts is None else merge_curve(COUNTS, parts)
@@ -138,11 +158,18 @@ def test_frequent_rows_are_nearer_at_the_same_bytes():
     counts = 1e5 / (1 + torch.randperm(4096, generator=generator))
     rows = torch.randn(4096, 16, generator=generator)
 
-    def loss(model, signs):  # its squared gradient in a row is that of the row's share of all tokens
+    def loss(
+        model, signs
+    ):  # its squared gradient in a row is that of the row's share of all tokens
         return ((counts / counts.sum()).sqrt()[:, None] * signs * model.rows).sum()
 
     def error(model):
-        set_rate_formats(model, row_sensitivity(model, [torch.ones(4096, 16)], loss), size, RateSettings(exponent=0.5))
+        set_rate_formats(
+            model,
+            row_sensitivity(model, [torch.ones(4096, 16)], loss),
+            size,
+            RateSettings(exponent=0.5),
+        )
         return (counts[:, None] * (model.rows - rows).square()).sum().item()
 
     size = 8000

@@ -1,7 +1,8 @@
 """Any order of the kit's public steps gives a model that files, packed layers, engines, copies and
 resizing compute alike, to the last bit; or the step is refused in one sentence and changes nothing.
 
-A few hundred sequences are tried here; `KIT_SEQUENCES=2000 python -m pytest tests/test_orders.py` more.
+A few hundred sequences are tried here; `KIT_SEQUENCES=2000 python -m pytest tests/test_orders.py`
+more.
 """
 
 import copy
@@ -142,7 +143,9 @@ def test_every_order_of_steps_is_computed_alike_everywhere(tmp_path_factory, tie
     assert artifact.file.serialized(trainable) == data
     assert masks(trainable) == masks(model)
     assert same(outputs(pack_layers(model)), expected)
-    assert same(outputs(copy.deepcopy(model)), expected) and same(outputs(materialize(model)), expected)
+    assert same(outputs(copy.deepcopy(model)), expected) and same(
+        outputs(materialize(model)), expected
+    )
     assert same(outputs(prune_hidden_units(model, 0.0)), expected)
     assert same(outputs(prune_bk_channels(model, 0.0)), expected)
     for layer in model.modules():
@@ -170,7 +173,8 @@ def within_its_bound(layer):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("format", [Format(8), Format(3, False, "group", 8)], ids=["8", "3"])
 def test_the_pipelines_own_form_and_its_neighbours(tied, format, tmp_path):
-    """What was 0.7 to 4 off (logits are about 2): quantized behind a composition, packed, resized."""
+    """What was 0.7 to 4 off (logits are about 2): quantized behind a composition, packed,
+    resized."""
     for arrange in ((PARTS, COUNTS), (None, COUNTS), (PARTS, None)):
         model = copy_model(MODELS[tied])
         if arrange[0] is not None:

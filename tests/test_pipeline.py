@@ -1,20 +1,17 @@
-import json
-
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from kit import artifact
-from kit.data.loaders import Windows
-from kit.training.evaluation import evaluate
-from kit.models import build_model
 from kit.core.weights import copy_model, weight_of
+from kit.data.loaders import Windows
+from kit.models import build_model
 from kit.pipeline import CompressionPipeline, _rewind
 from kit.pruning.experts import keep_experts
 from kit.training import TrainConfig, train
+from kit.training.evaluation import evaluate
 from kit.training.losses import AUXILIARY_WEIGHT
-
 
 SHAPE = dict(vocab_size=64, d_model=32, layers=1, d_ff=64, channels=16)
 
@@ -25,7 +22,11 @@ def loader(seed, windows, shuffle):
     tokens = torch.zeros(windows * 16 + 1, dtype=torch.int32)
     for i in range(1, len(tokens)):
         surprise = torch.rand((), generator=generator) < 0.1
-        tokens[i] = torch.randint(0, 64, (), generator=generator) if surprise else (tokens[i - 1] * 5 + 3) % 64
+        tokens[i] = (
+            torch.randint(0, 64, (), generator=generator)
+            if surprise
+            else (tokens[i - 1] * 5 + 3) % 64
+        )
     windows = Windows(tokens.numpy(), 16, full_only=True)
     return DataLoader(windows, 8, shuffle=shuffle, collate_fn=lambda batch: batch)
 
@@ -62,8 +63,13 @@ def test_metrics_are_those_of_the_files(trained, finished):
         assert stage["final_perplexity"] == evaluate(artifact.load(path), trained[2]).perplexity
     assert metrics["compression_ratio"] == metrics["stage_metrics"]["distillation"]["ratio"]
     assert metrics["stage_metrics"]["qat"]["degradation"] < 0.005
-    assert metrics["target_met"] and metrics["stage_metrics"]["distillation"]["bytes"] <= baseline // 12
-    assert metrics["stage_metrics"]["distillation"]["final_perplexity"] < 40  # 64 would be knowing nothing
+    assert (
+        metrics["target_met"]
+        and metrics["stage_metrics"]["distillation"]["bytes"] <= baseline // 12
+    )
+    assert (
+        metrics["stage_metrics"]["distillation"]["final_perplexity"] < 40
+    )  # 64 would be knowing nothing
 
 
 def test_returned_model_is_the_file(finished, trained):
@@ -81,7 +87,9 @@ def test_student_of_few_bits_sees_no_dropout(trained):
     pipeline = CompressionPipeline(model, 6.0, stages=["distillation"], log=False)
     student = pipeline._distillation(None, model.eval(), batches).model.train()
     tokens = batches[0][0]
-    assert torch.equal(student(tokens), student(tokens)) and not torch.equal(model.train()(tokens), model(tokens))
+    assert torch.equal(student(tokens), student(tokens)) and not torch.equal(
+        model.train()(tokens), model(tokens)
+    )
 
 
 def test_killed_in_a_stage_it_resumes_to_the_same_bytes(trained, finished, tmp_path, monkeypatch):
@@ -102,7 +110,9 @@ def test_killed_in_a_stage_it_resumes_to_the_same_bytes(trained, finished, tmp_p
     assert (tmp_path / "qat.json").exists() and not (tmp_path / "distillation.json").exists()
     run(trained, tmp_path)
     for stage in ("qat", "pruning", "distillation"):
-        assert (tmp_path / f"{stage}.kit").read_bytes() == (finished[0] / f"{stage}.kit").read_bytes(), stage
+        assert (tmp_path / f"{stage}.kit").read_bytes() == (
+            finished[0] / f"{stage}.kit"
+        ).read_bytes(), stage
 
 
 def test_every_stage_ends_at_no_learning_rate(trained, tmp_path, monkeypatch):
@@ -114,7 +124,9 @@ def test_every_stage_ends_at_no_learning_rate(trained, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noting)
     run(trained, tmp_path)
-    stages = np.split(np.array(rates), [20, 40])  # 20 batches an epoch: one of QAT, one of pruning, two of distillation
+    stages = np.split(
+        np.array(rates), [20, 40]
+    )  # 20 batches an epoch: one of QAT, one of pruning, two of distillation
     assert len(rates) == 80 and all(stage[-1] == 0 < stage[:-1].min() for stage in stages)
 
 
@@ -149,12 +161,16 @@ def test_classifiers(tmp_path):
     x = torch.randn(256, 1, 8, 8)
     data = DataLoader(TensorDataset(x, (x.mean((1, 2, 3)) > 0).long()), 32, shuffle=True)
     model = build_model("DigitsMLP", {})
-    _, metrics = CompressionPipeline(model, 8.0, log=False).run_pipeline(data, data, 1, 1, 2, tmp_path)
+    _, metrics = CompressionPipeline(model, 8.0, log=False).run_pipeline(
+        data, data, 1, 1, 2, tmp_path
+    )
     assert 0 <= metrics["stage_metrics"]["distillation"]["final_accuracy"] <= 1
     assert metrics["target_met"]
 
 
-def test_the_distillation_stage_starts_from_the_teachers_values_and_learns_mostly_from_labels(trained, finished):
+def test_the_distillation_stage_starts_from_the_teachers_values_and_learns_mostly_from_labels(
+    trained, finished
+):
     teacher, batches = copy_model(trained[0]).eval(), list(trained[1])[:2]
     pipeline = CompressionPipeline(teacher, 12.0, log=False)
     stage = pipeline._distillation(finished[0] / "pruning.kit", teacher, batches)
@@ -164,7 +180,10 @@ def test_the_distillation_stage_starts_from_the_teachers_values_and_learns_mostl
         assert torch.equal(start, teacher.layers[0].get_submodule(name).weight)
         assert not torch.equal(start, pruned.layers[0].get_submodule(name).weight)
     distill = stage.loss.loss
-    total, soft, hard = distill(stage.model, batches[0]), *(distill.parts[key] for key in ("soft", "hard"))
+    total, soft, hard = (
+        distill(stage.model, batches[0]),
+        *(distill.parts[key] for key in ("soft", "hard")),
+    )
     total = total - AUXILIARY_WEIGHT * stage.model.auxiliary_loss()
     share = ((total - hard) / (soft - hard)).item()
     assert 0.1 < share < 0.5
@@ -188,8 +207,13 @@ def test_distillation_starts_over_from_the_uncompressed_values_where_shapes_allo
     assert changed >= {"w_in", "w_out"}
 
 
-@pytest.mark.parametrize("settings, message", [({"target_compression": 0.5}, "at least 1"),
-                                               ({"stages": ("qat", "prune")}, "unknown stage 'prune'")])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"target_compression": 0.5}, "at least 1"),
+        ({"stages": ("qat", "prune")}, "unknown stage 'prune'"),
+    ],
+)
 def test_bad_settings(trained, settings, message):
     with pytest.raises(ValueError, match=message):
         CompressionPipeline(trained[0], **settings)
@@ -205,7 +229,13 @@ def test_composed_and_ordered_token_tables_give_the_same_file_twice(trained, tmp
     parts[32:] = np.arange(64).reshape(32, 2) // 2
     files, counts = [], np.arange(64)[::-1] ** 2
     for turn in ("one go", "again"):
-        run(trained, tmp_path / turn, stages=("distillation",), token_parts=parts, token_counts=counts)
+        run(
+            trained,
+            tmp_path / turn,
+            stages=("distillation",),
+            token_parts=parts,
+            token_counts=counts,
+        )
         files.append((tmp_path / turn / "distillation.kit").read_bytes())
     assert files[0] == files[1] and len(files[0]) <= artifact.float32_bytes(trained[0]) // 12
     with pytest.raises(artifact.ArtifactError, match="parts"):

@@ -5,9 +5,11 @@ import sys
 import warnings
 from dataclasses import dataclass
 
-import kit
 import pytest
 import torch
+from torch import nn
+
+import kit
 from kit import (
     DistillationConfig,
     ProductionModelOptimizer,
@@ -19,16 +21,15 @@ from kit import (
     quick_optimize,
     quick_quantize,
 )
+from kit.core.weights import materialize
 from kit.data import load_digits
 from kit.engines.choice import INTEGER, relative_error
+from kit.models import build_model, parameter_count
+from kit.production import compare_models, example_inputs
+from kit.quantization import quantizers
+from kit.training import TrainConfig, train
 from kit.training.evaluation import evaluate
 from kit.training.losses import classification_loss
-from kit.models import build_model, parameter_count
-from kit.core.weights import materialize
-from kit.quantization import quantizers
-from kit.production import compare_models, example_inputs
-from kit.training import TrainConfig, train
-from torch import nn
 
 FAST = QuantizationConfig(backend="torch-int8")  # a named engine: nothing is exported or measured
 
@@ -44,7 +45,9 @@ def state(model):
 
 def same_state(model, before):
     after = state(model)
-    return after[1] == before[1] and all(torch.equal(after[0][name], before[0][name]) for name in before[0])
+    return after[1] == before[1] and all(
+        torch.equal(after[0][name], before[0][name]) for name in before[0]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,19 +74,24 @@ def test_the_lines_of_the_original_documents(loaders):
     output = quantized_model(input_data)
     assert output.shape == (4, 10)
     optimizer = ProductionModelOptimizer(device="cpu")
-    optimized_model, result = optimizer.optimize_full_pipeline(model, prune_amount=0.3, use_quantization=True,
-                                                               use_pruning=True)
+    optimized_model, result = optimizer.optimize_full_pipeline(
+        model, prune_amount=0.3, use_quantization=True, use_pruning=True
+    )
     assert optimized_model(input_data).shape == (4, 10)
     assert result.size_reduction_percent > 70 and -1000 < result.latency_reduction_percent < 100
-    trained_student = optimizer.distill_knowledge(teacher_model=teacher, student_model=student,
-                                                  train_loader=train_data, config=DistillationConfig(epochs=10))
+    trained_student = optimizer.distill_knowledge(
+        teacher_model=teacher,
+        student_model=student,
+        train_loader=train_data,
+        config=DistillationConfig(epochs=10),
+    )
     assert trained_student(train_data[0][0]).shape == (64, 10)
     assert all(same_state(m, s) for m, s in zip((model, teacher, student), before))
 
 
 def test_int8_of_512_1024_100(tmp_path):
-    """A file at least 3.8 times smaller, and an output error below 1e-4 of the signal's power where that
-    is asked.
+    """A file at least 3.8 times smaller, and an output error below 1e-4 of the signal's power where
+    that is asked.
     """
     torch.manual_seed(0)
     model = mlp(512, 1024, 100)
@@ -101,34 +109,51 @@ def test_static_quantization_of_a_trained_cnn_keeps_its_accuracy(digits_cnn, loa
     optimizer = ProductionModelOptimizer()
     calibration = [batch for batch, _ in zip(loaders.train, range(4))]
     x = next(iter(loaders.test))[0]
-    quantized = optimizer.quantize_static(digits_cnn, calibration, QuantizationConfig(backend="onnx-static"))
-    accuracy, before = evaluate(quantized, loaders.test).accuracy, evaluate(digits_cnn, loaders.test).accuracy
+    quantized = optimizer.quantize_static(
+        digits_cnn, calibration, QuantizationConfig(backend="onnx-static")
+    )
+    accuracy, before = (
+        evaluate(quantized, loaders.test).accuracy,
+        evaluate(digits_cnn, loaders.test).accuracy,
+    )
     assert before > 0.9 and accuracy >= before - 0.012  # two of the 180 images
 
     quantized.save(tmp_path / "cnn.kit")
     loaded = QuantizedModel.load(tmp_path / "cnn.kit", config=quantized.config)
     assert torch.equal(loaded(x), quantized(x))
     with torch.no_grad():
-        for other in (loaded, QuantizedModel.load(tmp_path / "cnn.kit", build_model("DigitsCNN", {}))):
+        for other in (
+            loaded,
+            QuantizedModel.load(tmp_path / "cnn.kit", build_model("DigitsCNN", {})),
+        ):
             assert torch.equal(other.model(x), quantized.model(x))
 
     floats = optimizer.export_onnx(digits_cnn, tmp_path / "float.onnx", x)
     integers = optimizer.export_onnx(quantized, tmp_path / "qdq.onnx", x)
     assert floats["relative_error"] < 1e-10 and integers["relative_error"] < 1e-3
     assert integers["bytes"] == (tmp_path / "qdq.onnx").stat().st_size < 0.5 * floats["bytes"]
-    assert b"QuantizeLinear" in (tmp_path / "qdq.onnx").read_bytes() and integers["engine"] == "onnx-static"
+    assert (
+        b"QuantizeLinear" in (tmp_path / "qdq.onnx").read_bytes()
+        and integers["engine"] == "onnx-static"
+    )
 
 
 def test_prune_retrain_quantize(digits_cnn, loaders):
     x = next(iter(loaders.test))[0]
-    optimized, result = quick_optimize(digits_cnn, x, prune_amount=0.25, train_loader=loaders.train, epochs=1,
-                                       config=FAST)
+    optimized, result = quick_optimize(
+        digits_cnn, x, prune_amount=0.25, train_loader=loaders.train, epochs=1, config=FAST
+    )
     assert result.compression_ratio > 5 and result.parameters_after < 0.8 * result.parameters_before
     assert evaluate(optimized, loaders.test).accuracy > 0.85
     assert not any("retraining" in note for note in result.notes)
     assert result.bytes_before == artifact.float32_bytes(digits_cnn)
     text, page = str(result), result._repr_html_()
-    for word in ("file, bytes", "latency, batch 64, 1 thread", f"{result.bytes_after:,}", "torch-int8"):
+    for word in (
+        "file, bytes",
+        "latency, batch 64, 1 thread",
+        f"{result.bytes_after:,}",
+        "torch-int8",
+    ):
         assert word in text and word in page
     assert set(result.layers["tensor"]) >= {"0.weight", "8.weight"}
     assert result.layers.set_index("tensor").loc["3.weight", "shape"] == (24, 12, 3, 3)
@@ -136,12 +161,19 @@ def test_prune_retrain_quantize(digits_cnn, loaders):
 
 def test_structured_and_unstructured_pruning_leave_the_model_alone(digits_cnn):
     optimizer, before = ProductionModelOptimizer(), state(digits_cnn)
-    smaller = optimizer.prune_structured(digits_cnn, PruningConfig(0.5, "ln_structured"), torch.rand(2, 1, 8, 8))
+    smaller = optimizer.prune_structured(
+        digits_cnn, PruningConfig(0.5, "ln_structured"), torch.rand(2, 1, 8, 8)
+    )
     assert parameter_count(smaller) < 0.4 * parameter_count(digits_cnn)
     masked = optimizer.prune_unstructured(digits_cnn, PruningConfig(0.5, "l1_unstructured", dim=1))
-    assert materialize(masked)[3].weight.eq(0).float().mean() == 0.5 and same_state(digits_cnn, before)
+    assert materialize(masked)[3].weight.eq(0).float().mean() == 0.5 and same_state(
+        digits_cnn, before
+    )
     result = optimizer.measure(digits_cnn, masked, torch.rand(2, 1, 8, 8))
-    assert result.sparsity == pytest.approx(0.5, abs=0.01) and result.bytes_after < 0.7 * result.bytes_before
+    assert (
+        result.sparsity == pytest.approx(0.5, abs=0.01)
+        and result.bytes_after < 0.7 * result.bytes_before
+    )
     with pytest.raises(ValueError, match="choose from"):
         optimizer.prune_structured(digits_cnn, PruningConfig(method="magnitude"))
     with pytest.raises(ValueError, match="choose from"):
@@ -167,7 +199,9 @@ def test_distillation_follows_the_teacher(digits_cnn, loaders):
     torch.manual_seed(0)
     student = build_model("DigitsMLP", {"hidden": (16,)})
     config = DistillationConfig(temperature=3.0, alpha=0.9, epochs=6, learning_rate=1e-2)
-    trained = ProductionModelOptimizer().distill_knowledge(digits_cnn, student, loaders.train, config)
+    trained = ProductionModelOptimizer().distill_knowledge(
+        digits_cnn, student, loaders.train, config
+    )
     assert evaluate(trained, loaders.test).accuracy > 0.8 > evaluate(student, loaders.test).accuracy
     assert not trained.training
 
@@ -193,7 +227,11 @@ class Custom(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.rnn, self.weight, self.dropout = nn.LSTM(8, 16), nn.Parameter(torch.randn(16, 4)), nn.Dropout(0.5)
+        self.rnn, self.weight, self.dropout = (
+            nn.LSTM(8, 16),
+            nn.Parameter(torch.randn(16, 4)),
+            nn.Dropout(0.5),
+        )
 
     def forward(self, x):
         y, (h, _) = self.rnn(x)
@@ -201,7 +239,9 @@ class Custom(nn.Module):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("make", [Shared, Custom, lambda: nn.Sequential(nn.Sequential(mlp(8, 8)), nn.Tanh())])
+@pytest.mark.parametrize(
+    "make", [Shared, Custom, lambda: nn.Sequential(nn.Sequential(mlp(8, 8)), nn.Tanh())]
+)
 def test_models_of_all_kinds(make, training, tmp_path):
     torch.manual_seed(0)
     model = make().train(training)
@@ -214,8 +254,12 @@ def test_models_of_all_kinds(make, training, tmp_path):
     loaded = QuantizedModel.load(tmp_path / "model.kit", make(), quantized.config)
     assert relative_error(loaded(*inputs), quantized(*inputs)) == 0
     assert same_state(model, before)
-    _, result = quick_optimize(model, inputs, prune_amount=0.3, config=QuantizationConfig("float32"))
-    assert result.parameters_after < result.parameters_before or any("masked" in note for note in result.notes)
+    _, result = quick_optimize(
+        model, inputs, prune_amount=0.3, config=QuantizationConfig("float32")
+    )
+    assert result.parameters_after < result.parameters_before or any(
+        "masked" in note for note in result.notes
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -245,12 +289,18 @@ def test_without_anything_to_quantize_there_is_one_clear_sentence():
         ProductionModelOptimizer().quantize_static(mlp(4, 4), [])
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: QuantizationConfig(backend="tpu"), "backend 'tpu'"),
-    (lambda: QuantizationConfig(dtype="int3"), "int3"),
-    (lambda: QuantizationConfig(max_error=0), "max_error"), (lambda: PruningConfig(1.0), "amount=1.0"),
-    (lambda: PruningConfig(method="l7"), "l7"), (lambda: PruningConfig(dim=2), "dim=2"),
-    (lambda: DistillationConfig(epochs=0), "epochs=0")])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: QuantizationConfig(backend="tpu"), "backend 'tpu'"),
+        (lambda: QuantizationConfig(dtype="int3"), "int3"),
+        (lambda: QuantizationConfig(max_error=0), "max_error"),
+        (lambda: PruningConfig(1.0), "amount=1.0"),
+        (lambda: PruningConfig(method="l7"), "l7"),
+        (lambda: PruningConfig(dim=2), "dim=2"),
+        (lambda: DistillationConfig(epochs=0), "epochs=0"),
+    ],
+)
 def test_bad_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()
@@ -284,7 +334,14 @@ def test_auto_says_when_integers_do_not_pay_and_when_the_batch_grew():
 
 def test_resnet_bk_is_exported_in_float_and_qdq(tmp_path):
     torch.manual_seed(0)
-    shapes = {"vocab_size": 300, "d_model": 32, "layers": 1, "d_ff": 64, "channels": 6, "experts": 2}
+    shapes = {
+        "vocab_size": 300,
+        "d_model": 32,
+        "layers": 1,
+        "d_ff": 64,
+        "channels": 6,
+        "experts": 2,
+    }
     model = build_model("ResNetBK", shapes).eval()
     tokens, optimizer = torch.randint(0, 60, (2, 12)), ProductionModelOptimizer()
     floats = optimizer.export_onnx(model, tmp_path / "float.onnx", tokens)
@@ -292,7 +349,10 @@ def test_resnet_bk_is_exported_in_float_and_qdq(tmp_path):
     quantized = optimizer.quantize_static(model, [tokens])
     integers = optimizer.export_onnx(quantized, tmp_path / "qdq.onnx", tokens)
     assert integers["engine"] == "onnx-static" and integers["relative_error"] < 1e-3
-    assert b"Scan" in (tmp_path / "qdq.onnx").read_bytes() and integers["bytes"] < 0.4 * floats["bytes"]
+    assert (
+        b"Scan" in (tmp_path / "qdq.onnx").read_bytes()
+        and integers["bytes"] < 0.4 * floats["bytes"]
+    )
 
 
 @dataclass
@@ -322,12 +382,19 @@ def test_a_quantized_model_is_called_as_the_original_is(backend):
     torch.manual_seed(0)
     model, x, scale = Flexible().eval(), torch.randn(4, 16), torch.full((4, 1), 2.0)
     quantized = quick_quantize(model, x, backend=backend)
-    calls = [lambda m: m(x), lambda m: m(x=x), lambda m: m(x, scale=scale), lambda m: m(x, probs=True)]
+    calls = [
+        lambda m: m(x),
+        lambda m: m(x=x),
+        lambda m: m(x, scale=scale),
+        lambda m: m(x, probs=True),
+    ]
     with torch.no_grad():
         for call in [*calls, lambda m: m(torch.cat([x] * 3))]:
             y, expected = call(quantized), call(model)
             assert type(y) is Output and y.state[0] is None
-            assert 0 < relative_error(y.logits, expected.logits) == relative_error(y, expected) < 1e-3
+            assert (
+                0 < relative_error(y.logits, expected.logits) == relative_error(y, expected) < 1e-3
+            )
         assert quantized.config is not model.config  # its own settings come first
         assert quantized.net[0].weight.shape == (32, 16)
         assert torch.equal(quantized.generate(x), quantized.model.generate(x))
@@ -361,7 +428,10 @@ def test_another_size_than_the_exported_one_is_computed_all_the_same():
 
 def test_engines_follow_the_weights():
     torch.manual_seed(0)
-    x, a, b = torch.randn(8, 16), *(quick_quantize(mlp(16, 32, 4), backend="torch-int8") for _ in "ab")
+    x, a, b = (
+        torch.randn(8, 16),
+        *(quick_quantize(mlp(16, 32, 4), backend="torch-int8") for _ in "ab"),
+    )
     other = b(x)
     assert relative_error(a(x), other) > 0.1
     a.load_state_dict(b.state_dict())
@@ -404,7 +474,9 @@ def test_the_report_says_why_no_integer_engine_was_used():
     torch.manual_seed(0)
     x = torch.randn(4, 8)
     optimized, _ = quick_optimize(mlp(8, 4), x, config=QuantizationConfig(dtype="float16"))
-    optimized.choice = engines.choose_engine(optimized.model, x, names=("torch-int8",), seconds=0.01)
+    optimized.choice = engines.choose_engine(
+        optimized.model, x, names=("torch-int8",), seconds=0.01
+    )
     result = compare_models(mlp(8, 4), optimized, x, seconds=0.01)
     assert any("no integer engine can be used (torch-int8" in note for note in result.notes)
 

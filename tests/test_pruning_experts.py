@@ -8,11 +8,19 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kit import artifact
-from kit.models import MoE, ResNetBK, ResNetBKConfig
 from kit.core.weights import weight_of
 from kit.distillation import DistillationTrainer
-from kit.pruning import (Mask, ProgressivePruningScheduler, PrunedMoELayer, expert_scores,
-                         prune_unused_experts, reduce_experts, set_mask, track_experts)
+from kit.models import MoE, ResNetBK, ResNetBKConfig
+from kit.pruning import (
+    Mask,
+    ProgressivePruningScheduler,
+    PrunedMoELayer,
+    expert_scores,
+    prune_unused_experts,
+    reduce_experts,
+    set_mask,
+    track_experts,
+)
 from kit.pruning.experts import align, merge_experts
 from kit.pruning.least_squares import refit_experts
 from kit.quantization import FakeQuantize, Format, quantize_weights
@@ -43,13 +51,17 @@ def test_usage_counts_every_token_in_training_and_evaluation_and_unused_experts_
     inputs = torch.eye(4)
     layer.train()(inputs[[0] * 60 + [2] * 20])
     layer.eval()(inputs[[3] * 16 + [1] * 4])
-    assert layer.usage.tolist() == [60, 4, 36] and layer.shares.tolist() == pytest.approx([0.6, 0.04, 0.36])
+    assert layer.usage.tolist() == [60, 4, 36] and layer.shares.tolist() == pytest.approx(
+        [0.6, 0.04, 0.36]
+    )
     before = layer(inputs[[0, 2, 3]])
     layer.reset_usage(), layer(inputs[[0] * 60 + [2] * 36 + [1] * 4])
     assert layer.prune() == [1]
     assert torch.allclose(layer(inputs[[0, 2, 3]]), before, atol=1e-6)
     assert layer.origin == [0, 2] and layer.router.out_features == 2 and layer.usage.sum() == 3
-    assert layer.history == [{"origin": [0, 1, 2], "share": pytest.approx([0.6, 0.04, 0.36]), "kept": [0, 2]}]
+    assert layer.history == [
+        {"origin": [0, 1, 2], "share": pytest.approx([0.6, 0.04, 0.36]), "kept": [0, 2]}
+    ]
     layer.reset_usage(), layer(inputs[[2] * 50])
     assert layer.prune() == [0] and layer.origin == [2] and layer.w_in.shape[0] == 1
     layer(inputs)
@@ -86,7 +98,9 @@ def test_scores_are_counts_and_mean_weighted_output_norms():
     model = bk(top_k=2).eval()
     seen = []
     handle = model.layers[1].moe.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    usage, reap = (expert_scores(model, BATCHES, name)["layers.1.moe"] for name in ("usage", "reap"))
+    usage, reap = (
+        expert_scores(model, BATCHES, name)["layers.1.moe"] for name in ("usage", "reap")
+    )
     handle.remove()
     moe, rows = model.layers[1].moe, torch.cat([x.reshape(-1, 16) for x in seen[:2]])
     values = [[] for _ in range(4)]
@@ -104,7 +118,9 @@ def test_scores_are_counts_and_mean_weighted_output_norms():
 def test_alignment_is_the_best_of_all_orders():
     a, b = torch.randn(5, 7), torch.randn(5, 7)
     order, distance = align(b, a)
-    best = min(itertools.permutations(range(5)), key=lambda p: float((a - b[list(p)]).square().sum()))
+    best = min(
+        itertools.permutations(range(5)), key=lambda p: float((a - b[list(p)]).square().sum())
+    )
     assert order.tolist() == list(best)
     assert distance == pytest.approx(float((a - b[list(best)]).square().sum()), rel=1e-5)
 
@@ -136,8 +152,12 @@ def test_refitted_experts_are_the_least_squares_solution_with_a_prior():
     for e in range(2):
         mine = chosen == e
         hidden = F.gelu(x[mine] @ moe.w_in[e].T + moe.b_in[e])
-        inputs = (gates[mine, None] * torch.cat([hidden, torch.ones(len(hidden), 1)], 1)).detach().numpy()
-        damping = (0.01 * (inputs**2).sum(0).mean())**0.5
+        inputs = (
+            (gates[mine, None] * torch.cat([hidden, torch.ones(len(hidden), 1)], 1))
+            .detach()
+            .numpy()
+        )
+        damping = (0.01 * (inputs**2).sum(0).mean()) ** 0.5
         prior = torch.cat([before[e], torch.zeros(6, 1)], 1).numpy().T
         stacked = np.concatenate([inputs, damping * np.eye(6)])
         wanted = np.concatenate([targets[mine].numpy(), damping * prior])
@@ -150,8 +170,12 @@ def test_refitted_experts_are_the_least_squares_solution_with_a_prior():
 def test_refitting_brings_the_outputs_closer(top_k):
     model = bk(6, top_k=top_k).eval()
     dense = model.hidden(TOKENS)
-    errors = [(reduce_experts(model, 3, BATCHES, refit=refit).eval().hidden(TOKENS) - dense).square().mean()
-              for refit in (False, True)]
+    errors = [
+        (reduce_experts(model, 3, BATCHES, refit=refit).eval().hidden(TOKENS) - dense)
+        .square()
+        .mean()
+        for refit in (False, True)
+    ]
     assert errors[1] < 0.7 * errors[0]
 
 
@@ -168,7 +192,9 @@ def test_fewer_experts_leave_a_smaller_file_that_loads(criterion, tmp_path):
     assert torch.equal(artifact.load(tmp_path / "small.kit")(TOKENS), small(TOKENS))
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
     again = reduce_experts(model, 2, BATCHES, criterion=criterion, seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(small.state_dict().values(), again.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(small.state_dict().values(), again.state_dict().values())
+    )
 
 
 def test_masked_and_quantized_experts_stay_masked_and_quantized():
@@ -180,7 +206,9 @@ def test_masked_and_quantized_experts_stay_masked_and_quantized():
     moe = small.layers[0].moe
     assert [type(step) for step in weight_of(moe, "w_in").steps] == [Mask, FakeQuantize]
     assert torch.equal(moe.w_in != 0, (model.layers[0].moe.w_in != 0)[moe.origin])
-    assert isinstance(moe, PrunedMoELayer) and torch.equal(moe.w_in, model.layers[0].moe.w_in[moe.origin])
+    assert isinstance(moe, PrunedMoELayer) and torch.equal(
+        moe.w_in, model.layers[0].moe.w_in[moe.origin]
+    )
 
 
 def test_unused_experts_of_a_whole_model():
@@ -205,7 +233,10 @@ def loader():
 
 @pytest.mark.parametrize("distill", [None, DistillationTrainer])
 def test_stages_resume_after_a_kill_to_the_same_numbers(distill, tmp_path):
-    config, settings = TrainConfig(steps=4, lr=1e-3), dict(batches=BATCHES, stages=(4, 2, 1), distill=distill)
+    config, settings = (
+        TrainConfig(steps=4, lr=1e-3),
+        dict(batches=BATCHES, stages=(4, 2, 1), distill=distill),
+    )
 
     def scheduler():
         return ProgressivePruningScheduler(bk(8, layers=1), **settings)
@@ -218,7 +249,7 @@ def test_stages_resume_after_a_kill_to_the_same_numbers(distill, tmp_path):
         calls.append(model.config.experts)
         if calls.count(1) == 2:
             raise Killed
-        return -len(calls)          # each state is the best so far
+        return -len(calls)  # each state is the best so far
 
     with pytest.raises(Killed):
         scheduler().run(loader(), config, validate=validate, folder=tmp_path, log=False)
@@ -229,22 +260,38 @@ def test_stages_resume_after_a_kill_to_the_same_numbers(distill, tmp_path):
     for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values()):
         assert torch.equal(a, b)
     assert list(whole.history.groupby("stage").size()) == [8, 4, 2]
-    other, alone = (ProgressivePruningScheduler(bk(8, layers=1), **settings | {"criterion": "reap"}) for _ in "ab")
-    other.run(loader(), config, folder=tmp_path, log=False)     # finds nothing of the other criterion there
+    other, alone = (
+        ProgressivePruningScheduler(bk(8, layers=1), **settings | {"criterion": "reap"})
+        for _ in "ab"
+    )
+    other.run(
+        loader(), config, folder=tmp_path, log=False
+    )  # finds nothing of the other criterion there
     alone.run(loader(), config, log=False)
-    assert all(torch.equal(a, b) for a, b in zip(other.model.parameters(), alone.model.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(other.model.parameters(), alone.model.parameters())
+    )
 
 
-@pytest.mark.parametrize("act, message", [
-    (lambda m: reduce_experts(m, 0, BATCHES), "0 experts would stay"),
-    (lambda m: reduce_experts(m, 2, []), "at least one batch"),
-    (lambda m: reduce_experts(m, 2, BATCHES, criterion="entropy"), "unknown criterion 'entropy'; choose"),
-    (lambda m: prune_unused_experts(m, BATCHES, 1.0), r"threshold 1.0 is outside \[0, 1\)"),
-    (lambda m: track_experts(nn.Linear(3, 3)), "Linear has none"),
-    (lambda m: ProgressivePruningScheduler(m, (2, 4), batches=BATCHES), r"stages \(2, 4\) must fall"),
-    (lambda m: ProgressivePruningScheduler(m, (2, 0), batches=BATCHES), "0 experts would stay"),
-    (lambda m: PrunedMoELayer(MoE(4, 4, 2)).prune(), "run the model over some data"),
-])
+@pytest.mark.parametrize(
+    "act, message",
+    [
+        (lambda m: reduce_experts(m, 0, BATCHES), "0 experts would stay"),
+        (lambda m: reduce_experts(m, 2, []), "at least one batch"),
+        (
+            lambda m: reduce_experts(m, 2, BATCHES, criterion="entropy"),
+            "unknown criterion 'entropy'; choose",
+        ),
+        (lambda m: prune_unused_experts(m, BATCHES, 1.0), r"threshold 1.0 is outside \[0, 1\)"),
+        (lambda m: track_experts(nn.Linear(3, 3)), "Linear has none"),
+        (
+            lambda m: ProgressivePruningScheduler(m, (2, 4), batches=BATCHES),
+            r"stages \(2, 4\) must fall",
+        ),
+        (lambda m: ProgressivePruningScheduler(m, (2, 0), batches=BATCHES), "0 experts would stay"),
+        (lambda m: PrunedMoELayer(MoE(4, 4, 2)).prune(), "run the model over some data"),
+    ],
+)
 def test_bad_input_is_one_sentence_and_leaves_the_model_alone(act, message):
     model = bk()
     with pytest.raises(ValueError, match=message) as error:

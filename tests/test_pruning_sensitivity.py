@@ -3,12 +3,12 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from kit import artifact
-from kit.training.evaluation import evaluate
-from kit.models import DigitsMLP
 from kit.budget import scan, sensitivity, sparsities_for_budget
 from kit.core.weights import copy_model, materialize, weights
+from kit.models import DigitsMLP
 from kit.pruning import MagnitudePruner
 from kit.quantization import Format, quantize_weights
+from kit.training.evaluation import evaluate
 
 
 def model():
@@ -30,7 +30,10 @@ def test_each_cell_is_the_loss_with_one_tensor_pruned():
     for row in table.itertuples():
         alone = MagnitudePruner(copy_model(dense), row.tensor).prune(row.sparsity)
         assert row.loss == pytest.approx(evaluate(alone, batches()).loss, rel=1e-6)
-    assert all(torch.equal(a, b) for a, b in zip(dense.state_dict().values(), model().state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(dense.state_dict().values(), model().state_dict().values())
+    )
 
 
 @pytest.mark.parametrize("bits", [None, 8])
@@ -72,4 +75,7 @@ def test_budget_is_kept_and_used():
     assert predicted <= uniform
     with pytest.raises(ValueError, match="budget of 10 bytes is too small"):
         sparsities_for_budget(table, 10)
-    assert materialize(pruned)[1].weight.count_nonzero() < dense[1].parametrizations.weight.original.numel()
+    assert (
+        materialize(pruned)[1].weight.count_nonzero()
+        < dense[1].parametrizations.weight.original.numel()
+    )

@@ -5,13 +5,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from kit.models.moe import MoE
 from kit.core.calibration import input_grams
-from kit.pruning.magnitude import MagnitudePruner
 from kit.core.weights import copy_model
-from kit.pruning.mask import set_mask
-from kit.pruning import sparsegpt as of_stacks
+from kit.models.moe import MoE
 from kit.pruning import prune_sparsegpt
+from kit.pruning import sparsegpt as of_stacks
+from kit.pruning.magnitude import MagnitudePruner
+from kit.pruning.mask import set_mask
 
 
 def sparsegpt(weight, gram, sparsity=0.0, allowed=None, **settings):
@@ -92,21 +92,30 @@ def test_blocks_of_columns_agree_with_one_pass_over_all():
 def test_features_that_never_fire_are_ranked_by_magnitude():
     weight = torch.tensor([[3.0, -1.0, 2.0, 0.5]])
     solved, mask = sparsegpt(weight, torch.zeros(4, 4), 0.5)
-    assert torch.equal(solved, torch.tensor([[3.0, 0.0, 2.0, 0.0]])) and torch.equal(mask, solved != 0)
+    assert torch.equal(solved, torch.tensor([[3.0, 0.0, 2.0, 0.0]])) and torch.equal(
+        mask, solved != 0
+    )
 
 
-@pytest.mark.parametrize("layer, shape", [
-    (nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), (4, 9, 9)),
-    (nn.Conv2d(2, 4, (1, 3), dilation=(1, 2), padding="same"), (2, 5, 7)),
-    (nn.Conv1d(4, 4, 4, groups=4), (4, 9)),
-])
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), (4, 9, 9)),
+        (nn.Conv2d(2, 4, (1, 3), dilation=(1, 2), padding="same"), (2, 5, 7)),
+        (nn.Conv1d(4, 4, 4, groups=4), (4, 9)),
+    ],
+)
 def test_grams_of_convolutions_multiply_out_to_the_output_energy(layer, shape):
     x = torch.randn(3, *shape)
     (gram,) = input_grams(nn.Sequential(layer), [x]).values()
-    stack = layer.weight.detach().double().reshape(layer.groups, layer.out_channels // layer.groups, -1)
+    stack = (
+        layer.weight.detach().double().reshape(layer.groups, layer.out_channels // layer.groups, -1)
+    )
     energy = torch.einsum("grc,gcd,grd->gr", stack, gram, stack).flatten()
     output = layer(x) - layer.bias.view(-1, *[1] * (x.dim() - 2))
-    assert torch.allclose(energy, output.double().square().transpose(0, 1).flatten(1).sum(1), rtol=1e-5)
+    assert torch.allclose(
+        energy, output.double().square().transpose(0, 1).flatten(1).sum(1), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -133,7 +142,10 @@ def test_whole_model_beats_magnitude_pruning_on_its_calibration_outputs():
     target = dense(x)
     assert (surgeon(x) - target).square().mean() < 0.9 * (plain(x) - target).square().mean()
     again = prune_sparsegpt(copy_model(dense), [x[:150], x[150:]], 0.6, weights)
-    assert all(torch.equal(a, b) for a, b in zip(surgeon.state_dict().values(), again.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(surgeon.state_dict().values(), again.state_dict().values())
+    )
 
 
 def test_batches_may_come_from_a_generator_and_layers_be_called_by_keyword():
@@ -152,10 +164,13 @@ def test_batches_may_come_from_a_generator_and_layers_be_called_by_keyword():
     assert torch.equal(model.b.weight, other.b.weight) and (model.b.weight == 0).sum() == 16
 
 
-@pytest.mark.parametrize("batch, message", [
-    (torch.full((3, 10), torch.nan), "inputs of 'a.weight' hold NaN"),
-    (torch.ones(9, 10), "damping=0 leaves inputs linearly dependent"),
-])
+@pytest.mark.parametrize(
+    "batch, message",
+    [
+        (torch.full((3, 10), torch.nan), "inputs of 'a.weight' hold NaN"),
+        (torch.ones(9, 10), "damping=0 leaves inputs linearly dependent"),
+    ],
+)
 def test_inputs_that_allow_no_repair_are_refused_before_anything_changes(batch, message):
     torch.manual_seed(0)
     model = nn.Sequential()
@@ -175,12 +190,18 @@ def test_pruned_weights_stay_pruned():
     assert not ((model[0].weight != 0) & ~before).any() and (model[0].weight == 0).sum() == 20
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({"sparsity": 1.5}, r"sparsity 1.5 is outside"),
-    ({"sparsity": 0.5, "batches": []}, "at least one batch"),
-    ({"sparsity": 0.5, "tensors": "embedding.*"}, r"'embedding.weight' \(Embedding\) cannot be"),
-    ({"pattern": (2, 4)}, "needs rows that 4 divides, not the 10 of linear.weight"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"sparsity": 1.5}, r"sparsity 1.5 is outside"),
+        ({"sparsity": 0.5, "batches": []}, "at least one batch"),
+        (
+            {"sparsity": 0.5, "tensors": "embedding.*"},
+            r"'embedding.weight' \(Embedding\) cannot be",
+        ),
+        ({"pattern": (2, 4)}, "needs rows that 4 divides, not the 10 of linear.weight"),
+    ],
+)
 def test_bad_input(arguments, message):
     model = nn.Sequential()
     model.add_module("embedding", nn.Embedding(5, 10))

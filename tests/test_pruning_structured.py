@@ -7,16 +7,38 @@ import torch_pruning as tp
 from torch import nn
 
 from kit import artifact
-from kit.training.losses import classification_loss, next_token_loss
 from kit.core.measurement import macs
-from kit.models import DigitsCNN, DigitsMLP, MoE, ResNetBK, ResNetBKConfig, TransformerLM, parameter_count
-from kit.models.peers import TransformerLMConfig
-from kit.pruning import MagnitudePruner, Mask, get_mask, prune_bk_channels, prune_channels, prune_hidden_units, set_mask
-from kit.pruning.least_squares import layer_examples
-from kit.pruning.structured import bk_channel_scores, channel_importance, hidden_unit_scores, shrink_hidden, sort_hidden_units
-from kit.quantization import FakeQuantize, Format, quantize_weights
 from kit.core.weights import weight_of, weights
+from kit.models import (
+    DigitsCNN,
+    DigitsMLP,
+    MoE,
+    ResNetBK,
+    ResNetBKConfig,
+    TransformerLM,
+    parameter_count,
+)
+from kit.models.peers import TransformerLMConfig
+from kit.pruning import (
+    MagnitudePruner,
+    Mask,
+    get_mask,
+    prune_bk_channels,
+    prune_channels,
+    prune_hidden_units,
+    set_mask,
+)
+from kit.pruning.least_squares import layer_examples
+from kit.pruning.structured import (
+    bk_channel_scores,
+    channel_importance,
+    hidden_unit_scores,
+    shrink_hidden,
+    sort_hidden_units,
+)
+from kit.quantization import FakeQuantize, Format, quantize_weights
 from kit.quantization.token_tables import compose_tables, order_rows
+from kit.training.losses import classification_loss, next_token_loss
 
 IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randint(0, 30, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -25,7 +47,7 @@ TOKENS = torch.randint(0, 30, (2, 12), generator=torch.Generator().manual_seed(0
 def cnn():
     torch.manual_seed(0)
     model = DigitsCNN()
-    model(torch.randn(64, 1, 8, 8))         # so that the batch norms have statistics of their own
+    model(torch.randn(64, 1, 8, 8))  # so that the batch norms have statistics of their own
     return model.eval()
 
 
@@ -60,7 +82,7 @@ def test_cnn_loses_exactly_the_channels_that_brute_force_ranks_lowest(importance
     gradients(model, (IMAGES, labels), classification_loss)
     first, norm, second = model[0].weight, model[1].weight, model[3].weight
     scores = part(first, importance).flatten(1).sum(1) + part(second, importance).sum((0, 2, 3))
-    if importance != "taylor":              # Torch-Pruning's taylor score leaves batch norms out
+    if importance != "taylor":  # Torch-Pruning's taylor score leaves batch norms out
         scores = scores + part(norm, importance)
     keep = scores.argsort(descending=True)[:8].sort().values
     assert torch.equal(small[0].weight, first[keep])
@@ -89,8 +111,12 @@ def test_pruned_cnn_computes_what_the_dense_one_does_without_those_channels():
     zeroed = copy.deepcopy(model)
     with torch.no_grad():
         zeroed[3].weight[:, ~keep] = 0
-        second = torch.tensor([any(torch.equal(row[keep], other) for other in small[3].weight)
-                               for row in zeroed[3].weight])
+        second = torch.tensor(
+            [
+                any(torch.equal(row[keep], other) for other in small[3].weight)
+                for row in zeroed[3].weight
+            ]
+        )
         zeroed[8].weight.view(10, 32, 16)[:, ~second] = 0
     assert second.sum() == 24
     assert torch.allclose(small(IMAGES), zeroed(IMAGES), atol=1e-5)
@@ -120,13 +146,21 @@ class Residual(nn.Module):
 
 def test_both_sides_of_a_residual_sum_lose_the_same_channels():
     small = prune_channels(Residual().eval(), IMAGES, 0.5)
-    assert small.a.out_channels == small.b.in_channels == small.b.out_channels == small.head.in_features == 4
+    assert (
+        small.a.out_channels
+        == small.b.in_channels
+        == small.b.out_channels
+        == small.head.in_features
+        == 4
+    )
     assert small(IMAGES).shape == (4, 3)
 
 
 def test_named_layers_of_a_transformer(tmp_path):
     torch.manual_seed(0)
-    model = TransformerLM(TransformerLMConfig(vocab_size=30, d_model=16, layers=2, heads=2, d_ff=20)).eval()
+    model = TransformerLM(
+        TransformerLMConfig(vocab_size=30, d_model=16, layers=2, heads=2, d_ff=20)
+    ).eval()
     small = prune_channels(model, TOKENS, 0.5, layers="*.ff_in")
     assert small.config.d_ff == 10 and small.layers[0].qkv.out_features == 48
     artifact.save(small, tmp_path / "model.kit")
@@ -199,16 +233,23 @@ def test_sorted_hidden_units_compute_the_same_in_fewer_bytes():
     assert torch.all(hidden_unit_scores(moe).diff(dim=1) <= 0)
     shuffled = copy.deepcopy(model)
     shrink_hidden(shuffled.layers[1].moe, torch.stack([torch.randperm(96) for _ in range(3)]))
-    sizes = [artifact.nbytes(quantize_weights(m, Format(8, granularity="tensor"))) for m in (model, shuffled)]
+    sizes = [
+        artifact.nbytes(quantize_weights(m, Format(8, granularity="tensor")))
+        for m in (model, shuffled)
+    ]
     assert sizes[0] < sizes[1] - 3 * 96 * 4 / 8  # of the 3 log2(96!) bits
 
 
-@pytest.mark.parametrize("prune, part", [(prune_hidden_units, "layers.0.moe"),
-                                         (prune_bk_channels, "layers.0.mixer.output")])
+@pytest.mark.parametrize(
+    "prune, part",
+    [(prune_hidden_units, "layers.0.moe"), (prune_bk_channels, "layers.0.mixer.output")],
+)
 def test_with_batches_what_stays_makes_up_for_what_went(prune, part):
     model = bk()
-    dense, plain, refitted = [layer_examples(m, [part], [TOKENS])[part][1] for m in (
-        model, prune(model, 0.5), prune(model, 0.5, batches=[(TOKENS, TOKENS)]))]
+    dense, plain, refitted = [
+        layer_examples(m, [part], [TOKENS])[part][1]
+        for m in (model, prune(model, 0.5), prune(model, 0.5, batches=[(TOKENS, TOKENS)]))
+    ]
     assert (refitted - dense).square().mean() < 0.7 * (plain - dense).square().mean()
 
 
@@ -234,8 +275,10 @@ EMBELLISHED = {
     "rounded": lambda m: quantize_weights(m, Format(3, False, "group", 5)),
     "trained steps": lambda m: quantize_weights(m, Format(4), learned=True),
     "fixed grids": lambda m: quantize_weights(m, Format(4, granularity="tensor", range="mse")),
-    "composed and ordered": lambda m: quantize_weights(order_rows(compose_tables(
-        m, PARTS, [(TOKENS, TOKENS)], next_token_loss), np.arange(30)), Format(8)),
+    "composed and ordered": lambda m: quantize_weights(
+        order_rows(compose_tables(m, PARTS, [(TOKENS, TOKENS)], next_token_loss), np.arange(30)),
+        Format(8),
+    ),
 }
 
 
@@ -264,7 +307,9 @@ def test_untouched_weights_keep_their_steps_and_masked_readers_their_values():
     assert torch.equal(small.embedding.weight, model.embedding.weight)
     kept, old = (weight_of(m.layers[0].moe, "w_out").original for m in (small, model))
     columns = [{tuple(column) for column in old[e].T.tolist()} for e in range(3)]
-    assert kept.shape == (3, 16, 6) and all(tuple(column) in columns[e] for e in range(3) for column in kept[e].T.tolist())
+    assert kept.shape == (3, 16, 6) and all(
+        tuple(column) in columns[e] for e in range(3) for column in kept[e].T.tolist()
+    )
     refitted, old = (weight_of(m.layers[1].moe, "w_out").original for m in (small, model))
     assert not any(torch.equal(a, b) for a in refitted[0].T for b in old[0].T)
 
@@ -280,19 +325,31 @@ class Untraceable(nn.Module):
         return self.b(x.reshape(4, -1))
 
 
-@pytest.mark.parametrize("act, message", [
-    (lambda: prune_channels(cnn(), IMAGES, 1.0), r"sparsity 1.0 is outside \[0, 1\)"),
-    (lambda: prune_channels(cnn(), IMAGES, 0.5, importance="hessian"), "importance 'hessian'; choose from"),
-    (lambda: prune_channels(cnn(), IMAGES, 0.5, importance="taylor"), "pass batches="),
-    (lambda: prune_channels(cnn(), IMAGES, 0.5, layers="conv1"), "named 'conv1': DigitsCNN has 0, 3, 8"),
-    (lambda: prune_channels(cnn(), torch.randn(4, 3, 8, 8), 0.5), "cannot prune this DigitsCNN"),
-    (lambda: prune_channels(Untraceable(), IMAGES, 0.5), "cannot prune this Untraceable"),
-    (lambda: prune_channels(bk(), TOKENS, 0.5), "cannot prune this ResNetBK"),
-    (lambda: prune_hidden_units(bk(), -0.5), "sparsity -0.5"),
-    (lambda: prune_hidden_units(bk(), 0.5, layers="layers.7.*"), "layers.0.moe, layers.1.moe"),
-    (lambda: prune_hidden_units(cnn(), 0.5), "no MoE layer is named .*: DigitsCNN has none"),
-    (lambda: prune_bk_channels(cnn(), 0.5), "no BKMixer layer is named .*: DigitsCNN has none"),
-])
+@pytest.mark.parametrize(
+    "act, message",
+    [
+        (lambda: prune_channels(cnn(), IMAGES, 1.0), r"sparsity 1.0 is outside \[0, 1\)"),
+        (
+            lambda: prune_channels(cnn(), IMAGES, 0.5, importance="hessian"),
+            "importance 'hessian'; choose from",
+        ),
+        (lambda: prune_channels(cnn(), IMAGES, 0.5, importance="taylor"), "pass batches="),
+        (
+            lambda: prune_channels(cnn(), IMAGES, 0.5, layers="conv1"),
+            "named 'conv1': DigitsCNN has 0, 3, 8",
+        ),
+        (
+            lambda: prune_channels(cnn(), torch.randn(4, 3, 8, 8), 0.5),
+            "cannot prune this DigitsCNN",
+        ),
+        (lambda: prune_channels(Untraceable(), IMAGES, 0.5), "cannot prune this Untraceable"),
+        (lambda: prune_channels(bk(), TOKENS, 0.5), "cannot prune this ResNetBK"),
+        (lambda: prune_hidden_units(bk(), -0.5), "sparsity -0.5"),
+        (lambda: prune_hidden_units(bk(), 0.5, layers="layers.7.*"), "layers.0.moe, layers.1.moe"),
+        (lambda: prune_hidden_units(cnn(), 0.5), "no MoE layer is named .*: DigitsCNN has none"),
+        (lambda: prune_bk_channels(cnn(), 0.5), "no BKMixer layer is named .*: DigitsCNN has none"),
+    ],
+)
 def test_bad_input_is_one_sentence(act, message):
     with pytest.raises(ValueError, match=message) as error:
         act()

@@ -4,11 +4,18 @@ import pytest
 import torch
 from torch import nn
 
+from kit.budget.rate import (
+    RateLoss,
+    RateSettings,
+    code_bits,
+    coded_bytes,
+    geometric_bits,
+    row_sensitivity,
+    set_rate_formats,
+)
+from kit.core.weights import weights
 from kit.quantization.fake import FakeQuantize
 from kit.quantization.formats import Format
-from kit.budget.rate import (RateLoss, RateSettings, code_bits, coded_bytes, geometric_bits, row_sensitivity,
-                             set_rate_formats)
-from kit.core.weights import weights
 
 
 @pytest.mark.parametrize("theta", [0.05, 0.3, 0.8])
@@ -25,7 +32,9 @@ def test_estimate_is_near_the_coder(step):
     weight = torch.distributions.Laplace(0, 1).sample((600, 48)) * torch.linspace(0.3, 2, 48)
     quantizer = FakeQuantize(weight, Format(8, granularity="rows", group_size=100), learned=True)
     quantizer.set_grid(torch.full((6, 1), step))
-    assert code_bits(weight, quantizer).item() / 8 == pytest.approx(coded_bytes(weight, quantizer), rel=0.08)
+    assert code_bits(weight, quantizer).item() / 8 == pytest.approx(
+        coded_bytes(weight, quantizer), rel=0.08
+    )
 
 
 def test_rate_pulls_weights_to_zero_and_widens_steps():
@@ -72,17 +81,23 @@ def test_start_has_the_size_asked_for(regression):
 
 def test_a_bias_over_classes_has_finer_steps_for_the_frequent_ones():
     torch.manual_seed(0)
-    model, targets = nn.Linear(8, 640), torch.cat([torch.randint(0, 64, (2000,)), torch.randint(0, 640, (200,))])
+    model, targets = (
+        nn.Linear(8, 640),
+        torch.cat([torch.randint(0, 64, (2000,)), torch.randint(0, 640, (200,))]),
+    )
     batches = [(torch.randn(2200, 8), targets)]
     classes = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])
     set_rate_formats(model, row_sensitivity(model, batches, classes), 1500)
-    steps = {w.attribute: w.find(FakeQuantize).grid(w.original)[0].flatten() for w in weights(model)}
+    steps = {
+        w.attribute: w.find(FakeQuantize).grid(w.original)[0].flatten() for w in weights(model)
+    }
     assert all(len(s) == 16 and s[:1] < 0.5 * s[2:].min() for s in steps.values()), steps
 
 
 @pytest.fixture
 def descended(regression):
-    """The rate of a model after its descent from 2,500 to 1,600 bytes, before what is left over is trimmed."""
+    """The rate of a model after its descent from 2,500 to 1,600 bytes, before what is left over is
+    trimmed."""
     model, batches = regression
     set_rate_formats(model, row_sensitivity(model, batches, loss), 2500)
     rate = RateLoss(loss, model, 1600, batches)
@@ -128,11 +143,18 @@ def test_lambda_does_not_jump_when_the_size_does(regression):
     set_rate_formats(model, row_sensitivity(model, batches, loss), 2500)
     rate = RateLoss(loss, model, 1000, batches)
     first = rate.state[0].item()
-    for step in range(400, 406):  # too late to widen steps, and nothing has been trained: two and a half times the bytes wanted
+    for step in range(400, 406):
+        # too late to widen steps, and nothing has been trained: two and a half times the bytes
+        # wanted
         rate(model, batches[0])
         before = rate.state[1].item()
         rate.step(step, 600, model)
-        assert before < rate.state[1] <= rate.state[0] <= rate.state[1] + RateSettings.proportional * RateSettings.most_error + 1e-6
+        assert (
+            before
+            < rate.state[1]
+            <= rate.state[0]
+            <= rate.state[1] + RateSettings.proportional * RateSettings.most_error + 1e-6
+        )
     assert rate.state[1] < first + 0.3
 
 
@@ -143,7 +165,10 @@ def test_lambda_answers_at_once_and_in_proportion(regression):
     rate(model, batches[0])
     rate.step(400, 600, model)  # two and a half times the bytes wanted
     at_once = rate.state[0] - rate.state[1]
-    assert at_once.item() == pytest.approx(settings.proportional * settings.most_error, rel=1e-5) and at_once > 1
+    assert (
+        at_once.item() == pytest.approx(settings.proportional * settings.most_error, rel=1e-5)
+        and at_once > 1
+    )
 
 
 class Table(nn.Module):
@@ -164,11 +189,15 @@ def test_steps_go_with_a_power_of_the_sensitivity():
 
     def error(settings):
         model = Table(rows)
-        set_rate_formats(model, row_sensitivity(model, [torch.ones(4096, 16)], weighed), 16384, settings)
+        set_rate_formats(
+            model, row_sensitivity(model, [torch.ones(4096, 16)], weighed), 16384, settings
+        )
         return (importance[:, None] * (model.rows - rows).square()).sum().item()
 
     usual = error(RateSettings())
-    assert usual < 0.9 * error(RateSettings(exponent=0.9)) and usual < 0.9 * error(RateSettings(exponent=0.05))
+    assert usual < 0.9 * error(RateSettings(exponent=0.9)) and usual < 0.9 * error(
+        RateSettings(exponent=0.05)
+    )
 
 
 def test_what_is_over_the_budget_goes_code_by_code(tmp_path):

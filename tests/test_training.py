@@ -13,14 +13,17 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kit.core.protocols import LanguageModel
-from kit.training.losses import classification_loss
 from kit.training import TrainConfig, learning_rate, train
+from kit.training.losses import classification_loss
 
 
 class ToyLM(LanguageModel):
     def __init__(self, vocab_size=11, width=8):
         super().__init__()
-        self.embedding, self.mixer = nn.Embedding(vocab_size, width), nn.GRU(width, width, batch_first=True)
+        self.embedding, self.mixer = (
+            nn.Embedding(vocab_size, width),
+            nn.GRU(width, width, batch_first=True),
+        )
         self.dropout, self.head = nn.Dropout(0.2), nn.Linear(width, vocab_size)
         self.register_buffer("usage", torch.zeros(3, dtype=torch.int64), persistent=False)
 
@@ -42,7 +45,9 @@ def toy(seed=0):
 
 def loader(rows=20, batch_size=4):
     tokens = torch.arange(rows * 7).reshape(rows, 7) ** 2 % 11
-    return DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), batch_size, shuffle=True, drop_last=True)
+    return DataLoader(
+        TensorDataset(tokens[:, :-1], tokens[:, 1:]), batch_size, shuffle=True, drop_last=True
+    )
 
 
 def state(model):
@@ -54,7 +59,8 @@ def same(a, b):
 
 
 def weight_norm(model):
-    """A stand-in for a validation loss that draws random numbers, as the iterator of a DataLoader does."""
+    """A stand-in for a validation loss that draws random numbers, as the iterator of a DataLoader
+    does."""
     torch.rand(3), random.random(), np.random.rand()
     return float(model.head.weight.detach().norm())
 
@@ -92,7 +98,13 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, at):
     torch.manual_seed(99), np.random.seed(99), random.seed(99)
     resumed = toy(seed=1)
     result = train(
-        resumed, loader(), config, validate=validate, hooks=[killer(0)], checkpoint=tmp_path / "c", log=False
+        resumed,
+        loader(),
+        config,
+        validate=validate,
+        hooks=[killer(0)],
+        checkpoint=tmp_path / "c",
+        log=False,
     )
     assert same(state(whole), state(resumed))
     assert draw == (torch.rand(1), np.random.standard_normal(), random.gauss(0, 1))
@@ -142,13 +154,25 @@ def test_best_state_is_restored_and_patience_stops():
 
     model = toy()
     result = train(
-        model, loader(), TrainConfig(steps=60, eval_every=10, patience=2), validate=validate, log=False
+        model,
+        loader(),
+        TrainConfig(steps=60, eval_every=10, patience=2),
+        validate=validate,
+        log=False,
     )
-    assert (result.best_validation, result.best_step) == (2.0, 30) and result.history[-1]["step"] == 50
+    assert (result.best_validation, result.best_step) == (2.0, 30) and result.history[-1][
+        "step"
+    ] == 50
     assert not same(state(model), seen[2.5])
     first_two = state(model)
     assert torch.equal(first_two["head.weight"], state(model)["head.weight"])
-    assert [h["validation"] for h in result.history if "validation" in h] == [math.inf, 3.0, 2.0, 2.5, 2.0]
+    assert [h["validation"] for h in result.history if "validation" in h] == [
+        math.inf,
+        3.0,
+        2.0,
+        2.5,
+        2.0,
+    ]
 
 
 def test_it_learns_and_reports():
@@ -194,7 +218,13 @@ def test_vectors_are_not_decayed():
     def flat(model, batch):
         return (model.weight.sum() + model.bias.sum()) * 0
 
-    train(model, [torch.zeros(1)], TrainConfig(steps=5, lr=0.1, weight_decay=0.5), loss=flat, log=False)
+    train(
+        model,
+        [torch.zeros(1)],
+        TrainConfig(steps=5, lr=0.1, weight_decay=0.5),
+        loss=flat,
+        log=False,
+    )
     assert torch.equal(model.bias, torch.ones(3)) and (model.weight < 0.9).all()
 
 
@@ -214,7 +244,8 @@ def test_a_hook_may_replace_parameters():
 
 
 def test_a_rebuilt_optimizer_goes_on_where_it_was():
-    """A hook that says at every step that parameters were replaced, though none were, changes nothing."""
+    """A hook that says at every step that parameters were replaced, though none were, changes
+    nothing."""
     plain, rebuilt, config = toy(), toy(), TrainConfig(steps=9, lr=0.02)
     train(plain, loader(), config, log=False)
     train(rebuilt, loader(), config, hooks=[lambda *_: True], log=False)
@@ -226,7 +257,12 @@ def test_frozen_submodules_stay_in_evaluation_mode():
     batches = [(torch.randn(8, 3) * 5 + 3, torch.randint(2, (8,)))]
 
     def network():
-        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Sequential(nn.ReLU(), nn.Dropout()), nn.Linear(4, 2))
+        return nn.Sequential(
+            nn.Linear(3, 4),
+            nn.BatchNorm1d(4),
+            nn.Sequential(nn.ReLU(), nn.Dropout()),
+            nn.Linear(4, 2),
+        )
 
     seen = []
     hooks = [lambda step, steps, model: seen.append([m.training for m in model.modules()])]
@@ -234,37 +270,66 @@ def test_frozen_submodules_stay_in_evaluation_mode():
     model[1].eval(), model[2][1].eval()
     modes = [m.training for m in model.modules()]
     train(model, batches, TrainConfig(steps=3), loss=classification_loss, hooks=hooks, log=False)
-    assert model[1].running_mean.eq(0).all() and seen == [modes] * 3 and [m.training for m in model.modules()] == modes
+    assert (
+        model[1].running_mean.eq(0).all()
+        and seen == [modes] * 3
+        and [m.training for m in model.modules()] == modes
+    )
     whole = network().eval()
     train(whole, batches, TrainConfig(steps=3), loss=classification_loss, hooks=hooks, log=False)
-    assert whole[1].running_mean.ne(0).any() and all(seen[-1]) and not any(m.training for m in whole.modules())
+    assert (
+        whole[1].running_mean.ne(0).any()
+        and all(seen[-1])
+        and not any(m.training for m in whole.modules())
+    )
 
 
-@pytest.mark.parametrize("batch", [
-    (torch.ones(4, 2), torch.ones(4, 2), torch.tensor([0, 1, 1, -100])),
-    {"input1": torch.ones(4, 2), "input2": torch.ones(4, 2), "labels": torch.tensor([0, 1, 1, -100])},
-    [torch.ones(4, 2), torch.ones(4, 2), torch.tensor([0, 1, 1, -100])],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (torch.ones(4, 2), torch.ones(4, 2), torch.tensor([0, 1, 1, -100])),
+        {
+            "input1": torch.ones(4, 2),
+            "input2": torch.ones(4, 2),
+            "labels": torch.tensor([0, 1, 1, -100]),
+        },
+        [torch.ones(4, 2), torch.ones(4, 2), torch.tensor([0, 1, 1, -100])],
+    ],
+)
 def test_batches_of_every_kind(batch):
     model = nn.Bilinear(2, 2, 3)
     result = train(model, [batch], TrainConfig(steps=5), loss=classification_loss, log=False)
     assert result.tokens == 5 * 3 and math.isfinite(result.history[-1]["loss"])
 
 
-@pytest.mark.parametrize("field, values", [
-    ("steps", [0, "3", True, 2.5, math.inf, None, math.nan]), ("lr", [-1.0, math.nan, math.inf, "0.1", None, False]),
-    ("warmup", [2, "0"]), ("clip", [0, None]), ("final_lr", [1.5]), ("eval_every", [0, 1.0, True]), ("patience", [0, "2"]),
-    ("precision", ["fp8", None, 16]), ("weight_decay", [-1, math.inf]), ("seed", [None, 0.5, 2**70]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "field, values",
+    [
+        ("steps", [0, "3", True, 2.5, math.inf, None, math.nan]),
+        ("lr", [-1.0, math.nan, math.inf, "0.1", None, False]),
+        ("warmup", [2, "0"]),
+        ("clip", [0, None]),
+        ("final_lr", [1.5]),
+        ("eval_every", [0, 1.0, True]),
+        ("patience", [0, "2"]),
+        ("precision", ["fp8", None, 16]),
+        ("weight_decay", [-1, math.inf]),
+        ("seed", [None, 0.5, 2**70]),
+    ],
+)
 def test_bad_settings_are_named(field, values):
     for value in values:
-        with pytest.raises(ValueError, match=f"^{field} is {re.escape(repr(value))}; it must be ") as error:
+        with pytest.raises(
+            ValueError, match=f"^{field} is {re.escape(repr(value))}; it must be "
+        ) as error:
             TrainConfig(**{"steps": 5, field: value})
         assert "\n" not in str(error.value)
 
 
 def test_numbers_of_numpy_are_settings_and_survive_a_checkpoint(tmp_path):
-    config = TrainConfig(steps=np.int64(4), lr=np.float32(0.5), clip=math.inf, eval_every=np.int32(2))
+    config = TrainConfig(
+        steps=np.int64(4), lr=np.float32(0.5), clip=math.inf, eval_every=np.int32(2)
+    )
     first, again = toy(), toy(seed=1)
     train(first, loader(), config, checkpoint=tmp_path / "c", log=False)
     train(again, loader(), config, checkpoint=tmp_path / "c", log=False)
@@ -326,5 +391,7 @@ def test_bad_checkpoints_are_refused_in_one_sentence(tmp_path):
     for name in ("exp_avg", "exp_avg_sq", "step"):
         for bad in (torch.zeros(3), None):
             tensors = {**clean, f"optimizer/head.weight/{name}": bad}
-            save_file({key: t for key, t in tensors.items() if t is not None}, path, metadata=metadata)
+            save_file(
+                {key: t for key, t in tensors.items() if t is not None}, path, metadata=metadata
+            )
             refused(f"'head.weight/{name}' is ")

@@ -176,15 +176,15 @@ def run(
     def hook(function: Callable) -> Callable:
         return lambda module, args, kwargs, output: function([*args, *kwargs.values()][0], output)
 
-    device, seen, states = device_of(model), 0, []
+    device, seen, states = device_of(model), False, []
     handles = [
         model.get_submodule(name).register_forward_hook(hook(function), with_kwargs=True)
         for name, function in (watch or {}).items()
     ]
     try:
         with evaluating(model):
-            for seen, batch in enumerate(batches, 1):
-                call = call_of(batch).to(device)
+            for batch in batches:
+                call, seen = call_of(batch).to(device), True
                 if isinstance(model, LanguageModel):
                     states.append(call(model.hidden))
                 else:
