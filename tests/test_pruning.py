@@ -373,6 +373,18 @@ def test_schedule_of_each_tensor_to_a_sparsity_of_its_own():
     assert sparsities[-1] == pytest.approx([0.5, 0.9])
 
 
+@pytest.mark.parametrize("final", [0.8, {"0.weight": 0.8}])
+def test_a_schedule_starts_at_the_present_sparsity(final):
+    model = MagnitudePruner(nn.Sequential(nn.Linear(40, 50))).prune(0.4)
+    hook, sparsities = MagnitudePruner(model).schedule(final, end=1.0, every=1), []
+    for step in range(1, 11):
+        hook(step, 10, model)
+        sparsities.append(float((model[0].weight == 0).float().mean()))
+    assert sparsities == pytest.approx(
+        [0.8 - 0.4 * (1 - step / 10) ** 3 for step in range(1, 11)], abs=1e-3
+    )
+
+
 def test_masks_stay_exact_zeros_through_quantization_aware_training_and_the_file(tmp_path):
     torch.manual_seed(0)
     model = MagnitudePruner(DigitsMLP()).prune(0.8)

@@ -260,17 +260,22 @@ def test_stages_resume_after_a_kill_to_the_same_numbers(distill, tmp_path):
     for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values()):
         assert torch.equal(a, b)
     assert list(whole.history.groupby("stage").size()) == [8, 4, 2]
-    other, alone = (
-        ProgressivePruningScheduler(bk(8, layers=1), **settings | {"criterion": "reap"})
-        for _ in "ab"
-    )
-    other.run(
-        loader(), config, folder=tmp_path, log=False
-    )  # finds nothing of the other criterion there
-    alone.run(loader(), config, log=False)
-    assert all(
-        torch.equal(a, b) for a, b in zip(other.model.parameters(), alone.model.parameters())
-    )
+    for change in ({"criterion": "reap"}, {"distill": None if distill else DistillationTrainer}):
+        other, alone = (
+            ProgressivePruningScheduler(bk(8, layers=1), **settings | change) for _ in "ab"
+        )
+        other.run(loader(), config, folder=tmp_path, log=False)  # finds nothing of the first there
+        alone.run(loader(), config, log=False)
+        pairs = zip(other.model.parameters(), alone.model.parameters())
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_each_stage_sees_the_data_in_an_order_of_its_own(monkeypatch):
+    seeds = []
+    monkeypatch.setattr("kit.pruning.experts.train", lambda *args, **_: seeds.append(args[2].seed))
+    scheduler = ProgressivePruningScheduler(bk(8, layers=1), (4, 2), batches=BATCHES)
+    scheduler.run(loader(), TrainConfig(steps=1, seed=5))
+    assert seeds == [5, 6]
 
 
 @pytest.mark.parametrize(

@@ -167,14 +167,15 @@ def test_batches_may_come_from_a_generator_and_layers_be_called_by_keyword():
 @pytest.mark.parametrize(
     "batch, message",
     [
-        (torch.full((3, 10), torch.nan), "inputs of 'a.weight' hold NaN"),
-        (torch.ones(9, 10), "damping=0 leaves inputs linearly dependent"),
+        (torch.full((3, 4), torch.nan), "inputs of 'a.weight' hold NaN"),
+        (torch.arange(80.0).view(20, 4) % 7, "damping=0 leaves inputs linearly dependent"),
     ],
 )
 def test_inputs_that_allow_no_repair_are_refused_before_anything_changes(batch, message):
     torch.manual_seed(0)
     model = nn.Sequential()
-    model.add_module("a", nn.Linear(10, 4))
+    model.add_module("a", nn.Linear(4, 10))
+    model.add_module("b", nn.Linear(10, 2))  # its ten inputs are made of four
     before = model.a.weight.clone()
     with pytest.raises(ValueError, match=message):
         prune_sparsegpt(model, [batch], 0.5, damping=0)

@@ -36,7 +36,14 @@ from kit.pruning.structured import (
     shrink_hidden,
     sort_hidden_units,
 )
-from kit.quantization import FakeQuantize, Format, quantize_weights
+from kit.quantization import (
+    ActivationQuantizer,
+    FakeQuantize,
+    Format,
+    calibrate,
+    quantize_bk_core,
+    quantize_weights,
+)
 from kit.quantization.token_tables import compose_tables, order_rows
 from kit.training.losses import classification_loss, next_token_loss
 
@@ -266,6 +273,18 @@ def test_masks_and_quantizers_are_there_again_on_the_smaller_weights():
     kept = get_mask(small.layers[0].moe, "w_in")
     assert all(any(torch.equal(row, old) for old in mask[e]) for e in range(3) for row in kept[e])
     assert torch.equal(get_mask(moe, "w_in"), mask) and small(TOKENS).shape == (2, 12, 30)
+
+
+def test_ranges_of_activations_go_with_their_channels():
+    model = calibrate(quantize_bk_core(bk(), 8, per_channel=True), [TOKENS])
+    small = prune_bk_channels(model, 0.5)
+    for layer, old in zip(small.layers, model.layers):
+        keep = bk_channel_scores(old.mixer).argsort()[3:].sort().values
+        pairs = zip(layer.mixer.quantize_v.modules(), old.mixer.quantize_v.modules())
+        ranges = [(a, b) for a, b in pairs if isinstance(a, ActivationQuantizer)]
+        assert ranges
+        assert all(torch.equal(a.low, b.low[keep]) and a.channels == 3 for a, b in ranges)
+    assert small(TOKENS).shape == (2, 12, 30)
 
 
 PARTS = np.full((30, 2), -1, np.int32)
