@@ -50,7 +50,7 @@ def texts(ax):
 
 DRAWINGS = {
     "lines": lambda: plots.lines(
-        {"a": ([1, 2], [3, 4]), "b": ([1, 2], [5, 4])},
+        {"a": ([1, 2], [3, 4]), "b": ([1, 2], [5, 4], [4, 3], [6, 5])},
         "tokens",
         "ms",
         logx=True,

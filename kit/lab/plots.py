@@ -26,26 +26,26 @@ AXIS |= {"perplexity": "test perplexity", "accuracy": "test accuracy", "ratio": 
 def lines(
     curves, xlabel, ylabel, *, logx=False, logy=False, references=None, markers=True, ax=None
 ) -> Axes:
-    """Labelled curves: a mapping name -> (x, y), or a DataFrame with a curve a column.
-
-    references: name -> height of a horizontal line.
-    """
+    """Labelled curves: name -> (x, y), or (x, y, low, high) with a shaded band; or a DataFrame, a
+    curve a column. references: name -> height of a horizontal line."""
     ax, ends = new_axes(ax), []
     ax.set(xlabel=xlabel, ylabel=ylabel)
     if isinstance(curves, pd.DataFrame):
         columns = {str(name): column.dropna() for name, column in curves.items()}
         curves = {name: (column.index, column) for name, column in columns.items()}
-    curves = {name: (figures.as_array(x), figures.as_array(y)) for name, (x, y) in curves.items()}
-    for order, (name, (x, y)) in enumerate(curves.items()):
+    curves = {name: [figures.as_array(part) for part in curve] for name, curve in curves.items()}
+    for order, (name, (x, y, *band)) in enumerate(curves.items()):
         look, marker = order % len(COLOURS), MARKERS[order % len(MARKERS)] if markers else None
         ax.plot(x, y, color=COLOURS[look], linestyle=figures.DASHES[look], marker=marker)
+        if band:
+            ax.fill_between(x, *band, color=COLOURS[look], alpha=0.18, linewidth=0)
         ends += [(x[-1], y[-1], name, COLOURS[look])] if name else []
     for scale in ["x"] * logx + ["y"] * logy:
         figures.log_scale(ax, scale)
     for name, height in (references or {}).items():
         ax.axhline(height, **figures.REFERENCE)
         ends.append((ax.get_xlim()[1], height, name, GREY))
-    measured = {tuple(x) for x, _ in curves.values()}
+    measured = {tuple(curve[0]) for curve in curves.values()}
     if logx and len(measured) == 1 and len(min(measured)) <= 8:
         ax.set_xticks(*measured)
     ax.autoscale_view()
