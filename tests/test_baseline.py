@@ -113,9 +113,15 @@ def test_a_file_reproduces_its_record_or_says_so(settings, dense, tmp_path, monk
     monkeypatch.setattr("sys.argv", ["remeasure", str(tmp_path), "--import", "json"])
     main()
     assert "reproduces its record" in capsys.readouterr().out
-    path.write_text(json.dumps({**record, "bytes": dense.bytes + 1}))
-    with pytest.raises(SystemExit, match="does not reproduce"):
-        main()
+    path.write_text(
+        json.dumps({**record, "bytes": dense.bytes + 1})
+    )  # an earlier version took more
+    main()
+    worse = {"bytes": dense.bytes - 1}, {"perplexity": 0.999 * dense.test.perplexity}
+    for change in worse:
+        path.write_text(json.dumps({**record, **change}))
+        with pytest.raises(SystemExit, match="does not reproduce"):
+            main()
     path.write_text(json.dumps({**record, "corpus": {"name": "text", "sha256": "other"}}))
     with pytest.raises(ValueError, match="another text"):
         remeasure(tmp_path)
