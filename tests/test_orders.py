@@ -130,7 +130,7 @@ def built(tied, sequence):
     return model
 
 
-@settings(max_examples=int(os.environ.get("KIT_SEQUENCES", 200)))
+@settings(max_examples=int(os.environ.get("KIT_SEQUENCES", 150)))
 @given(st.booleans(), st.lists(STEPS, min_size=1, max_size=4))
 def test_every_order_of_steps_is_computed_alike_everywhere(tmp_path_factory, tied, sequence):
     model, path = built(tied, sequence), tmp_path_factory.getbasetemp() / "orders.kit"
