@@ -48,6 +48,8 @@ class FakeQuantize(Step):
         if grid is None and format.bits != 16 and (self.learned or format.range != "minmax"):
             grid = formats.choose_grid(self.blocks(weight, fill=math.nan), format)
         scale, zero = grid or (None, None)
+        if scale is not None:
+            scale = formats.round_scale(scale, format.scale)
         self.register_buffer("zero", zero)
         if self.learned:
             self.register_buffer("unit", scale / first_step)
@@ -125,9 +127,7 @@ class FakeQuantize(Step):
             return entry
         if self.learned:
             entry["learned"] = self.first_step
-        elif self.format.range == "minmax" and (
-            self.scale is not None or not torch.equal(self(stored), stored)
-        ):
+        elif self.format.range == "minmax" and not self._follows(stored, self.grid(x)):
             entry["fixed"] = 1
         codes, scale, zero = (None if t is None else t.cpu() for t in self.codes(x))
         for part in formats.stored_scale(scale, self.format.scale):
@@ -162,9 +162,16 @@ class FakeQuantize(Step):
         value = view.tensor(formats.from_blocks(blocks, made.shape, format)).to(dtype)
         if format.range == "minmax" and not learned and "fixed" not in entry:
             made.scale = made.zero = None
-            if not torch.equal(made(value), value):
+            if not made._follows(value, (scale, zero)):
                 made.scale, made.zero = scale, zero
         return made, value
+
+    def _follows(self, stored: Tensor, grid: tuple[Tensor, Tensor | None]) -> bool:
+        """Whether the range follows the weight, and that of its stored value is `grid`."""
+        if self.scale is not None:
+            return False
+        found = self.grid(stored)
+        return all(a is b or torch.equal(a, b) for a, b in zip(found, grid))
 
     def resized(self, select, before: Tensor) -> "FakeQuantize":
         view = self.view.like(before.shape)
