@@ -16,6 +16,7 @@ from kit.models import MoE, refresh_config
 from kit.models.moe import expert_rows
 from kit.pruning.criteria import random_scores
 from kit.pruning.least_squares import layer_examples, refit_experts
+from kit.pruning.mask import check_prunable
 from kit.pruning.structured import modules_of
 from kit.training import TrainConfig, train
 from kit.training.losses import next_token_loss
@@ -192,6 +193,8 @@ def merge_experts(moe: MoE, keep: int, usage: Tensor) -> Tensor:
     In place, without changing shapes: the more used expert of each pair becomes the mean of both by
     usage, hidden units aligned first; the other one is to be dropped (`PrunedMoELayer.keep`).
     """
+    for name in ("w_in", "w_out"):
+        check_prunable(weight_of(moe, name))
     router, width = moe.router, moe.b_out.shape[1]
     size = {expert: max(int(count), 1) for expert, count in enumerate(usage)}
     units = torch.cat([moe.w_in, moe.b_in[:, :, None], moe.w_out.transpose(1, 2)], 2)

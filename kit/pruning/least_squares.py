@@ -9,7 +9,7 @@ from kit.core.protocols import run
 from kit.core.weights import weight_of
 from kit.models import MoE
 from kit.models.moe import expert_rows
-from kit.pruning.mask import Mask
+from kit.pruning.mask import Mask, check_prunable
 
 DAMPING = 0.01
 SWEEPS = 5
@@ -55,6 +55,7 @@ def refit_experts(moe: MoE, inputs: Tensor, outputs: Tensor) -> None:
     expert a token, in several sweeps. A masked w_out is left alone.
     """
     w_out, b_out = weight_of(moe, "w_out"), weight_of(moe, "b_out")
+    check_prunable(w_out)
     if w_out.find(Mask):
         return
     seen = list(expert_rows(moe, inputs))
@@ -72,6 +73,7 @@ def refit_experts(moe: MoE, inputs: Tensor, outputs: Tensor) -> None:
 def refit_linear(layer: nn.Linear, features: Tensor, outputs: Tensor) -> None:
     """Fits a layer, in place, to map `features` (M, K) to `outputs` (M, R), unless it is masked."""
     weight, bias = weight_of(layer), weight_of(layer, "bias")
+    check_prunable(weight)
     if not weight.find(Mask):
         fitted = least_squares(features, outputs, weight.value, bias.value)
         weight.assign(fitted[0]), bias.assign(fitted[1])
