@@ -1,4 +1,4 @@
-"""What integer engines need of a quantized model: codes, scales and input ranges of layers."""
+"""What an integer engine needs of each quantized layer: codes, scales and its input range."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -35,24 +35,27 @@ class IntegerWeight:
         """Columns that share a scale."""
         return self.codes.shape[1] if self.per_row else self.format.group_size
 
+    def values(self) -> Tensor:
+        """The weight in float32, (rows, columns)."""
+        return self.codes * self.scale.repeat_interleave(self.block, 1)[:, : self.codes.shape[1]]
+
     def scaled(self, factor: Tensor) -> "IntegerWeight":
         """The weight with each row times factor (rows,), which changes scales and signs only."""
         sign = factor.sign().where(factor != 0, 1).to(torch.int8)[:, None]
         return replace(self, codes=self.codes * sign, scale=self.scale * factor.abs()[:, None])
 
     def as_found(self, matrix: Tensor) -> "IntegerWeight | None":
-        """This weight if its values are those of matrix (rows, columns), up to a factor a row (as
-        folded batch norms leave it); else None."""
-        scale = self.scale.repeat_interleave(self.block, 1)[:, : self.codes.shape[1]]
-        values = self.codes * scale
+        """This weight if its values are those of matrix (rows, columns), up to a factor a row, as
+        folded batch norms leave it; else None."""
+        values = self.values()
         if torch.equal(values, matrix):
             return self
         if not self.per_row:
             return None
         factor = (matrix * values).sum(1) / values.square().sum(1).clamp_min(1e-30)
         tolerance = 1e-6 * matrix.abs().max().item()
-        same = torch.allclose(factor[:, None] * values, matrix, 1e-5, tolerance)
-        return self.scaled(factor) if same else None
+        near = torch.allclose(factor[:, None] * values, matrix, 1e-5, tolerance)
+        return self.scaled(factor) if near else None
 
 
 @torch.no_grad()
@@ -65,12 +68,14 @@ def integer_weight(weight: Weight) -> IntegerWeight | None:
     codes, scale, _ = quantizer.codes(weight.before(quantizer.rank))
     grouped = quantizer.format.granularity == "group"
     scale = scale.reshape(len(codes), -1) if grouped else quantizer.spread(scale)[:, :1]
-    grid = _input_grid(weight.module)
-    return IntegerWeight(codes, scale, quantizer.format, quantizer.view, grid)
+    return IntegerWeight(codes, scale, quantizer.format, quantizer.view, _input_grid(weight.module))
 
 
 def integer_weights(model: nn.Module) -> list[IntegerWeight]:
-    """The integer form of every weight that has one."""
+    """The integer form of every weight that has one.
+
+    An exported graph is searched for their values: exporters rename, transpose and scale weights.
+    """
     found = (integer_weight(weight) for weight in weights(model))
     return [weight for weight in found if weight is not None]
 
@@ -88,9 +93,9 @@ def float_copy(model: nn.Module) -> nn.Module:
     return _drop_input_quantizers(materialize(model)).float().eval()
 
 
-def quantize_input(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def quantize_input(module: nn.Module, arguments: tuple) -> tuple:
     """Forward pre-hook of layers whose inputs are quantized with a calibrated range."""
-    return tree_map(getattr(module, INPUT_QUANTIZER), (args, kwargs))
+    return (getattr(module, INPUT_QUANTIZER)(arguments[0]), *arguments[1:])
 
 
 def calibrate_inputs(model: nn.Module, batches: Iterable) -> nn.Module:
@@ -118,11 +123,10 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def hook_input_quantizers(model: nn.Module) -> nn.Module:
-    """Lets input quantizers take part in the forward pass, as those from a file do not yet."""
+    """Makes input quantizers take part in the forward pass, also from a file; returns the model."""
     for module in model.modules():
-        hooked = quantize_input in module._forward_pre_hooks.values()
-        if hasattr(module, INPUT_QUANTIZER) and not hooked:
-            module.register_forward_pre_hook(quantize_input, with_kwargs=True)
+        if hasattr(module, INPUT_QUANTIZER) and not _own_hooks(module):
+            module.register_forward_pre_hook(quantize_input)
     return model
 
 
@@ -130,7 +134,10 @@ def _drop_input_quantizers(model: nn.Module, unless=lambda module: None) -> nn.M
     for module in model.modules():
         if hasattr(module, INPUT_QUANTIZER) and unless(module) is None:
             delattr(module, INPUT_QUANTIZER)
-            hooks = module._forward_pre_hooks
-            for key in [key for key, hook in hooks.items() if hook is quantize_input]:
-                del hooks[key]
+            for key in _own_hooks(module):
+                del module._forward_pre_hooks[key]
     return model
+
+
+def _own_hooks(module: nn.Module) -> list[int]:
+    return [key for key, hook in module._forward_pre_hooks.items() if hook is quantize_input]
