@@ -4,6 +4,7 @@ dense     every entry: codes at their bit width, anything else as it is
 bitmap    one bit an entry for "not zero", then the entries that are not
 gaps      the entries that are not zero, and the range-coded distances between them
 entropy   all codes range-coded (kit.core.range_coder); codes only
+streams   all codes by rANS (kit.core.ans); codes only, and in place of `entropy` where that is slow
 
 All of them work on a flat array of integers: codes, or the bits of a float (so -0.0 is not zero).
 """
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kit.core import range_coder
+from kit.core import ans, range_coder
 from kit.quantization.packing import pack, packed_bytes, unpack
 
 
@@ -108,10 +109,12 @@ class Bitmap:
 class Gaps:
     letter = "g"
 
-    def encode(self, kind: Entries, values: np.ndarray) -> bytes:
+    def encode(self, kind: Entries, values: np.ndarray) -> bytes | None:
         at = np.flatnonzero(values != kind.zeros())
         if not len(at):
             return b""
+        if len(at) >= MANY:
+            return None
         gaps = range_coder.encode(np.diff(at, prepend=-1)[None] - 1)
         return struct.pack("<I", len(at)) + kind.pack(values[at]) + gaps
 
@@ -134,18 +137,47 @@ class Entropy:
     letter = "e"
 
     def encode(self, kind: Entries, values: np.ndarray) -> bytes | None:
-        return (
-            None
-            if kind.bits is None
-            else range_coder.encode((values - kind.zeros()).reshape(kind.shape))
-        )
+        if kind.bits is None:
+            return None
+        codes = (values - kind.zeros()).reshape(kind.shape)
+        return None if _slow(codes) else range_coder.encode(codes)
 
     def decode(self, kind: Entries, data: bytes) -> np.ndarray:
         return range_coder.decode(data, kind.shape).reshape(-1) + kind.zeros()
 
 
-LAYOUTS = {"dense": Dense(), "bitmap": Bitmap(), "gaps": Gaps(), "entropy": Entropy()}
+class Streams:
+    letter = "s"
+
+    def encode(self, kind: Entries, values: np.ndarray) -> bytes | None:
+        if kind.bits is None:
+            return None
+        codes = (values - kind.zeros()).reshape(kind.shape)
+        return ans.encode(codes) if ans.fits(codes) else None
+
+    def decode(self, kind: Entries, data: bytes) -> np.ndarray:
+        return ans.decode(data, kind.shape).reshape(-1) + kind.zeros()
+
+
+def _slow(codes: np.ndarray) -> bool:
+    """Whether the adaptive coder would take long, and gain little: many codes of over a bit."""
+    return codes.size >= MANY and ans.fits(codes) and 8 * ans.estimate(codes) > codes.size
+
+
+def coded_bytes(codes: np.ndarray) -> int:
+    """Bytes that a matrix of codes takes, range-coded; within 1 % where it is large."""
+    return round(ans.estimate(codes)) if _slow(codes) else len(range_coder.encode(codes))
+
+
+LAYOUTS = {
+    "dense": Dense(),
+    "bitmap": Bitmap(),
+    "gaps": Gaps(),
+    "entropy": Entropy(),
+    "streams": Streams(),
+}
 LETTERS = {layout.letter: layout for layout in LAYOUTS.values()}
+MANY = 1 << 20  # numbers that take the adaptive coder too long
 INTEGERS = "i"  # range-coded numbers of no particular width
 
 

@@ -21,7 +21,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from kit import artifact
-from kit.core import range_coder
+from kit.artifact import layouts
 from kit.core.weights import MatrixView, Weight, column_view, gradients, weights
 from kit.quantization import formats, kernels
 from kit.quantization.fake import FakeQuantize
@@ -114,8 +114,8 @@ def code_bits(weight: Tensor, quantizer: FakeQuantize) -> Tensor:
 
 @torch.no_grad()
 def coded_bytes(weight: Tensor, quantizer: FakeQuantize) -> int:
-    """Bytes that the range coder takes for the codes of a weight."""
-    return len(range_coder.encode(quantizer.codes(weight)[0].cpu().numpy()))
+    """Bytes that the codes of a weight take, range-coded (of many, an estimate)."""
+    return layouts.coded_bytes(quantizer.codes(weight)[0].cpu().numpy())
 
 
 def row_sensitivity(model: nn.Module, batches: Iterable, loss: Callable) -> dict[str, Tensor]:
