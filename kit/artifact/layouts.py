@@ -221,9 +221,13 @@ class Writer:
 
     def _smallest(self, kind: Entries, tensor: Tensor) -> None:
         values = kind.array(tensor)
-        tried = [(layout.letter, layout.encode(kind, values)) for layout in self.layouts]
-        tried = [(letter, data) for letter, data in tried if data is not None]
-        self._add(*min(tried or [("d", kind.pack(values))], key=lambda found: len(found[1])))
+        least = kind.nbytes(kind.count)  # of the dense form, which is made only where it is kept
+        coders = [layout for layout in self.layouts if not isinstance(layout, Dense)]
+        tried = [(layout.letter, layout.encode(kind, values)) for layout in coders]
+        tried = [found for found in tried if found[1] is not None]
+        best = min(tried, key=lambda found: len(found[1]), default=None)
+        dense = best is None or (LAYOUTS["dense"] in self.layouts and least <= len(best[1]))
+        self._add(*(("d", kind.pack(values)) if dense else best))
 
     def _add(self, letter: str, data: bytes) -> None:
         self.letters += letter
