@@ -1,0 +1,168 @@
+"""Rounding to a number of bytes: the budget holds, the file is exact, and errors are spread as the
+theory says."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from kit import artifact
+from kit.budget.rounding import RoundingSettings, SampledLoss, curvature, round_to_budget
+from kit.core.weights import copy_model, weights
+from kit.quantization import Format, quantize_weights
+from kit.quantization.column_scale import ColumnScale
+from kit.quantization.fake import FakeQuantize
+
+
+class Tagger(nn.Module):
+    """Every kind of weight at once, some of them without any reader of inputs in the kit."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(300, 24)
+        self.rnn = nn.LSTM(24, 32, batch_first=True)
+        self.convolution = nn.Conv1d(32, 32, 3, padding=1, groups=4)
+        self.own = nn.Parameter(torch.randn(32, 48) / 6)
+        self.norm, self.head = nn.LayerNorm(48), nn.Linear(48, 40)
+
+    def forward(self, ids):
+        h = self.rnn(self.embedding(ids))[0]
+        h = self.convolution(h.transpose(1, 2)).transpose(1, 2)
+        return self.head(self.norm(torch.relu(h @ self.own)))
+
+
+def tagger():
+    torch.manual_seed(0)
+    return Tagger().eval()
+
+
+def batches(count=12, seed=1):
+    torch.manual_seed(seed)
+    common = torch.distributions.Geometric(0.03)
+    return [common.sample((4, 10)).long().clamp(max=299) for _ in range(count)]
+
+
+def divergence(model, reference, batches):
+    with torch.no_grad():
+        p, q = ([m(x).log_softmax(-1) for x in batches] for m in (reference, model))
+        return sum((a.exp() * (a - b)).sum(-1).mean().item() for a, b in zip(p, q)) / len(batches)
+
+
+@pytest.mark.parametrize("ratio", [6, 9])
+def test_the_file_fits_reloads_exactly_and_is_better_than_plain_rounding(ratio, tmp_path):
+    dense, held_out = tagger(), batches(20, seed=2)
+    target = artifact.float32_bytes(dense) // ratio
+    model = round_to_budget(copy_model(dense), batches(), target)
+    size = artifact.save(model, tmp_path / "m.kit")
+    assert 0.98 * target <= size <= target
+    loaded = artifact.load(tmp_path / "m.kit", tagger())
+    trainable = artifact.load(tmp_path / "m.kit", tagger(), trainable=True)
+    with torch.no_grad():
+        for x in held_out:
+            assert torch.equal(model(x), loaded(x)) and torch.equal(model(x), trainable(x))
+    assert artifact.nbytes(trainable) == size
+    plain = []
+    for bits in (2, 3, 4, 5):  # at least as many bytes
+        format = Format(bits, granularity="group", group_size=32, range="mse")
+        other = quantize_weights(copy_model(dense), format)
+        if artifact.nbytes(other) >= size:
+            plain.append(divergence(other, dense, held_out))
+    assert divergence(model, dense, held_out) < 0.6 * plain[0]
+
+
+def test_factors_are_those_of_the_fisher_information():
+    """Of a linear layer under a normal distribution of its outputs: s = 1 and H = E x x^T."""
+    torch.manual_seed(0)
+    layer, mixing = nn.Linear(6, 500, bias=False), torch.randn(6, 6)
+    x = [torch.randn(40, 6) @ mixing for _ in range(30)]
+    s, gram = curvature(layer, x, SampledLoss("features"))["weight"]
+    second = sum(part.T @ part for part in x)
+    scale = second.diagonal().mean()
+    torch.testing.assert_close(gram, second / scale, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(s.mean(), scale / 30, rtol=0.02, atol=0)
+    assert s.std() / s.mean() < 0.3
+
+
+def test_an_error_costs_the_same_in_every_code():
+    """Independent inputs and outputs of different size: each code's step is the reciprocal root of
+    what its error costs, but for how steps are stored."""
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 64, bias=False)
+    inputs, outputs = torch.logspace(-1, 1, 32), torch.logspace(-1, 1, 64)
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x) * outputs
+
+    x = [torch.randn(64, 32) * inputs for _ in range(60)]
+    settings = RoundingSettings(prior=0.0, damping=1e-6)
+    model = round_to_budget(Scaled(), x, 1100, SampledLoss("features"), settings)
+    (weight,) = weights(model)
+    step = weight.find(FakeQuantize)
+    steps = step.spread(step.scale) * weight.find(ColumnScale).scale
+    cost = torch.log2(steps * outputs[:, None] * inputs)
+    assert cost.std() < 0.2 and (cost - cost.mean()).abs().max() < 0.8
+
+
+def test_feedback_makes_up_for_errors_of_columns_that_go_together():
+    torch.manual_seed(0)
+    dense, mixing = nn.Linear(64, 128, bias=False), torch.randn(8, 64)
+    x = [torch.randn(50, 8) @ mixing + 0.1 * torch.randn(50, 64) for _ in range(20)]
+    model = round_to_budget(copy_model(dense), x, 3500, SampledLoss("features"))
+    steps = weights(model)[0].find(FakeQuantize).scale, weights(model)[0].find(ColumnScale).scale
+    nearest = torch.round(dense.weight / steps[0] / steps[1]) * steps[0] * steps[1]
+    inputs = torch.cat(x)
+    found, other = ((inputs @ (w - dense.weight).T).norm() for w in (model.weight, nearest))
+    assert found < 0.5 * other
+
+
+def test_sampled_labels_have_the_models_distribution():
+    logits = torch.tensor([[2.0, 0.0, -1.0]]).expand(4000, 3).clone().requires_grad_()
+    loss = SampledLoss("logits")(nn.Identity(), logits)
+    (gradient,) = torch.autograd.grad(loss, logits)  # softmax - onehot(y)
+    assert gradient.mean(0).abs().max() < 0.02
+    p = logits.detach()[0].softmax(-1)
+    torch.testing.assert_close(
+        gradient.T @ gradient / 4000, p.diag() - p[:, None] * p, atol=0.02, rtol=0
+    )
+
+
+def test_what_cannot_be_rounded_is_refused_and_nothing_changes():
+    model = tagger()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="too few"):
+        round_to_budget(model, batches(2), 3000)
+    with pytest.raises(ValueError, match="no batch"):
+        round_to_budget(model, [], 30_000)
+    with pytest.raises(ValueError, match="outputs='both'"):
+        SampledLoss("both")
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    quantize_weights(model, Format(4))
+    with pytest.raises(ValueError, match="carries steps"):
+        round_to_budget(model, batches(2), 30_000)
+
+
+def test_factors_of_columns_are_stored_and_go_with_their_columns(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
+    first = weights(model, "0.weight")[0]
+    scale = torch.rand(12) + 0.5
+    step = ColumnScale.nearest(scale, first.view)
+    assert (torch.log2(step.scale) - torch.log2(scale)).abs().max() <= 1 / 16 + 1e-6
+    first.put(FakeQuantize(first.original.detach(), Format(8, range="mse"), first.view))
+    first.put(step)
+    value = first.value.detach().clone()
+    artifact.save(model, tmp_path / "m.kit")
+    other = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
+    artifact.load(tmp_path / "m.kit", other, trainable=True)
+    assert torch.equal(weights(other, "0.weight")[0].value, value)
+    first.select(lambda t: t[:, [0, 3, 5]])
+    assert torch.equal(first.value, value[:, [0, 3, 5]])
+    first.select(lambda t: t[2:])
+    assert torch.equal(first.value, value[2:, [0, 3, 5]])
+    assert math.isfinite(float(first.value.sum()))
