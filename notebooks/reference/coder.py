@@ -1,0 +1,160 @@
+"""The kit's two entropy coders beside general compressors, and what coding costs as models grow.
+
+python -m notebooks.reference.coder --out notebooks/reference/coder.json
+
+Compressors whose package is missing (brotli, zstandard) are left out.
+"""
+
+import argparse
+import copy
+import functools
+import importlib.util
+import json
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from kit import artifact
+from kit.budget import SampledLoss, round_to_budget
+from kit.core import ans, range_coder
+from kit.core.measurement import measure, peak_memory
+from kit.core.store import write_json
+from kit.lab.records import environment
+from kit.quantization import Format, quantize_weights
+from kit.quantization.packing import pack
+
+KINDS = {"INT4": (7, 2.2), "INT8": (127, 30.0), "mostly zero": (7, 0.3)}  # largest code, its spread
+
+
+def codes_of(kind: str, rows: int = 1024, columns: int = 1024) -> np.ndarray:
+    """Normal codes whose rows differ in size as those of trained matrices do."""
+    most, spread = KINDS[kind]
+    rng = np.random.default_rng(0)
+    sizes = spread * np.exp(0.3 * rng.normal(size=(rows, 1)))
+    return np.rint(sizes * rng.normal(size=(rows, columns))).clip(-most, most).astype(np.int32)
+
+
+def coders(codes: np.ndarray) -> dict:
+    """Name -> (encode, decode), of packed codes for compressors that know bytes only."""
+    bits = 8 if codes.max() > 7 else 4
+    packed, found = pack(codes.reshape(-1), bits), {}
+    found["adaptive"] = (
+        lambda: range_coder.encode(codes),
+        lambda data: range_coder.decode(data, codes.shape),
+    )
+    found["streams (rANS)"] = (
+        lambda: ans.encode(codes),
+        lambda data: ans.decode(data, codes.shape),
+    )
+    found["zlib 9"] = (lambda: zlib.compress(packed, 9), zlib.decompress)
+    if importlib.util.find_spec("zstandard"):
+        import zstandard
+
+        found["zstd 19"] = (
+            lambda: zstandard.ZstdCompressor(19).compress(packed),
+            zstandard.ZstdDecompressor().decompress,
+        )
+    if importlib.util.find_spec("brotli"):
+        import brotli
+
+        found["brotli 11"] = (lambda: brotli.compress(packed), brotli.decompress)
+    return found
+
+
+def compare(seconds: float) -> pd.DataFrame:
+    """Bytes, and millions of codes a second that each coder writes and reads."""
+    rows = []
+    for kind in KINDS:
+        codes = codes_of(kind)
+        found = coders(codes)
+        datas = {name: encode() for name, (encode, _) in found.items()}
+        calls = {f"{n}, read": functools.partial(found[n][1], datas[n]) for n in found}
+        calls |= {f"{name}, write": found[name][0] for name in found if "rotli" not in name}
+        timings = measure(calls, seconds)
+        counts = np.unique(codes, return_counts=True)[1]
+        ideal = -(counts * np.log2(counts / codes.size)).sum() / 8
+        rows.append({"codes": kind, "coder": "order-0 entropy", "bytes": round(ideal)})
+        for name, data in datas.items():
+            row = {"codes": kind, "coder": name, "bytes": len(data)}
+            for what in ("read", "write"):
+                if timing := timings.get(f"{name}, {what}"):
+                    row[f"{what}, Mcodes/s"] = codes.size / timing.median / 1e6
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+class Decoder(nn.Module):
+    """A transformer decoder of any size, for cost as it grows."""
+
+    def __init__(self, width: int, layers: int, vocabulary: int):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        layer = nn.TransformerEncoderLayer(width, width // 32, 4 * width, 0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+    def forward(self, ids):
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
+        return self.layers(self.embedding(ids), mask, is_causal=True) @ self.embedding.weight.T
+
+
+SIZES = {1: (96, 4, 6000), 4: (192, 6, 8000), 16: (384, 6, 14000), 64: (640, 9, 32000)}
+SIZES[124] = (768, 12, 50257)
+
+
+def cost(millions: int, rounding: bool = True) -> dict:
+    """Seconds of each step for a model of about so many million parameters, and the peak of this
+    process's memory after it (bytes)."""
+    torch.manual_seed(0)
+    model = Decoder(*SIZES[millions]).eval()
+    ids = torch.randint(SIZES[millions][2], (4, 32))
+    row = {"parameters": sum(p.numel() for p in model.parameters())}
+
+    def timed(what: str, call):
+        start = time.perf_counter()
+        result = call()
+        row[f"{what}, s"] = time.perf_counter() - start
+        row[f"{what}, peak bytes"] = peak_memory()
+        return result
+
+    def step():
+        nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+        torch.optim.AdamW(model.parameters()).step()
+
+    trained = copy.deepcopy(model)
+    timed("training step", step)
+    model = trained
+    quantized = quantize_weights(copy.deepcopy(model), Format(4))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.kit"
+        row["bytes"] = timed("save", lambda: artifact.save(quantized, path))
+        timed("load", lambda: artifact.load(path, quantized))
+    if rounding:
+        batches = [(torch.randint(SIZES[millions][2], (4, 32)), None) for _ in range(8)]
+        target = artifact.float32_bytes(model) // 8
+        timed("rounding", lambda: round_to_budget(model, batches, target, SampledLoss()))
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES))
+    options = parser.parse_args()
+    table = compare(options.seconds)
+    print(table.to_string(index=False))
+    record = {**environment(), "coders": table.to_dict("records"), "growth": []}
+    for millions in options.sizes:
+        record["growth"].append(cost(millions))
+        print(json.dumps(record["growth"][-1]), flush=True)
+        write_json(options.out, record)
+
+
+if __name__ == "__main__":
+    main()
