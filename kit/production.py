@@ -1,10 +1,10 @@
-"""Any trained nn.Module quantized, pruned, distilled, exported and measured, without a change to
-it."""
+"""Any trained nn.Module quantized, pruned, distilled, exported and measured, and left as it was."""
 
 import html
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -19,17 +19,18 @@ from kit.core.protocols import Call, call_with
 from kit.core.weights import copy_model
 from kit.distillation import DistillationTrainer
 from kit.engines.choice import INTEGER, Choice, batch_size, flat, relative_error
-from kit.engines.layers import dtype_of, float_copy
-from kit.engines.quantized import QuantizationConfig, QuantizedModel, prepare_qat, quantize
+from kit.engines.layers import calibrate_inputs, dtype_of, float_copy
+from kit.engines.quantized import DEFAULT, QuantizationConfig, QuantizedModel, quantize
 from kit.models import parameter_count
 from kit.pruning import MagnitudePruner, prune_channels
+from kit.quantization import quantize_weights
 from kit.training import TrainConfig, train
 from kit.training.losses import training_loss
 
 STRUCTURED = {"l1": "l1", "l2": "l2", "l1_structured": "l1", "ln_structured": "l2"}
 UNSTRUCTURED = {"magnitude": "magnitude", "l1_unstructured": "magnitude"}
 UNSTRUCTURED |= {"random": "random", "random_unstructured": "random"}
-CONVOLUTION = nn.modules.conv._ConvNd
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,7 @@ class PruningConfig:
 
     amount: the share of outputs of each layer (structured) or of weights (unstructured), in [0, 1).
     method: structured "l1", "l2"; unstructured "magnitude", "random". Torch's names are understood.
-    dim: 0 names the outputs of a layer, 1 its inputs; a unit that goes takes both with it, so that
-    the two are one choice.
+    dim: 0 names a layer's outputs, 1 its inputs; a unit that goes takes both: the two are one.
     """
 
     amount: float = 0.3
@@ -49,17 +49,24 @@ class PruningConfig:
     def __post_init__(self):
         if not 0 <= self.amount < 1:
             raise ValueError(f"amount={self.amount}, the share to prune, must be in [0, 1)")
-        if self.method not in (*STRUCTURED, *UNSTRUCTURED):
-            known = ", ".join((*STRUCTURED, *UNSTRUCTURED))
+        if self.method not in (known := [*STRUCTURED, *UNSTRUCTURED]):
             raise ValueError(f"method {self.method!r} is unknown: choose one of {known}")
         if self.dim not in (0, 1):
             raise ValueError(f"dim={self.dim} must be 0 (outputs) or 1 (inputs)")
 
+    def score(self, known: dict[str, str], does: str) -> str:
+        """The method's name in the kit. Raises ValueError if it is not among the known."""
+        if self.method not in known:
+            raise ValueError(f"method {self.method!r} {does}: choose from {', '.join(known)}")
+        return known[self.method]
+
+
+WEIGHTS = PruningConfig(method="magnitude")
+
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """alpha T^2 KL(teacher || student) + (1 - alpha) cross-entropy, at T = temperature (Hinton et
-    al. 2015)."""
+    """alpha T^2 KL(teacher || student) + (1 - alpha) cross-entropy, at temperature T."""
 
     temperature: float = 3.0
     alpha: float = 0.5
@@ -76,7 +83,7 @@ class DistillationConfig:
 class OptimizationResult:
     """Before and after, all measured. Prints as a table, and shows as one in a notebook."""
 
-    bytes_before: int  # of the kit's file of the model as it was, every tensor dense
+    bytes_before: int  # of the kit's file of the model as it was, every tensor dense in its dtype
     bytes_after: int  # of the optimized model's file
     latency_before: Latency  # seconds a call
     latency_after: Latency
@@ -112,119 +119,99 @@ class OptimizationResult:
     def table(self) -> pd.DataFrame:
         """What, before, after, change: all as text."""
         threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
-        fewer = 1 - self.parameters_after / self.parameters_before
+        times = [
+            f"{1e3 * t.median:.3g} ms ({1e3 * t.low:.3g} to {1e3 * t.high:.3g})"
+            for t in (self.latency_before, self.latency_after)
+        ]
+        ratio, of_signal = f"{self.compression_ratio:.2f}x smaller", f"{self.relative_error:.2g}"
+        fewer = f"{1 - self.parameters_after / self.parameters_before:.1%} fewer"
         rows = [
-            ("file, bytes", f"{self.bytes_before:,}", f"{self.bytes_after:,}",
-             f"{self.compression_ratio:.2f}x smaller"),
-            (f"latency, batch {self.batch_size}, {threads}", _spread(self.latency_before),
-             _spread(self.latency_after), f"{self.speedup:.2f}x as fast"),
-            ("parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}",
-             f"{fewer:.1%} fewer" if fewer else ""),
+            ("file, bytes", f"{self.bytes_before:,}", f"{self.bytes_after:,}", ratio),
+            (
+                f"latency, batch {self.batch_size}, {threads}",
+                *times,
+                f"{self.speedup:.2f}x as fast",
+            ),
+            ("parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}", fewer),
             ("zeros among weights", "", f"{self.sparsity:.1%}", ""),
-            ("output: mean squared error", "", f"{self.mse:.3g}",
-             f"{self.relative_error:.2g} of the signal"),
+            ("output: mean squared error", "", f"{self.mse:.3g}", f"{of_signal} of the signal"),
             ("output: cosine similarity", "", f"{self.cosine:.6f}", ""),
             ("computed by", "float32 in torch", self.engine, ""),
-        ]  # fmt: skip
+        ]
         return pd.DataFrame(rows, columns=["", "before", "after", "change"])
 
-    def __str__(self):
+    def __repr__(self):
         notes = [f"note: {note}" for note in self.notes]
         return "\n".join([self.table().to_string(index=False, justify="left"), *notes])
-
-    __repr__ = __str__
 
     def _repr_html_(self):
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
         return self.table().to_html(index=False, border=0) + notes
 
 
-def _spread(time: Latency) -> str:
-    return f"{1e3 * time.median:.3g} ms ({1e3 * time.low:.3g} to {1e3 * time.high:.3g})"
-
-
-INT8 = QuantizationConfig()
-
-
 class ProductionModelOptimizer:
-    """Compression of any trained module; every method returns a new model and changes no argument.
+    """Compression of any trained module: methods return a new model and leave theirs as it was.
 
     `inputs` are how the model is called (`kit.core.protocols.call_with`: a tensor, a tuple of
-    arguments, a mapping of keyword arguments); where they are left out they are made up from the
-    first layer. Training runs on `device`; quantized models run on the CPU.
+    arguments, a mapping of keyword arguments), made up from the first layer if left out; a
+    `calibration` is an iterable of batches, a `train_loader` one of known length
+    (`kit.core.protocols.call_of`). Training runs on `device`; quantized models run on the CPU.
     """
 
     def __init__(self, device: str = "cpu", log: bool = False):
         self.device, self.log = torch.device(device), log
 
-    def quantize_dynamic(self, model: nn.Module, config=INT8) -> QuantizedModel:
-        """Weights in integers, inputs of layers in the range of each batch.
-
-        Raises ValueError if there is nothing to quantize.
-        """
+    def quantize_dynamic(self, model: nn.Module, config=DEFAULT) -> QuantizedModel:
+        """Weights in integers, inputs of layers in the range of each batch (see `quantize`)."""
         return quantize(model, config)
 
-    def quantize_static(
-        self, model: nn.Module, calibration: Iterable, config=INT8
-    ) -> QuantizedModel:
-        """Weights in integers, inputs of Linear and convolutions in ranges found on the batches
-        `calibration`.
-
-        Raises ValueError if there is no batch or nothing to quantize.
-        """
+    def quantize_static(self, model: nn.Module, calibration, config=DEFAULT) -> QuantizedModel:
+        """Weights in integers, inputs of Linear and convolutions in ranges of the calibration."""
         return quantize(model, config, calibration)
 
-    def prepare_qat_model(self, model: nn.Module, config=INT8, calibration=None) -> nn.Module:
-        """A copy to train with rounded weights (and inputs, if calibrated)."""
-        return prepare_qat(model, config, calibration).to(self.device)
+    def prepare_qat_model(self, model: nn.Module, config=DEFAULT, calibration=None) -> nn.Module:
+        """A copy to train with rounded weights (and inputs, if calibrated), gradients straight
+        through; `quantize_dynamic` keeps the weights that it is trained to."""
+        copied = quantize_weights(copy_model(model), config.format)
+        if calibration is not None:
+            calibrate_inputs(copied, calibration)
+        return copied.train(model.training).to(self.device)
 
     def prune_structured(self, model: nn.Module, config=PruningConfig(), inputs=None) -> nn.Module:
         """A smaller dense copy without the `config.amount` least important outputs of each layer.
 
         Raises ValueError for an unstructured method, or if the layers cannot be taken apart.
         """
-        importance = _method(config, STRUCTURED)
+        importance = config.score(STRUCTURED, "removes weights")
         return prune_channels(model, _call(model, inputs), config.amount, importance=importance)
 
-    def prune_unstructured(self, model: nn.Module, config=PruningConfig(method="magnitude")):
-        """A copy whose `config.amount` lowest weights of each tensor are zero, in training too.
+    def prune_unstructured(self, model: nn.Module, config=WEIGHTS) -> nn.Module:
+        """A copy whose `config.amount` lowest weights of each tensor are and remain zero.
 
-        Raises ValueError for a structured method, or if no weight has two or more dimensions.
+        Raises ValueError for a structured method, or without weights of two or more dimensions.
         """
-        score = _method(config, UNSTRUCTURED)
+        score = config.score(UNSTRUCTURED, "removes units")
         return MagnitudePruner(copy_model(model), score=score).prune(config.amount)
 
     def distill_knowledge(
-        self,
-        teacher_model: nn.Module,
-        student_model: nn.Module,
-        train_loader,
-        config=DistillationConfig(),
+        self, teacher_model, student_model, train_loader, config=DistillationConfig()
     ) -> nn.Module:
-        """A copy of the student trained to follow the teacher and the labels; in evaluation mode.
+        """A copy of the student trained to follow the teacher and the labels; evaluation mode.
 
-        train_loader: batches (`kit.core.protocols.call_of`), of known length.
         Raises ValueError for settings out of range and models of different classes.
         """
         teacher, student = (copy_model(m).to(self.device) for m in (teacher_model, student_model))
-        settings = {"temperature": config.temperature, "alpha": config.alpha, "feature_weight": 0}
-        trainer = DistillationTrainer(teacher.eval(), student, **settings)
+        trainer = DistillationTrainer(
+            teacher.eval(), student, config.temperature, config.alpha, 0.0
+        )
         schedule = _schedule(train_loader, config.epochs, config.learning_rate)
         trainer.fit(train_loader, schedule, log=self.log)
         return student.eval()
 
-    def retrain(
-        self,
-        model: nn.Module,
-        train_loader,
-        epochs=1,
-        learning_rate=1e-3,
-        loss: Callable | None = None,
-    ) -> nn.Module:
+    def retrain(self, model, train_loader, epochs=1, learning_rate=1e-3, loss=None) -> nn.Module:
         """A copy trained further; masks and fake quantizers stay.
 
-        loss(model, batch): by default that of the next token for language models, else
-        cross-entropy.
+        loss(model, batch): by default the next token's for language models, else cross-entropy.
         """
         copied = copy_model(model).to(self.device)
         schedule = _schedule(train_loader, epochs, learning_rate)
@@ -232,33 +219,38 @@ class ProductionModelOptimizer:
         return copied.eval()
 
     def optimize_full_pipeline(
-        self, model: nn.Module, prune_amount=0.3, use_quantization=True, use_pruning=True, *,
-        inputs=None, train_loader=None, epochs=1, calibration=None, loss=None, config=INT8,
-    ) -> tuple[nn.Module, OptimizationResult]:  # fmt: skip
-        """Prune, retrain (with a `train_loader`), quantize (statically with `calibration`),
-        measure.
+        self,
+        model: nn.Module,
+        prune_amount: float = 0.3,
+        use_quantization: bool = True,
+        use_pruning: bool = True,
+        *,
+        inputs=None,
+        train_loader=None,
+        epochs: float = 1,
+        calibration=None,
+        loss: Callable | None = None,
+        config: QuantizationConfig = DEFAULT,
+    ) -> tuple[nn.Module, OptimizationResult]:
+        """Prune, retrain (with a `train_loader`), quantize (static with `calibration`), measure.
 
-        Units are removed where the model can be taken apart; where it cannot, single weights are
-        masked instead, and the result says so.
+        Where a model cannot be taken apart to remove units, weights are masked; the result says so.
         """
         call, notes, optimized = _call(model, inputs), [], model
         if use_pruning and prune_amount:
-            optimized, notes = self._prune(model, PruningConfig(prune_amount), call)
+            try:
+                optimized = self.prune_structured(model, PruningConfig(prune_amount), call)
+            except ValueError as reason:
+                optimized = self.prune_unstructured(model, PruningConfig(prune_amount, "magnitude"))
+                notes.append(f"weights were masked, no units removed: {reason}")
             if train_loader is not None:
                 optimized = self.retrain(optimized, train_loader, epochs, loss=loss)
             else:
-                notes.append("pruned without retraining: pass train_loader= to win back its cost")
+                notes.append("pruned without retraining: a train_loader= wins back what that cost")
         if use_quantization:
             optimized = quantize(optimized, config, calibration)
             call(optimized.tune)
         return optimized, compare_models(model, optimized, call, notes=tuple(notes))
-
-    def _prune(self, model: nn.Module, config: PruningConfig, call: Call):
-        try:
-            return self.prune_structured(model, config, call), []
-        except ValueError as reason:
-            pruned = self.prune_unstructured(model, PruningConfig(config.amount, "magnitude"))
-            return pruned, [f"weights were masked, no units removed: {reason}"]
 
     def measure(self, original: nn.Module, optimized: nn.Module, inputs=None) -> OptimizationResult:
         """Both models side by side: file, latency, outputs, layers."""
@@ -278,20 +270,12 @@ class ProductionModelOptimizer:
         return export_onnx(copy_model(model).float().eval(), path, call)
 
 
-def _method(config: PruningConfig, known: dict[str, str]) -> str:
-    if config.method not in known:
-        what = "weights" if known is STRUCTURED else "units"
-        raise ValueError(f"method {config.method!r} removes {what}: choose from {', '.join(known)}")
-    return known[config.method]
-
-
 def _schedule(loader, epochs: float, learning_rate: float) -> TrainConfig:
     return TrainConfig(steps=max(1, round(epochs * len(loader))), lr=learning_rate)
 
 
 def quick_quantize(model: nn.Module, inputs=None, **settings) -> QuantizedModel:
-    """The model with INT8 weights on the fastest engine; `settings` are those of
-    QuantizationConfig.
+    """The model with INT8 weights on the fastest engine; `settings` are QuantizationConfig's.
 
     The engine is measured on `inputs` if given, else on those of the first call.
     """
@@ -301,54 +285,54 @@ def quick_quantize(model: nn.Module, inputs=None, **settings) -> QuantizedModel:
     return quantized
 
 
-def quick_optimize(model: nn.Module, inputs=None, prune_amount: float = 0.3, **arguments):
-    """(model, result) of ProductionModelOptimizer().optimize_full_pipeline: pruned and
-    quantized."""
-    optimize = ProductionModelOptimizer().optimize_full_pipeline
-    return optimize(model, prune_amount, inputs=inputs, **arguments)
+def quick_optimize(
+    model: nn.Module, inputs=None, prune_amount: float = 0.3, **arguments
+) -> tuple[nn.Module, OptimizationResult]:
+    """ProductionModelOptimizer().optimize_full_pipeline: the optimized model, and the result."""
+    optimizer = ProductionModelOptimizer()
+    return optimizer.optimize_full_pipeline(model, prune_amount, inputs=inputs, **arguments)
 
 
 def compare_models(
     original: nn.Module, optimized: nn.Module, inputs, *, seconds=1.0, notes: tuple[str, ...] = ()
 ) -> OptimizationResult:
-    """Measures both models on the same inputs, in evaluation mode and in turns of a few
-    milliseconds.
+    """Measures two models on the same inputs, in evaluation mode, in turns of a few milliseconds.
 
-    optimized: a QuantizedModel, or any module; bytes are those that `kit.artifact.save` writes.
+    optimized: a QuantizedModel, or any module; bytes are those of `kit.artifact.save`'s file.
     """
     call, before, after = call_with(inputs), *(copy_model(m).eval() for m in (original, optimized))
     with torch.inference_mode():
         expected, outputs = call(before), call(after)
-        times = measure({"before": lambda: call(before), "after": lambda: call(after)}, seconds)
-    y, r = flat(outputs).double(), flat(expected).double()
-    engine, stored = "float32 in torch", after
+        times = measure({"before": partial(call, before), "after": partial(call, after)}, seconds)
+    y, r, engine, stored = (
+        flat(outputs).double(),
+        flat(expected).double(),
+        "float32 in torch",
+        after,
+    )
     if isinstance(after, QuantizedModel):
         engine, stored = after.choice.name, after.model
         notes = (*notes, *_speed_notes(after.choice, batch_size(call)))
-    layers, sizes = _layers(before, stored)
-    weights = float_copy(stored)
-    return OptimizationResult(
-        *sizes, times["before"], times["after"], batch_size(call), torch.get_num_threads(),
-        (y - r).square().mean().item(), relative_error(outputs, expected),
-        F.cosine_similarity(y, r, dim=0).item(), _sparsity(weights),
-        parameter_count(before), parameter_count(weights), engine, layers, notes,
-    )  # fmt: skip
+    floats, (layers, *sizes) = float_copy(stored), _layers(before, stored)
+    weights = torch.cat(
+        [p.flatten() for p in floats.parameters() if p.ndim >= 2] or [torch.ones(1)]
+    )
+    mse, cosine = (y - r).square().mean().item(), F.cosine_similarity(y, r, dim=0).item()
+    errors = mse, relative_error(outputs, expected), cosine, (weights == 0).float().mean().item()
+    settings = *times.values(), batch_size(call), torch.get_num_threads()
+    counts = parameter_count(before), parameter_count(floats)
+    return OptimizationResult(*sizes, *settings, *errors, *counts, engine, layers, notes)
 
 
-def _layers(before: nn.Module, after: nn.Module) -> tuple[pd.DataFrame, tuple[int, int]]:
+def _layers(before: nn.Module, after: nn.Module) -> tuple[pd.DataFrame, int, int]:
     """A row a tensor, and the bytes of the two files."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.kit"
-        small, old = artifact.save(before, path, layouts=("dense",)), artifact.describe(path)
-        sizes, new = (small, artifact.save(after, path)), artifact.describe(path)
+        old_size, old = artifact.save(before, path, layouts=("dense",)), artifact.describe(path)
+        size, new = artifact.save(after, path), artifact.describe(path)
     table = old.merge(new, on="tensor", how="outer", suffixes=("_before", ""), sort=False)
     both = [name + part for name in ("shape", "bits", "bytes") for part in ("_before", "")]
-    return table[["tensor", *both]], sizes
-
-
-def _sparsity(model: nn.Module) -> float:
-    weights = [p for p in model.parameters() if p.ndim >= 2]
-    return sum(int((w == 0).sum()) for w in weights) / max(1, sum(w.numel() for w in weights))
+    return table[["tensor", *both]], old_size, size
 
 
 def _speed_notes(choice: Choice, rows: int) -> list[str]:
@@ -362,9 +346,8 @@ def _speed_notes(choice: Choice, rows: int) -> list[str]:
         return [f"computed in floats, since no integer engine can be used ({why})"]
     batch = choice.pays_from
     where = f"they are from a batch of {batch} on" if batch else "nor are they at larger ones"
-    return [
-        f"integers are not faster than {choice.name} at a batch of {rows}; {where}, measured here"
-    ]
+    what = f"integers are not faster than {choice.name} at a batch of {rows}"
+    return [f"{what}; {where}, as measured here"]
 
 
 def _call(model: nn.Module, inputs) -> Call:
@@ -372,26 +355,24 @@ def _call(model: nn.Module, inputs) -> Call:
 
 
 def example_inputs(model: nn.Module, batch: int = 16) -> tuple[torch.Tensor, ...]:
-    """Random inputs that the model accepts, made from its first layer: normal values, or tokens.
+    """Random inputs that the model accepts, by its first layer: normal values, or token numbers.
 
     Raises ValueError if no guess fits; then give inputs.
     """
-    kinds = (nn.Linear, nn.Embedding, nn.RNNBase, CONVOLUTION)
+    kinds = (nn.Linear, nn.Embedding, nn.RNNBase, *CONVOLUTIONS)
     first = next((module for module in model.modules() if isinstance(module, kinds)), None)
     generator, probe = torch.Generator().manual_seed(0), copy_model(model).eval()
     for shape in _guesses(first, batch):
+        x = torch.randn(shape, generator=generator).to(dtype_of(model))
         if isinstance(first, nn.Embedding):
             x = torch.randint(0, first.num_embeddings, shape, generator=generator)
-        else:
-            x = torch.randn(shape, generator=generator).to(dtype_of(model))
         try:
             with torch.no_grad():
                 probe(x)
             return (x,)
         except (RuntimeError, ValueError, TypeError, IndexError):
             continue
-    name = type(model).__name__
-    raise ValueError(f"no input can be guessed for {name}: pass inputs=, a batch it accepts")
+    raise ValueError(f"no input can be guessed for {type(model).__name__}: pass inputs= for a call")
 
 
 def _guesses(first: nn.Module | None, batch: int) -> list[tuple[int, ...]]:
@@ -401,7 +382,7 @@ def _guesses(first: nn.Module | None, batch: int) -> list[tuple[int, ...]]:
         return [(batch, 32), (batch, 8), (batch,)]
     if isinstance(first, nn.RNNBase):
         return [(batch, 16, first.input_size), (16, batch, first.input_size)]
-    if isinstance(first, CONVOLUTION):
+    if isinstance(first, CONVOLUTIONS):
         sizes = (8, 28, 32, 64, 96, 128, 224)
-        return [(batch, first.in_channels, *[size] * (first.weight.ndim - 2)) for size in sizes]
+        return [(batch, first.in_channels, *[size] * len(first.kernel_size)) for size in sizes]
     return []

@@ -26,7 +26,7 @@ NAMES = engines.ENGINES
 class Recurrent(nn.Module):
     def __init__(self, kind=nn.LSTM):
         super().__init__()
-        self.rnn, self.head = kind(12, 24, batch_first=True), nn.Linear(24, 5)
+        self.rnn, self.head = kind(40, 64, batch_first=True), nn.Linear(64, 5)
 
     def forward(self, x):
         states, _ = self.rnn(x)
@@ -223,6 +223,44 @@ def test_a_batch_norm_whose_input_is_read_twice_is_not_folded():
     assert batch_norm_pairs(Branch()) == []
 
 
+def test_a_layer_whose_output_is_changed_on_the_way_is_not_folded():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)).eval()
+    model[1].running_mean.fill_(1.0)
+    model[0].register_forward_hook(lambda module, inputs, y: 2 * y)
+    x = torch.randn(5, 4)
+    with torch.no_grad():
+        assert torch.equal(fold_batch_norms(copy.deepcopy(model))(x), model(x))
+
+
+def test_layers_called_by_keyword_are_calibrated():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(12, 24), nn.Linear(24, 4)
+
+        def forward(self, x):
+            return self.b(input=self.a(input=x).relu())
+
+    torch.manual_seed(0)
+    x = torch.randn(32, 12)
+    model = quantized(Keyword().eval(), calibration=x)
+    assert all(integer_weight(weight_of(layer)).input_grid for layer in (model.a, model.b))
+    with torch.no_grad():
+        assert 0 < relative_error(float_copy(model)(x), model(x)) < 1e-3  # inputs are rounded
+        assert relative_error(int8_model(model)(x), model(x)) < EXACT
+
+
+def test_a_layer_used_twice_is_in_the_graph_once():
+    import onnx
+
+    layer = nn.Linear(32, 32)
+    model, x = quantized(nn.Sequential(layer, nn.ReLU(), layer).eval()), torch.randn(4, 32)
+    graph = onnx.load_from_string(build_engine(model, "onnx-int8", x).graph.numpy().tobytes()).graph
+    assert [node.op_type for node in graph.node].count("DynamicQuantizeMatMul") == 2
+    assert [tuple(constant.dims) for constant in graph.initializer].count((32, 32)) == 1
+
+
 def test_convolutions_are_fused_to_integer_ones(cnn, tmp_path):
     import onnx
     import onnxruntime
@@ -244,13 +282,13 @@ def test_convolutions_are_fused_to_integer_ones(cnn, tmp_path):
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_recurrent_models_with_nested_outputs(kind):
     torch.manual_seed(0)
-    model, x = Recurrent(kind).eval(), torch.randn(3, 6, 12)
+    model, x = Recurrent(kind).eval(), torch.randn(3, 6, 40)
     with torch.no_grad():
         engine = build_engine(quantized(model), "onnx-int8", (x,))
         y, expected = engine(x), model(x)
         assert y.keys() == expected.keys() and isinstance(y["states"], tuple)
         assert relative_error(y, expected) < 1e-3
-        longer = torch.randn(2, 9, 12)
+        longer = torch.randn(2, 9, 40)
         assert relative_error(engine(longer), model(longer)) < 1e-3
     operators = str(engine.graph.numpy().tobytes())
     assert ("DynamicQuantizeLSTM" in operators) == (kind is nn.LSTM)

@@ -424,6 +424,7 @@ def test_another_size_than_the_exported_one_is_computed_all_the_same():
         x = torch.randn(other)
         with torch.no_grad():
             assert relative_error(quantized(x), model(x)) < 1e-3
+        assert all(name.startswith("model.") for name in quantized.state_dict())
 
 
 def test_engines_follow_the_weights():

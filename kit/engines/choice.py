@@ -1,6 +1,5 @@
 """Which engine is fastest for a model, on this machine, for these inputs, within a stated error."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -17,28 +16,28 @@ from kit.engines.layers import cast, float_copy
 FLOAT = ("float32", "bfloat16", "onnx-float32")
 INTEGER = ("torch-int8", "onnx-int8", "onnx-static", "onnx-blocks")
 ENGINES = FLOAT + INTEGER
-PROBED_BATCHES = (4, 16, 64, 256)
+PROBED_BATCHES = (256, 64, 16, 4)
 MARGIN = 1.05  # an engine must be this much faster than float32 to be preferred to it
+COLUMNS = ("engine", "ms", "low", "high", "speedup", "error", "why not")
 
 
 class Bfloat16(nn.Module):
-    """A model computed in bfloat16; what it gives in bfloat16 comes back as float32."""
+    """A model computed in bfloat16, outputs in float32."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model.bfloat16()
 
     def forward(self, *args, **kwargs):
-        outputs = cast(Call(args, kwargs), torch.bfloat16)(self.model)
-        return tree_map(lambda y: y.float() if y.dtype == torch.bfloat16 else y, outputs)
+        return cast(cast(Call(args, kwargs), torch.bfloat16)(self.model), torch.float32)
 
 
 @dataclass(frozen=True)
 class Choice:
     """The engine chosen, and what was measured of all.
 
-    table: a row an engine with the median, lower and upper quartile in milliseconds, the speed
-        relative to float32, the error (`relative_error`) and, for an engine not taken, why.
+    table: a row an engine with the median and quartiles in milliseconds, the speed relative to
+        float32, the error (`relative_error`) and, for an engine not taken, why.
     pays_from: the smallest batch measured from which on integers win; None if they win at none.
     """
 
@@ -83,7 +82,7 @@ def build_engine(model: nn.Module, name: str, inputs) -> nn.Module:
     """One engine for a model whose weights are quantized (`kit.quantization.quantize_weights`).
 
     float32, bfloat16   torch, with the weights multiplied out
-    torch-int8          torch's integer kernels, inputs rounded by calibrated or each batch's ranges
+    torch-int8          torch's integer kernels, inputs in each batch's range or a calibrated one
     onnx-float32        ONNX Runtime from here on
     onnx-int8           inputs rounded by each batch's range
     onnx-static         inputs rounded by calibrated ranges (QDQ)
@@ -110,8 +109,8 @@ def flat(outputs) -> Tensor:
 
 
 def relative_error(outputs, reference) -> float:
-    """Mean squared difference over the reference's mean square, without infinite values that agree;
-    infinite if the shapes differ or the difference is not finite."""
+    """Mean squared difference over the reference's mean square, infinite values that agree left
+    out; infinite if the shapes differ or the difference is not finite."""
     y, r = flat(outputs), flat(reference)
     if y.shape != r.shape:
         return float("inf")
@@ -120,10 +119,15 @@ def relative_error(outputs, reference) -> float:
     return error if error == error else float("inf")
 
 
+def reason_of(error: Exception) -> str:
+    """The first line of what an error says; its class if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
+@torch.inference_mode()
 def choose_engine(
-    model: nn.Module, inputs, *, reference: nn.Module | None = None, max_error: float = 1e-3,
-    names: Sequence[str] = ENGINES, seconds: float = 1.0,
-) -> Choice:  # fmt: skip
+    model: nn.Module, inputs, *, reference=None, max_error=1e-3, names=ENGINES, seconds=1.0
+) -> Choice:
     """The fastest engine whose output differs from the reference's by at most `max_error`.
 
     float32 is always among them, and wins if nothing beats it by 5 %. Measuring takes about
@@ -132,59 +136,46 @@ def choose_engine(
 
     Args:
         inputs: how the model is called (`kit.core.protocols.call_with`).
-        reference: by default the model as it is. names: the engines to be measured.
+        reference: a module, by default the model as it is. names: the engines to be measured.
     """
-    call, rows = call_with(inputs), {}
-    with torch.inference_mode():
-        expected = call(model if reference is None else reference)
-        builder, names = _Builder(model, call), ("float32", *names)
-        engines = _candidates(builder, names, expected, max_error, rows)
-        calls = {name: partial(call, engine) for name, engine in engines.items()}
-        times = measure(calls, seconds, cutoff=3.0)
-    base = times["float32"].median
-    for name, time in times.items():
-        ms = {key: 1e3 * value for key, value in vars(time).items()}
-        rows[name] |= {"ms": ms.pop("median"), **ms, "speedup": base / time.median}
-    fit = [name for name in times if not rows[name]["why not"]]
-    best = min(fit, key=lambda name: times[name].median, default="float32")
-    if times[best].median * MARGIN > base:
-        best = "float32"
-    usable = {name: engines[name] for name in fit}
-    pays_from = batch_size(call) if best in INTEGER else _pays_from(usable, call)
-    for name in engines:
-        if name != best:
-            rows[name]["why not"] = rows[name]["why not"] or "slower"
-    return Choice(best, engines[best], pd.DataFrame(rows.values()), pays_from)
-
-
-def _candidates(builder: _Builder, names, expected, max_error: float, rows: dict) -> dict:
-    """The engines that work, by name; puts a row of the table for every name into `rows`."""
-    engines, blank = {}, dict.fromkeys(("ms", "low", "high", "speedup", "error"))
-    for name in dict.fromkeys(names):
-        row = rows[name] = {"engine": name, **blank, "why not": ""}
-        try:  # whatever an engine cannot do, another one can: float32 does all
+    call, rows, engines = call_with(inputs), {}, {}
+    expected, builder = call(model if reference is None else reference), _Builder(model, call)
+    for name in dict.fromkeys(("float32", *names)):
+        row = rows[name] = {"engine": name, "why not": ""}
+        try:
             engine = builder.build(name)
-            row["error"] = relative_error(builder.call(engine), expected)
-        except Exception as reason:
+            row["error"] = relative_error(call(engine), expected)
+        except Exception as error:  # what one engine cannot do, another one can: float32 does all
             if name == "float32":
                 raise
-            row["why not"] = (str(reason).strip() or type(reason).__name__).splitlines()[0][:120]
+            row["why not"] = reason_of(error)
             continue
         engines[name] = engine
         if row["error"] > max_error:
             row["why not"] = f"error above {max_error:g}"
-    return engines
+    times = measure({name: partial(call, e) for name, e in engines.items()}, seconds, cutoff=3.0)
+    base = times["float32"].median
+    for name, t in times.items():
+        ms = {"ms": 1e3 * t.median, "low": 1e3 * t.low, "high": 1e3 * t.high}
+        rows[name] |= {**ms, "speedup": base / t.median}
+    fit = {name: engines[name] for name in times if not rows[name]["why not"]}
+    best = min(fit, key=lambda name: times[name].median, default="float32")
+    if times[best].median * MARGIN > base:
+        best = "float32"
+    for name in set(engines) - {best}:
+        rows[name]["why not"] = rows[name]["why not"] or "slower"
+    pays_from = batch_size(call) if best in INTEGER else _pays_from(fit, call)
+    return Choice(best, engines[best], pd.DataFrame(rows.values(), columns=COLUMNS), pays_from)
 
 
-@torch.inference_mode()
 def _pays_from(engines: dict[str, nn.Module], call: Call) -> int | None:
-    """The smallest of PROBED_BATCHES above that of `call` from which on integer engines win."""
+    """The smallest of PROBED_BATCHES above that of `call` from which on integers beat floats."""
     rows, found = batch_size(call), None
     integers = [name for name in engines if name in INTEGER]
-    for batch in reversed(PROBED_BATCHES):
+    for batch in PROBED_BATCHES:
         if batch <= rows or not integers or len(integers) == len(engines):
             break
-        longer = tree_map(partial(_repeated, rows=rows, count=batch), call)
+        longer = tree_map(partial(_repeated, rows=rows, batch=batch), call)
         try:
             times = measure({name: partial(longer, e) for name, e in engines.items()}, 0.1)
         except Exception:  # the first dimension is no batch
@@ -196,8 +187,7 @@ def _pays_from(engines: dict[str, nn.Module], call: Call) -> int | None:
     return found
 
 
-def _repeated(x: Tensor, rows: int, count: int) -> Tensor:
-    """`count` rows, of a tensor that has `rows`; any other stays as it is."""
+def _repeated(x: Tensor, rows: int, batch: int) -> Tensor:
     if not x.ndim or len(x) != rows:
         return x
-    return x.repeat(-(-count // rows), *[1] * (x.ndim - 1))[:count]
+    return x.repeat(-(-batch // rows), *[1] * (x.ndim - 1))[:batch]

@@ -1,37 +1,34 @@
-"""ONNX graphs of quantized models: in floats, and three integer forms that ONNX Runtime runs fast.
-
-onnx-int8     DynamicQuantizeMatMul and DynamicQuantizeLSTM: inputs to uint8 in each batch's range
-onnx-static   QuantizeLinear, DequantizeLinear pairs (QDQ) around layers with calibrated inputs,
-              which are fused when loaded
-onnx-blocks   MatMulNBits: 4- or 8-bit weights, inputs rounded to int8 in blocks of a row
-"""
+"""ONNX graphs of quantized models: in floats, and in three integer forms (`FORMS`)."""
 
 import contextlib
 import functools
 import io
 import logging
+import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
 import torch.nn.functional as F
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx.helper import get_attribute_value, make_node, make_opsetid
 from torch import Tensor, nn
 
 from kit.core.measurement import measure
 from kit.core.protocols import Call, call_with, tensors_of
-from kit.engines.choice import build_engine, flat, relative_error
+from kit.core.store import digest
+from kit.engines.choice import flat, reason_of, relative_error
 from kit.engines.layers import IntegerWeight, cast, float_copy, integer_weights
 from kit.engines.runtime import OnnxEngine
 
-CONTRIB = "com.microsoft"
+CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 BLOCKS = (32, 64, 128, 256, 16)
-SMALLEST = 1024  # values; below, the nodes that read codes take more bytes than they save
-ROUNDING = 1e-6  # relative error of float32 products in another order
+SMALLEST = 1024  # values of a tensor; below, nodes that read codes take more bytes than they save
+SIZES = dict.fromkeys(("input_size_limit", "output_size_limit"), 2**40)  # of constants to be folded
 
 
 @contextlib.contextmanager
@@ -50,7 +47,7 @@ def quiet() -> Iterator[None]:
 class Exported:
     """The float graph of a model, from which its ONNX engines are made.
 
-    Raises ValueError if the call is more than tensors by position, or the model cannot be exported.
+    Raises ValueError if the call is more than tensors by position, or the export fails.
     """
 
     def __init__(self, model: nn.Module, call: Call):
@@ -61,51 +58,48 @@ class Exported:
             self.template = call(float_copy(model))
         self.proto = export_graph(model, call.args)
 
-    def engine(self, name: str) -> OnnxEngine:
-        """One of the engines `onnx-*`. Raises ValueError if no layer allows it."""
-        proto = self.proto
+    def engine(self, name: str, stored: bool = False) -> OnnxEngine:
+        """One of the engines `onnx-*`. Raises ValueError if no layer allows it.
+
+        stored: with codes also for weights that are computed with in floats, for small files.
+        """
+        graph = _Graph(self.proto, self.weights)
         if name != "onnx-float32":
             replace, layers = FORMS[name]
-            graph = _Graph(proto, self.weights)
-            proto = graph.with_integers(replace)
-            lstms = name == "onnx-int8" and any(node.op_type == "LSTM" for node in proto.graph.node)
-            if not graph.replaced and not lstms:
+            lstms = name == "onnx-int8" and any(n.op_type == "LSTM" for n in self.proto.graph.node)
+            if not graph.rewrite(replace) and not lstms:
                 raise ValueError(f"{self.name} has no {layers}")
-            proto = _quantize_lstms(proto) if lstms else proto
-        return OnnxEngine(proto.SerializeToString(), self.template)
+            if lstms:
+                graph = _Graph(_quantize_lstms(graph.proto), self.weights)
+        if stored:
+            graph.store_codes()
+        return OnnxEngine(graph.proto.SerializeToString(), self.template)
 
 
 def export_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> ModelProto:
     """The float graph of a model in evaluation mode, quantized weights multiplied out.
 
     The first dimension of inputs is free, and the second one of sequences (integers (B, T), floats
-    (B, T, D)), where the graph then gives what the model gives at another size. Its outputs are the
-    tensors of the model's output in order. Raises ValueError if the model cannot be exported.
+    (B, T, D)), where the exporter can keep it so. Its outputs are the tensors of the model's output
+    in order. Raises ValueError if the model cannot be exported.
     """
-    model, name, reason = float_copy(model), type(model).__name__, ""
+    model, name, reasons = float_copy(model), type(model).__name__, []
     model.forward = _tensors_only(model.forward)
     example = tuple(torch.cat([x, x]) if x.ndim and len(x) == 1 else x for x in inputs)
-    for sequences in (True, False, None):
-        free = [_free(x, example[0], sequences) for x in example]
-        shapes = tuple(dict.fromkeys(dims, torch.export.Dim.AUTO) for dims in free)
+    attempts = (tuple(_free(x, example[0], s) for x in example) for s in (True, False, None))
+    for free in dict.fromkeys(attempts):
+        shapes = tuple(dict.fromkeys(dims, torch.export.Dim.DYNAMIC) for dims in free)
         settings = {"dynamo": True, "verbose": False, "dynamic_shapes": shapes}
-        arguments = example if any(free) else inputs
-        try:  # exporters raise anything, of any type, over hundreds of lines
+        try:
             with quiet(), torch.no_grad():
-                proto = _fold(_strip(torch.onnx.export(model, arguments, **settings).model_proto))
-                if not any(free):
-                    return proto
-                longer = [_longer(x, dims) for x, dims in zip(arguments, free)]
-                expected = model(*longer)
-                outputs = OnnxEngine(proto.SerializeToString(), expected)(*longer)
-            if relative_error(outputs, expected) < ROUNDING:  # else a loop over a size was unrolled
-                return proto
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise ValueError(f"{name} cannot be exported to ONNX: {reason}")
+                program = torch.onnx.export(model, example if any(free) else inputs, **settings)
+                return _tidy(program.model_proto)
+        except Exception as error:  # the exporter raises anything, of any type
+            reasons.append(reason_of(error))
+    raise ValueError(f"{name} cannot be exported to ONNX: {reasons[-1]}")
 
 
-def _tensors_only(forward):
+def _tensors_only(forward: Callable) -> Callable:
     @functools.wraps(forward)
     def wrapped(*args, **kwargs):
         return tuple(tensors_of(forward(*args, **kwargs)))
@@ -113,22 +107,21 @@ def _tensors_only(forward):
     return wrapped
 
 
-def _free(x: Tensor, first: Tensor, sequences: bool | None) -> list[int]:
-    """Dimensions that may change: that of the batch, and of sequences the second. None: none."""
+def _free(x: Tensor, first: Tensor, sequences: bool | None) -> tuple[int, ...]:
+    """Dimensions that may change: the batch's, and of sequences the second. None: no dimension."""
     if sequences is None or not x.ndim or not first.ndim:
-        return []
+        return ()
     sequence = x.ndim == 3 or (x.ndim == 2 and not x.is_floating_point())
-    return [0] * (len(x) == len(first)) + [1] * (sequences and sequence)
+    return (0,) * (len(x) == len(first)) + (1,) * (sequences and sequence)
 
 
-def _longer(x: Tensor, dims: list[int]) -> Tensor:
-    for dim in dims:
-        x = torch.cat([x, x.narrow(dim, 0, 1)], dim)
-    return x
+def _tidy(proto: ModelProto) -> ModelProto:
+    """Without the exporter's notes (stack traces, source lines), most of a small model's file, and
+    with constants computed: an LSTM's weights, whose gates exporters reorder, are weights again."""
+    if any(node.op_type in ("LSTM", "GRU") for node in proto.graph.node):
+        from onnxscript.optimizer import optimize
 
-
-def _strip(proto: ModelProto) -> ModelProto:
-    """Without the exporter's notes (stack traces, source lines), most of a small model's file."""
+        proto = optimize(proto, **SIZES)
     del proto.graph.value_info[:], proto.graph.metadata_props[:], proto.metadata_props[:]
     for node in nodes_of(proto.graph.node):
         del node.metadata_props[:]
@@ -136,28 +129,12 @@ def _strip(proto: ModelProto) -> ModelProto:
     return proto
 
 
-def nodes_of(nodes) -> Iterator[NodeProto]:
+def nodes_of(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
     """The nodes, and those inside their loops and branches."""
     for node in nodes:
         yield node
         for attribute in node.attribute:
             yield from nodes_of(attribute.g.node)
-
-
-def _fold(proto: ModelProto) -> ModelProto:
-    """With constants computed: an LSTM's weights, whose gates are reordered, are weights again."""
-    if not any(node.op_type in ("LSTM", "GRU") for node in proto.graph.node):
-        return proto
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.log_severity_level = 3
-    with tempfile.TemporaryDirectory() as folder:
-        options.optimized_model_filepath = str(Path(folder) / "folded.onnx")
-        provider = ["CPUExecutionProvider"]
-        onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=provider)
-        return onnx.load(options.optimized_model_filepath)
 
 
 def _quantize_lstms(proto: ModelProto) -> ModelProto:
@@ -171,41 +148,82 @@ def _quantize_lstms(proto: ModelProto) -> ModelProto:
 
 
 class _Graph:
-    """A copy of a graph, to be written anew; its weights are found among a model's integer ones."""
+    """A graph written anew from another one, whose weights are recognized by their values."""
 
     def __init__(self, proto: ModelProto, weights: list[IntegerWeight]):
-        self.proto, self.weights, self.replaced = ModelProto(), weights, 0
+        self.proto, self.weights, self.nodes = ModelProto(), weights, []
         self.proto.CopyFrom(proto)
-        self.old, self.nodes = list(self.proto.graph.node), []
         self.values = {t.name: numpy_helper.to_array(t) for t in self.proto.graph.initializer}
 
-    def find(self, value: np.ndarray) -> IntegerWeight | None:
-        """The integer form of a weight (rows, ...), or (sets, rows, ...) of experts."""
-        tensor = torch.from_numpy(np.array(value))
-        for weight in self.weights:
-            starts = len(tensor) in (len(weight.codes), weight.view.shape[0])
-            if starts and tensor.numel() == weight.codes.numel():
-                found = weight.as_found(tensor.reshape(weight.codes.shape))
-                if found is not None:
-                    return found
-        return None
-
-    def constant(self, name: str, value) -> str:
-        """Adds a constant and returns its name."""
-        value = np.array(value, order="C")
-        self.proto.graph.initializer.append(numpy_helper.from_array(value, name))
-        return name
+    def find(self, name: str) -> tuple[IntegerWeight | None, bool]:
+        """The integer form of a constant, and whether the graph holds it as (columns, rows)."""
+        value = self.values.get(name, np.zeros(0))
+        if value.dtype != np.float32 or value.ndim < 2:
+            return None, False
+        for turned in (False, True)[: 1 + (value.ndim == 2)]:
+            tensor = torch.from_numpy(np.array(value.T if turned else value))
+            rows = len(tensor), tensor.shape[:-1].numel()
+            for weight in self.weights:
+                if weight.codes.numel() == tensor.numel() and len(weight.codes) in rows:
+                    found = weight.as_found(tensor.reshape(weight.codes.shape))
+                    if found is not None:
+                        return found, turned
+        return None, False
 
     def add(self, operator: str, inputs: list, output: str, **attributes) -> str:
-        """Adds a node whose inputs are names or constant arrays; returns the name of its output."""
-        names = [x if isinstance(x, str) else self.constant(f"{output}.{operator}.{i}", x)
-                 for i, x in enumerate(inputs)]  # fmt: skip
-        self.nodes.append(helper.make_node(operator, names, [output], **attributes))
+        """Adds a node whose inputs are names or constants; returns its output, a name."""
+        names = [x if isinstance(x, str) else self._constant(x) for x in inputs]
+        self.nodes.append(make_node(operator, names, [output], **attributes))
         return output
 
-    def finished(self) -> ModelProto:
-        """The graph of the new nodes, and the constants that they read and do not compute."""
-        graph = self.proto.graph
+    def _constant(self, value) -> str:
+        """The name of a constant, which is in the graph once."""
+        value = np.array(value, order="C")
+        name = digest(value, str(value.dtype), value.shape)
+        if name not in self.values:
+            self.values[name] = value
+            self.proto.graph.initializer.append(numpy_helper.from_array(value, name))
+        return name
+
+    def rewrite(self, replace: Callable) -> int:
+        """Calls replace(self, node, weight, turned) for each node that multiplies by a quantized
+        weight; a node for which that gives False stays. Returns how many are replaced."""
+        replaced = 0
+        for node in self.proto.graph.node:
+            known = node.op_type in ("Gemm", "MatMul", "Conv")
+            weight, turned = self.find(node.input[1]) if known else (None, False)
+            flags = {a.name: get_attribute_value(a) for a in node.attribute}
+            plain = flags.get("alpha", 1) == flags.get("beta", 1) == 1 and not flags.get("transA")
+            fits = weight and plain and turned != (node.op_type == "Conv" or flags.get("transB", 0))
+            if fits and replace(self, node, weight, turned):
+                replaced += 1
+            else:
+                self.nodes.append(node)
+        self.finish()
+        return replaced
+
+    def store_codes(self) -> None:
+        """Puts codes in place of float weights with a scale a row: multiplied out when the graph is
+        loaded, they give the same outputs."""
+        old, self.nodes = list(self.proto.graph.node), []
+        for name in [tensor.name for tensor in self.proto.graph.initializer]:
+            shape, large = self.values[name].shape, self.values[name].size >= SMALLEST
+            weight, turned = self.find(name) if large else (None, False)
+            if weight is None or not weight.per_row:
+                continue
+            codes, scale = weight.codes.t(), weight.scale.t()
+            if not turned:
+                rows = shape[:1] if len(weight.codes) == shape[0] else shape[:-1]
+                scale = weight.scale.reshape(*rows, *[1] * (len(shape) - len(rows)))
+                codes = weight.codes.reshape(shape)
+            factor = self.add("Cast", [codes], f"{name}.codes", to=TensorProto.FLOAT)
+            self.add("Mul", [factor, scale], name)
+        self.nodes += old
+        self.finish()
+
+    def finish(self) -> None:
+        """Takes the new nodes, and of the constants those that they read and do not compute."""
+        graph, domains = self.proto.graph, {entry.domain for entry in self.proto.opset_import}
         used = {name for node in nodes_of(self.nodes) for name in node.input}
         used |= {output.name for output in graph.output}
         used -= {name for node in self.nodes for name in node.output}
@@ -213,39 +231,16 @@ class _Graph:
         del graph.node[:], graph.initializer[:]
         graph.node.extend(self.nodes)
         graph.initializer.extend(kept)
-        if CONTRIB not in {entry.domain for entry in self.proto.opset_import}:
-            self.proto.opset_import.append(helper.make_opsetid(CONTRIB, 1))
-        return self.proto
-
-    def with_integers(self, replace) -> ModelProto:
-        """The graph with replace(self, node, weight, transposed) for each node that multiplies by a
-        quantized weight; where that gives False, the node stays."""
-        for node in self.old:
-            weight, transposed = self._weight_of(node)
-            if weight is not None and replace(self, node, weight, transposed):
-                self.replaced += 1
-            else:
-                self.nodes.append(node)
-        return self.finished()
-
-    def _weight_of(self, node: NodeProto) -> tuple[IntegerWeight | None, bool]:
-        if node.op_type not in ("Gemm", "MatMul", "Conv") or node.input[1] not in self.values:
-            return None, False
-        value, convolution = self.values[node.input[1]], node.op_type == "Conv"
-        flags = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        if value.dtype != np.float32 or (not convolution and value.ndim != 2):
-            return None, False
-        if flags.get("transA") or flags.get("alpha", 1) != 1 or flags.get("beta", 1) != 1:
-            return None, False
-        transposed = not convolution and not flags.get("transB")
-        return self.find(value.T if transposed else value), transposed
+        new = {node.domain for node in self.nodes} - domains
+        self.proto.opset_import.extend(make_opsetid(domain, 1) for domain in new)
 
 
 def _bias(node: NodeProto) -> str:
     return node.input[2] if len(node.input) > 2 else ""
 
 
-def _dynamic(graph: _Graph, node: NodeProto, weight: IntegerWeight, transposed: bool) -> bool:
+def _dynamic(graph: _Graph, node: NodeProto, weight: IntegerWeight, turned: bool) -> bool:
+    """Inputs to uint8 in the range of each batch."""
     if node.op_type == "Conv" or not weight.per_row:
         return False
     inputs = [node.input[0], weight.codes.t(), weight.scale[:, 0], "", _bias(node)]
@@ -253,7 +248,8 @@ def _dynamic(graph: _Graph, node: NodeProto, weight: IntegerWeight, transposed: 
     return True
 
 
-def _blocks(graph: _Graph, node: NodeProto, weight: IntegerWeight, transposed: bool) -> bool:
+def _blocks(graph: _Graph, node: NodeProto, weight: IntegerWeight, turned: bool) -> bool:
+    """4- or 8-bit weights, inputs to int8 in blocks of a row."""
     rows, columns = weight.codes.shape
     size = weight.block if not weight.per_row else BLOCKS[0]
     if node.op_type == "Conv" or size not in BLOCKS:
@@ -264,29 +260,29 @@ def _blocks(graph: _Graph, node: NodeProto, weight: IntegerWeight, transposed: b
     if bits == 4:
         packed = packed[..., 0::2] | (packed[..., 1::2] << 4)
     scale = weight.scale.expand(rows, count).reshape(-1)
-    shape = {"K": columns, "N": rows, "bits": bits, "block_size": size, "accuracy_level": 4}
     inputs = [node.input[0], packed, scale, "", "", _bias(node)]
+    shape = {"K": columns, "N": rows, "bits": bits, "block_size": size, "accuracy_level": 4}
     graph.add("MatMulNBits", inputs, node.output[0], domain=CONTRIB, **shape)
     return True
 
 
-def _static(graph: _Graph, node: NodeProto, weight: IntegerWeight, transposed: bool) -> bool:
+def _static(graph: _Graph, node: NodeProto, weight: IntegerWeight, turned: bool) -> bool:
+    """Inputs in calibrated ranges: QuantizeLinear, DequantizeLinear pairs, fused when loaded."""
     if weight.input_grid is None or not weight.per_row:
         return False
-    (scale, zero), out, scales = weight.input_grid, node.output[0], weight.scale[:, 0].numpy()
+    (scale, zero), out, scales = weight.input_grid, node.output[0], weight.scale[:, 0]
     shape, grid = graph.values[node.input[1]].shape, [np.float32(scale), np.uint8(zero)]
-    codes = weight.codes.t() if transposed else weight.codes.reshape(shape)
+    codes = weight.codes.t() if turned else weight.codes.reshape(shape)
     integers = graph.add("QuantizeLinear", [node.input[0], *grid], f"{out}.x.codes")
+    x = graph.add("DequantizeLinear", [integers, *grid], f"{out}.x")
+    w = graph.add("DequantizeLinear", [codes, scales], f"{out}.weight", axis=int(turned))
     copied = NodeProto()
     copied.CopyFrom(node)
-    copied.input[0] = graph.add("DequantizeLinear", [integers, *grid], f"{out}.x")
-    zeros, axis = np.zeros(len(scales), np.int8), int(transposed)
-    parts = [codes, scales, zeros]
-    copied.input[1] = graph.add("DequantizeLinear", parts, f"{out}.weight", axis=axis)
+    copied.input[:2] = [x, w]
     if _bias(node):  # in units of the integer products, to which the fused kernels add it
-        units = scales * np.float32(scale)
-        rounded = np.clip(np.round(graph.values[_bias(node)] / units), -(2**31), 2**31 - 1)
-        parts = [rounded.astype(np.int32), units, zeros.astype(np.int32)]
+        units = scales.numpy() * np.float32(scale)
+        rounded = np.clip(np.round(graph.values[_bias(node)] / units), -(2**30), 2**30)
+        parts = [rounded.astype(np.int32), units]
         copied.input[2] = graph.add("DequantizeLinear", parts, f"{out}.bias", axis=0)
     graph.nodes.append(copied)
     return True
@@ -299,81 +295,28 @@ FORMS = {
 }
 
 
-def store_codes(proto: ModelProto, model: nn.Module) -> ModelProto:
-    """The graph with codes in place of float weights that are quantized in `model`, a scale a row.
-
-    Embeddings are looked up in codes, other weights are multiplied out when the graph is loaded;
-    the outputs stay the same.
-    """
-    graph = _Graph(proto, [weight for weight in integer_weights(model) if weight.per_row])
-    tables = {}
-    for name, value in graph.values.items():
-        if value.dtype != np.float32 or value.ndim < 2 or value.size < SMALLEST:
-            continue
-        weight, turned = graph.find(value), False
-        if weight is None and value.ndim == 2:
-            weight, turned = graph.find(value.T), True
-        if weight is None:
-            continue
-        codes, scale = weight.codes.reshape(value.T.shape if turned else value.shape), weight.scale
-        rows = codes.shape[:1] if len(codes) == len(scale) else codes.shape[:-1]
-        parts = codes, scale.reshape(*rows, *[1] * (codes.ndim - len(rows)))
-        parts = [part.t() if turned else part for part in parts]
-        users = [node for node in nodes_of(graph.old) if name in node.input]
-        inside = len(users) - sum(name in node.input for node in graph.old)
-        if not inside and all(_looks_up(node, name) for node in users):
-            pairs = zip(("codes", "scale"), parts)
-            tables[name] = [graph.constant(f"{name}.{part}", value) for part, value in pairs]
-        else:
-            _product(graph, *parts, name)
-    for node in graph.old:
-        if node.op_type == "Gather" and node.input[0] in tables:
-            index, out = node.input[1], node.output[0]
-            parts = [graph.add("Gather", [t, index], f"{out}.{t}") for t in tables[node.input[0]]]
-            _product(graph, *parts, out)
-        else:
-            graph.nodes.append(node)
-    return graph.finished()
-
-
-def _looks_up(node: NodeProto, name: str) -> bool:
-    axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-    return node.op_type == "Gather" and node.input[0] == name and axis == 0
-
-
-def _product(graph: _Graph, codes, scale, out: str) -> None:
-    factor = graph.add("Cast", [codes], f"{out}.float", to=TensorProto.FLOAT)
-    graph.add("Mul", [factor, scale], out)
-
-
-def export_onnx(model: nn.Module, path, inputs, engine: str = "onnx-float32") -> dict:
+def export_onnx(
+    model: nn.Module, path: str | os.PathLike, inputs, engine: str = "onnx-float32"
+) -> dict:
     """Writes a module's graph in the form of an ONNX engine, and runs it against torch.
 
-    Any runtime with INT8 kernels understands onnx-static; onnx-int8 and onnx-blocks are ONNX
-    Runtime's own operators. Quantized weights that are computed with in floats (embeddings,
-    experts) are stored as codes all the same. The outputs are compared with those of the module as
-    it is (fake-quantized), the time with that of the float one.
-
-    Returns: `bytes`, `engine`, `max_difference`, `relative_error`, medians `torch_ms`, `onnx_ms`.
-    Raises ValueError if the model cannot be exported.
+    onnx-static is QDQ pairs, which any runtime with INT8 kernels understands; onnx-int8 and
+    onnx-blocks are ONNX Runtime's own operators. Quantized weights that are computed with in floats
+    (embeddings, experts) are stored as codes all the same. The outputs are compared with those of
+    the module as it is (fake-quantized), the time with that of the float one.
+    Returns `bytes`, `engine`, `max_difference`, `relative_error`, `torch_ms` and `onnx_ms`
+    (medians). Raises ValueError if the model cannot be exported.
     """
-    call, name = cast(call_with(inputs), torch.float32), type(model).__name__
-    made, floats = build_engine(model, engine, call), float_copy(model)
-    if engine != "onnx-float32":
-        proto = store_codes(onnx.load_from_string(made.graph.numpy().tobytes()), model)
-        made = OnnxEngine(proto.SerializeToString(), made.template)
-    size = made.save(path)
-    loaded = OnnxEngine.load(path)
+    call, floats = cast(call_with(inputs), torch.float32), float_copy(model)
+    made = Exported(model, call).engine(engine, stored=engine != "onnx-float32")
+    size, loaded = made.save(path), OnnxEngine.load(path)
     with torch.inference_mode():
         expected, outputs = call(model), call(loaded)
         times = measure({"torch": lambda: call(floats), "onnx": lambda: call(loaded)}, 0.3)
-    y, r = flat(outputs), flat(expected)
-    if y.shape != r.shape:
-        raise ValueError(f"{path} gives {len(y)} values, the {name} {len(r)}: do not use it")
     return {
         "bytes": size,
         "engine": engine,
-        "max_difference": (y - r).abs().max().item(),
+        "max_difference": (flat(outputs) - flat(expected)).abs().max().item(),
         "relative_error": relative_error(outputs, expected),
         **{f"{key}_ms": 1e3 * time.median for key, time in times.items()},
     }

@@ -1,7 +1,7 @@
 """INT8 layers on torch's own integer kernels: oneDNN where torch has it, else `torch._int_mm`.
 
-Weights are int8 with a scale a row; inputs are rounded to uint8, in a calibrated range or in that
-of the batch. The product is exact int32: y = s_x s_w (q_x - z_x) q_w + b (Jacob et al. 2018,
+Weights are int8 with a scale a row; inputs are rounded to uint8, in a calibrated range or in the
+batch's. The product is exact int32: y = s_x s_w (q_x - z_x) q_w + b (Jacob et al. 2018,
 arXiv:1712.05877, eq. 4).
 """
 
@@ -18,11 +18,11 @@ from kit.engines.layers import IntegerWeight, float_copy, integer_weight
 SATURATES = platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_vnni_supported()
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
 ONEDNN = HAS_ONEDNN and not SATURATES
-FLOAT_OUTPUT = (1.0, 0, torch.float32, "none", [], "")  # scale, zero point, dtype; no epilogue
+FLOAT_OUTPUT = (1.0, 0, torch.float32, "none", [], "")  # scale, zero point; no operation follows
 
 
 def quantize_batch(x: Tensor, grid: tuple[float, int] | None) -> tuple[Tensor, float, int]:
-    """x as uint8 codes of its shape, scale and zero point: `grid`, or those of its range and 0."""
+    """x as uint8 codes, with scale and zero point: those of `grid`, or of x's own range and 0."""
     if grid is None:
         low, high = (bound.item() for bound in torch.aminmax(x)) if x.numel() else (0.0, 0.0)
         low, high = min(low, 0.0), max(high, 0.0)
@@ -39,9 +39,11 @@ class _Integer(nn.Module):
         super().__init__()
         self.register_buffer("codes", weight.view.tensor(weight.codes))
         self.register_buffer("scale", weight.scale[:, 0].contiguous())
-        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
-        self.input_grid = weight.input_grid
-        self.zeros = torch.zeros(len(self.codes), dtype=torch.int64)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.input_grid, self.zeros = (
+            weight.input_grid,
+            torch.zeros(len(self.codes), dtype=torch.int64),
+        )
         self.packed = None  # the codes in oneDNN's order, made at the first call
 
     def __getstate__(self):
@@ -49,16 +51,16 @@ class _Integer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.codes.float() * self.scale.reshape(-1, *[1] * (self.codes.ndim - 1))
+        return self.codes * self.scale.reshape(-1, *[1] * (self.codes.ndim - 1))
 
 
 class Int8Linear(_Integer):
     """F.linear with an int8 weight: inputs (..., K) float32 -> (..., N) float32."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, scale, zero = quantize_batch(x.reshape(-1, x.shape[-1]), self.input_grid)
+    def forward(self, input: Tensor) -> Tensor:
+        q, scale, zero = quantize_batch(input.reshape(-1, input.shape[-1]), self.input_grid)
         y = self._onednn(q, scale, zero) if ONEDNN else self._int_mm(q, scale, zero)
-        return y.reshape(*x.shape[:-1], len(self.codes))
+        return y.reshape(*input.shape[:-1], len(self.codes))
 
     def _onednn(self, q: Tensor, scale: float, zero: int) -> Tensor:
         if self.packed is None:
@@ -74,14 +76,14 @@ class Int8Linear(_Integer):
 
 
 class Int8Conv2d(_Integer):
-    """F.conv2d with an int8 weight: float32 (B, C, H, W) -> (B, C', H', W'); needs oneDNN."""
+    """F.conv2d with an int8 weight: (B, C, H, W) -> (B, C', H', W'), float32; needs oneDNN."""
 
     def __init__(self, layer: nn.Conv2d, weight: IntegerWeight):
         super().__init__(weight, layer.bias)
         self.geometry = [*map(list, (layer.stride, layer.padding, layer.dilation)), layer.groups]
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, scale, zero = quantize_batch(x, self.input_grid)
+    def forward(self, input: Tensor) -> Tensor:
+        q, scale, zero = quantize_batch(input, self.input_grid)
         if self.packed is None:
             prepack = torch.ops.onednn.qconv_prepack
             self.packed = prepack(self.codes, self.scale, 1.0, 0, *self.geometry, None)
@@ -89,37 +91,37 @@ class Int8Conv2d(_Integer):
         return torch.ops.onednn.qconv_pointwise(*inputs, *self.geometry, *FLOAT_OUTPUT)
 
 
+@torch.no_grad()
 def int8_layer(layer: nn.Module, floats: nn.Module | None = None) -> nn.Module | None:
-    """The integer layer for a plain nn.Linear or nn.Conv2d with codes; None for anything else.
+    """The integer layer in place of a plain nn.Linear or nn.Conv2d with codes; None for others.
 
-    floats: its float copy, into which a batch norm may be folded.
+    floats: the layer in floats, with a batch norm folded into it or not.
     """
     weight = integer_weight(weight_of(layer)) if isinstance(layer, (nn.Linear, nn.Conv2d)) else None
     if weight is None or not weight.per_row:
         return None
-    layer = floats or float_copy(layer)  # without the kit's own hooks, which round its inputs
-    weight = weight.as_found(weight.view.matrix(layer.weight))
-    if weight and is_plain(layer, nn.Linear):
-        return Int8Linear(weight, layer.bias)
-    fits = weight and ONEDNN and is_plain(layer, nn.Conv2d) and layer.padding_mode == "zeros"
-    return Int8Conv2d(layer, weight) if fits and not isinstance(layer.padding, str) else None
+    floats = float_copy(layer) if floats is None else floats  # without the hooks that round inputs
+    weight = weight.as_found(weight.view.matrix(floats.weight))
+    if weight is not None and is_plain(floats, nn.Linear):
+        return Int8Linear(weight, floats.bias)
+    plain = weight is not None and is_plain(floats, nn.Conv2d) and floats.padding_mode == "zeros"
+    fits = plain and ONEDNN and not isinstance(floats.padding, str)
+    return Int8Conv2d(floats, weight) if fits else None
 
 
-@torch.no_grad()
 def int8_model(model: nn.Module) -> nn.Module:
     """A copy of a quantized model with integer layers where there are kernels, float32 elsewhere.
 
     Raises ValueError if no layer can be replaced.
     """
     copy, made = fold_batch_norms(float_copy(model)), {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            made[layer] = int8_layer(layer, copy.get_submodule(name))
-    if not any(made.values()):
+    for name, floats in list(copy.named_modules(remove_duplicate=False)):
+        if floats not in made:
+            made[floats] = int8_layer(model.get_submodule(name), floats)
+        if made[floats] is not None and not name:
+            return made[floats].eval()
+        if made[floats] is not None:
+            copy.set_submodule(name, made[floats])
+    if not any(layer is not None for layer in made.values()):
         raise ValueError(f"{type(model).__name__} has no Linear or Conv2d with INT8 codes a row")
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if made.get(layer) and not name:
-            return made[layer].eval()
-        if made.get(layer):
-            copy.set_submodule(name, made[layer])
     return copy.eval()

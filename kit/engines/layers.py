@@ -1,4 +1,4 @@
-"""What an integer engine needs of each quantized layer: codes, scales and its input range."""
+"""What integer engines need of a quantized model: codes, scales and input ranges of layers."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -35,27 +35,24 @@ class IntegerWeight:
         """Columns that share a scale."""
         return self.codes.shape[1] if self.per_row else self.format.group_size
 
-    def values(self) -> Tensor:
-        """The weight in float32, (rows, columns)."""
-        return self.codes * self.scale.repeat_interleave(self.block, 1)[:, : self.codes.shape[1]]
-
     def scaled(self, factor: Tensor) -> "IntegerWeight":
         """The weight with each row times factor (rows,), which changes scales and signs only."""
         sign = factor.sign().where(factor != 0, 1).to(torch.int8)[:, None]
         return replace(self, codes=self.codes * sign, scale=self.scale * factor.abs()[:, None])
 
     def as_found(self, matrix: Tensor) -> "IntegerWeight | None":
-        """This weight if its values are those of matrix (rows, columns), up to a factor a row, as
-        folded batch norms leave it; else None."""
-        values = self.values()
+        """This weight if its values are those of matrix (rows, columns), up to a factor a row (as
+        folded batch norms leave it); else None."""
+        scale = self.scale.repeat_interleave(self.block, 1)[:, : self.codes.shape[1]]
+        values = self.codes * scale
         if torch.equal(values, matrix):
             return self
         if not self.per_row:
             return None
         factor = (matrix * values).sum(1) / values.square().sum(1).clamp_min(1e-30)
         tolerance = 1e-6 * matrix.abs().max().item()
-        near = torch.allclose(factor[:, None] * values, matrix, 1e-5, tolerance)
-        return self.scaled(factor) if near else None
+        same = torch.allclose(factor[:, None] * values, matrix, 1e-5, tolerance)
+        return self.scaled(factor) if same else None
 
 
 @torch.no_grad()
@@ -68,14 +65,12 @@ def integer_weight(weight: Weight) -> IntegerWeight | None:
     codes, scale, _ = quantizer.codes(weight.before(quantizer.rank))
     grouped = quantizer.format.granularity == "group"
     scale = scale.reshape(len(codes), -1) if grouped else quantizer.spread(scale)[:, :1]
-    return IntegerWeight(codes, scale, quantizer.format, quantizer.view, _input_grid(weight.module))
+    grid = _input_grid(weight.module)
+    return IntegerWeight(codes, scale, quantizer.format, quantizer.view, grid)
 
 
 def integer_weights(model: nn.Module) -> list[IntegerWeight]:
-    """The integer form of every weight that has one.
-
-    An exported graph is searched for their values: exporters rename, transpose and scale weights.
-    """
+    """The integer form of every weight that has one."""
     found = (integer_weight(weight) for weight in weights(model))
     return [weight for weight in found if weight is not None]
 
@@ -93,9 +88,9 @@ def float_copy(model: nn.Module) -> nn.Module:
     return _drop_input_quantizers(materialize(model)).float().eval()
 
 
-def quantize_input(module: nn.Module, arguments: tuple) -> tuple:
+def quantize_input(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of layers whose inputs are quantized with a calibrated range."""
-    return (getattr(module, INPUT_QUANTIZER)(arguments[0]), *arguments[1:])
+    return tree_map(getattr(module, INPUT_QUANTIZER), (args, kwargs))
 
 
 def calibrate_inputs(model: nn.Module, batches: Iterable) -> nn.Module:
@@ -123,10 +118,11 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def hook_input_quantizers(model: nn.Module) -> nn.Module:
-    """Makes input quantizers take part in the forward pass, also from a file; returns the model."""
+    """Lets input quantizers take part in the forward pass, as those from a file do not yet."""
     for module in model.modules():
-        if hasattr(module, INPUT_QUANTIZER) and not _own_hooks(module):
-            module.register_forward_pre_hook(quantize_input)
+        hooked = quantize_input in module._forward_pre_hooks.values()
+        if hasattr(module, INPUT_QUANTIZER) and not hooked:
+            module.register_forward_pre_hook(quantize_input, with_kwargs=True)
     return model
 
 
@@ -134,10 +130,7 @@ def _drop_input_quantizers(model: nn.Module, unless=lambda module: None) -> nn.M
     for module in model.modules():
         if hasattr(module, INPUT_QUANTIZER) and unless(module) is None:
             delattr(module, INPUT_QUANTIZER)
-            for key in _own_hooks(module):
-                del module._forward_pre_hooks[key]
+            hooks = module._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if hook is quantize_input]:
+                del hooks[key]
     return model
-
-
-def _own_hooks(module: nn.Module) -> list[int]:
-    return [key for key, hook in module._forward_pre_hooks.items() if hook is quantize_input]

@@ -1,16 +1,17 @@
 """ONNX Runtime as an nn.Module."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import is_dataclass
 
 import numpy as np
+import onnxruntime
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from torch import Tensor, nn
 
-from kit.core.protocols import Call, tree_map
+from kit.core.protocols import tree_map
 
-TYPES = {name: getattr(torch, name) for name in "float double int64 int32 uint8 bool".split()}
+TENSOR = {"tensor": 0}  # stands for a tensor in the outputs that a file describes
 
 
 class OnnxEngine(nn.Module):
@@ -21,7 +22,7 @@ class OnnxEngine(nn.Module):
 
     Args:
         graph: bytes of an ONNX model.
-        template: an output as the model gives it, whose tensors are the graph's in order.
+        template: an output as the model gives it, whose tensors stand for the graph's in order.
     """
 
     graph: Tensor
@@ -30,57 +31,39 @@ class OnnxEngine(nn.Module):
         super().__init__()
         self.register_buffer("graph", torch.from_numpy(np.frombuffer(graph, np.uint8).copy()))
         self.template = tree_map(lambda y: y.new_empty(0), template)
-        self._session = self._inputs = None
+        self.session: onnxruntime.InferenceSession | None = None
 
     def __getstate__(self):
-        return {**self.__dict__, "_session": None, "_inputs": None}
+        return {**self.__dict__, "session": None}
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        self.graph = state_dict[prefix + "graph"].new_empty(state_dict[prefix + "graph"].shape)
-        self._session = None
+        self.graph, self.session = torch.empty_like(state_dict[prefix + "graph"]), None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    @property
-    def session(self):
-        """The onnxruntime.InferenceSession."""
-        if self._session is None:
-            self._open()
-        return self._session
-
-    def _open(self, plain: bool = False) -> None:
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
+    def _open(self, **settings) -> None:
+        options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         # Threads that spin would starve torch's; sums are to be exact where x86 lacks VNNI.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.x64quantprecision", "1")
         options.log_severity_level = 4
-        if plain:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        graph, provider = self.graph.cpu().numpy().tobytes(), "CPUExecutionProvider"
-        self._session = ort.InferenceSession(graph, options, providers=[provider])
-        self._inputs = self._session.get_inputs()
-
-    def takes(self, call: Call) -> bool:
-        """Whether a call is tensors by position, of the types and sizes that the graph is for."""
-        self.session  # noqa: B018 opens it
-        return (
-            not call.kwargs
-            and len(call.args) == len(self._inputs)
-            and all(map(_fits, call.args, self._inputs))
-        )
+        for name, value in settings.items():
+            setattr(options, name, value)
+        graph, providers = self.graph.cpu().numpy().tobytes(), ["CPUExecutionProvider"]
+        self.session = onnxruntime.InferenceSession(graph, options, providers=providers)
+        self.names = [entry.name for entry in self.session.get_inputs()]
 
     def forward(self, *inputs: Tensor):
-        from onnxruntime.capi.onnxruntime_pybind11_state import Fail
-
-        session, arrays = self.session, (x.detach().numpy(force=True) for x in inputs)
-        feed = dict(zip((entry.name for entry in self._inputs), arrays, strict=True))
+        if self.session is None:
+            self._open()
+        arrays = (x.detach().numpy(force=True) for x in inputs)
+        feed = dict(zip(self.names, arrays, strict=True))
         try:
-            outputs = session.run(None, feed)
+            outputs = self.session.run(None, feed)
         except Fail:  # its rewriting for exact sums breaks some graphs with scales a row (1.31)
-            self._open(plain=True)
-            outputs = self._session.run(None, feed)
+            disabled = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            self._open(graph_optimization_level=disabled)
+            outputs = self.session.run(None, feed)
         found = map(torch.from_numpy, outputs)
         return tree_map(lambda _: next(found), self.template)
 
@@ -89,45 +72,27 @@ class OnnxEngine(nn.Module):
         import onnx
 
         graph = onnx.load_from_string(self.graph.cpu().numpy().tobytes())
-        onnx.helper.set_model_props(graph, {"outputs": json.dumps(_skeleton(self.template))})
+        template = json.dumps(self.template, default=_plain)
+        onnx.helper.set_model_props(graph, {"outputs": template})
         data = graph.SerializeToString()
         with open(path, "wb") as file:
             return file.write(data)
 
     @classmethod
     def load(cls, path) -> "OnnxEngine":
-        """The engine in a file written by `save`, its outputs nested in tuples and dicts; of any
-        other .onnx file the first output."""
+        """The engine in a file written by `save`, whose outputs nest in lists and dicts, or the
+        first output of any other .onnx file."""
         import onnx
 
         graph = onnx.load(path)
         properties = {entry.key: entry.value for entry in graph.metadata_props}
-        return cls(graph.SerializeToString(), _template(json.loads(properties.get("outputs", "0"))))
+        text = properties.get("outputs", json.dumps(TENSOR))
+        template = json.loads(text, object_hook=lambda d: torch.empty(0) if d == TENSOR else d)
+        return cls(graph.SerializeToString(), template)
 
 
-def _fits(x, entry) -> bool:
-    """Whether x is a tensor of the type and the fixed sizes of an input of a graph."""
-    dtype = TYPES.get(entry.type.removeprefix("tensor(").removesuffix(")"))
-    if not isinstance(x, Tensor) or x.dtype != dtype or x.ndim != len(entry.shape):
-        return False
-    sizes = zip(entry.shape, x.shape)
-    return all(not isinstance(size, int) or size == length for size, length in sizes)
-
-
-def _skeleton(value):
-    """A nest of tensors in JSON: 0 for a tensor, a mapping for a dataclass, null for all else."""
+def _plain(value):
+    """A tensor or a dataclass in JSON's own types; null for all else."""
     if isinstance(value, Tensor):
-        return 0
-    if isinstance(value, Mapping):
-        return {key: _skeleton(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_skeleton(item) for item in value]
-    return _skeleton(vars(value)) if is_dataclass(value) else None
-
-
-def _template(skeleton):
-    if isinstance(skeleton, dict):
-        return {key: _template(item) for key, item in skeleton.items()}
-    if isinstance(skeleton, list):
-        return tuple(_template(item) for item in skeleton)
-    return None if skeleton is None else torch.empty(0)
+        return TENSOR
+    return vars(value) if is_dataclass(value) else None
