@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kit.models import bk_core, bk_kernels, bk_scan
-from kit.models.bk_core import gated_parts, left_resolvent, resolvent_diagonal, staggered_reflection
+from kit.models.bk_core import gated_parts, left_resolvent, staggered_reflection
 
 
 def reference(x, p, eta):
@@ -23,10 +23,7 @@ EVERY = {
         bk_scan.resolve, bk_scan.resolve_backward, *inputs
     ),
     "left, reference": reference,
-    "diagonal": resolvent_diagonal,
-    "diagonal, reference": lambda *inputs: resolvent_diagonal(*inputs, left=reference),
 }
-LEFT = [name for name in EVERY if name.startswith("left")]
 
 
 def draw(batch=2, steps=20, channels=3, eta=None, dtype=torch.float64, seed=0):
@@ -60,7 +57,7 @@ def relative_error(actual, expected):
     return ((actual - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
-@pytest.mark.parametrize("name", LEFT)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("steps", [1, 2, 16, 37])
 def test_left_resolvent_is_the_last_entry_of_each_cut_off_inverse(name, steps):
     x, p, eta = draw(steps=steps)
@@ -69,15 +66,7 @@ def test_left_resolvent_is_the_last_entry_of_each_cut_off_inverse(name, steps):
     np.testing.assert_allclose(EVERY[name](x, p, eta), np.stack(last, 1), rtol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["diagonal", "diagonal, reference"])
-@pytest.mark.parametrize("steps", [1, 2, 37])
-def test_diagonal_is_that_of_the_dense_inverse(name, steps):
-    x, p, eta = draw(steps=steps)
-    truth = np.linalg.inv(dense(x, p, eta)).diagonal(axis1=-2, axis2=-1).transpose(0, 2, 1)
-    np.testing.assert_allclose(EVERY[name](x, p, eta), truth, rtol=1e-11)
-
-
-@pytest.mark.parametrize("name", ["left", "left, scan", "diagonal"])
+@pytest.mark.parametrize("name", ["left", "left, scan"])
 @pytest.mark.parametrize("steps", [1, 19])
 def test_gradients_agree_with_finite_differences(name, steps):
     inputs = [part.clone().requires_grad_() for part in draw(steps=steps)]
@@ -117,7 +106,7 @@ def test_float32_stays_close_at_the_smallest_eta(name, steps):
 @given(
     st.integers(0, 10**6),
     st.sampled_from([1e-3, 0.1, 10.0]),
-    st.sampled_from(["left", "left, scan", "diagonal"]),
+    st.sampled_from(["left", "left, scan"]),
 )
 def test_resolvents_stay_in_the_upper_half_plane_under_one_over_eta(seed, eta, name):
     x, p, eta = draw(1, 40, 4, eta, torch.float32, seed)
@@ -125,7 +114,7 @@ def test_resolvents_stay_in_the_upper_half_plane_under_one_over_eta(seed, eta, n
     assert (g.imag > 0).all() and (g.abs() <= (1 + 1e-3) / eta).all()
 
 
-@pytest.mark.parametrize("name", LEFT)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("moved", [0, 1])
 def test_left_resolvent_is_causal_to_the_last_bit(name, moved):
     inputs = draw(dtype=torch.float32)
@@ -134,13 +123,6 @@ def test_left_resolvent_is_causal_to_the_last_bit(name, moved):
     after = EVERY[name](*inputs)
     assert torch.equal(before[:, :11], after[:, :11])
     assert (before[:, 11:14] != after[:, 11:14]).all()
-
-
-def test_the_diagonal_looks_at_the_future():
-    x, p, eta = draw(eta=0.5)
-    before = resolvent_diagonal(x, p, eta)
-    x[:, 11] += 1
-    assert (before[:, 8:11] != resolvent_diagonal(x, p, eta)[:, 8:11]).all()
 
 
 @pytest.mark.parametrize("name", ["left", "left, scan"])
@@ -153,7 +135,7 @@ def test_the_first_hopping_is_ignored_and_has_no_gradient(name):
     assert (p.grad[:, 0] == 0).all() and (p.grad[:, 1:] != 0).all()
 
 
-@pytest.mark.parametrize("name", ["left", "left, scan", "diagonal"])
+@pytest.mark.parametrize("name", ["left", "left, scan"])
 def test_strided_inputs_and_gradients_are_accepted(name):
     x, p, eta = (part.requires_grad_() for part in draw())
     inputs = [
@@ -228,10 +210,9 @@ def test_forked_processes_compute(monkeypatch):
         (lambda x, p, eta: (x, p, eta * float("nan")), "smallest value is nan"),
     ],
 )
-@pytest.mark.parametrize("function", [left_resolvent, resolvent_diagonal])
-def test_bad_input_is_named(function, change, sentence):
+def test_bad_input_is_named(change, sentence):
     with pytest.raises(ValueError, match=sentence):
-        function(*change(*draw()))
+        left_resolvent(*change(*draw()))
 
 
 class _Pair(torch.nn.Module):

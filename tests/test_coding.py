@@ -1,5 +1,5 @@
 """The range coder: exact round trips of random and adversarial streams, and sizes close to the
-entropy of its model."""
+entropy of what is coded."""
 
 import numpy as np
 import pytest
@@ -62,15 +62,6 @@ def test_carries_run_through_long_chains_of_bytes(byte):
     carries pending."""
     codes = coding.decode(bytes([byte]) * 400, (30, 30))
     assert np.array_equal(coding.decode(coding.encode(codes), codes.shape), codes)
-
-
-@pytest.mark.parametrize("spread", [0.05, 0.3, 1.0, 4.0, 40.0])
-def test_size_is_within_a_percent_of_the_models_entropy(spread):
-    codes = np.round(np.random.default_rng(0).laplace(scale=spread, size=(800, 200))).astype(
-        np.int64
-    )
-    data, bits = coding.encode_with_entropy(codes)
-    assert bits / 8 <= len(data) * 1.0001 + 1 and len(data) <= 1.01 * bits / 8 + 8
 
 
 @pytest.mark.parametrize("shape, most", [((1500, 200), 1.04), ((48, 32), 1.06)])

@@ -1,3 +1,4 @@
+import copy
 import gc
 import math
 import weakref
@@ -11,7 +12,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from kit.core.measurement import added_memory
 from kit.distillation import (
     DistillationTrainer,
     LinearSchedule,
@@ -41,6 +41,7 @@ from kit.pruning.mask import set_mask
 from kit.quantization import Format, quantize_weights
 from kit.training import TrainConfig, losses
 from kit.training.losses import VocabularySample
+from notebooks.reference.benchmarks import added_memory
 
 VOCABULARY = 50
 
@@ -611,10 +612,64 @@ def test_bad_teachers(teacher, student, loader):
     few = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).eval()
     with pytest.raises(ValueError, match="10 classes, the teacher 4"):
         DistillationTrainer(few, mlp := DigitsMLP())(mlp, (images, torch.arange(3)))
-    with pytest.raises(ValueError, match="every target is -100"):
-        DistillationTrainer(teacher.eval(), student)(
-            student, [torch.zeros(1, 4).long(), torch.full((1, 4), -100)]
-        )
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_a_batch_without_targets_that_count_teaches_nothing(teacher, student, alpha):
+    none = torch.full((1, 4), -100)
+    trainer = DistillationTrainer(teacher, student, alpha=alpha, feature_weight=0)
+    loss = trainer(student, [torch.zeros(1, 4).long(), none])
+    loss.backward()  # the experts' balance is left
+    assert loss.isfinite() and trainer.parts["soft"] == trainer.parts["hard"] == 0
+    mlp, images = DigitsMLP(), torch.rand(3, 1, 8, 8)
+    loss = DistillationTrainer(DigitsMLP().eval(), mlp, alpha=alpha)(mlp, (images, none[0, :3]))
+    loss.backward()
+    assert loss == 0 and not any(p.grad.any() for p in mlp.parameters())
+
+
+def masked(logits, at=3):
+    return logits.masked_fill(torch.arange(logits.shape[-1]) == at, -torch.inf)
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "skewed"])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_class_at_minus_infinity(kind, both):
+    student, teacher = torch.randn(5, 7, requires_grad=True), masked(torch.randn(5, 7))
+    loss = soft_loss(masked(student) if both else student, teacher, 2.0, kind)
+    if kind == "reverse" and not both:  # the student finds possible what the teacher excludes
+        assert (loss == torch.inf).all()
+        return
+    loss.sum().backward()
+    rest = [i for i in range(7) if i != 3]
+    alone, others = student.detach().double().requires_grad_(), teacher[:, rest].double()
+    if both:
+        expected = soft_loss(alone[:, rest], others, 2.0, kind)
+    else:  # by definition: the teacher's sum runs over what it allows
+        q, p = (alone / 2).softmax(-1)[:, rest], (others / 2).softmax(-1)
+        mixed = 0.1 * p + 0.9 * q if kind == "skewed" else q
+        expected = 4 * (p * (p / mixed).log()).sum(-1)
+    expected.sum().backward()
+    torch.testing.assert_close(loss.detach().double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(student.grad.double(), alone.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_labels_of_every_kind_are_distilled():
+    torch.manual_seed(0)
+    teacher, student = nn.Linear(8, 7).eval(), nn.Linear(8, 7)
+    x, labels = torch.randn(6, 8), torch.randint(0, 7, (6,))
+    trainer = DistillationTrainer(teacher, student, 2.0, 0.5, 0.0)
+    expected = trainer(student, (x, labels))
+    for same in (labels.int(), labels.byte(), F.one_hot(labels, 7).float()):
+        torch.testing.assert_close(trainer(student, (x, same)), expected)
+    soft = torch.rand(6, 7).softmax(-1)
+    hard = DistillationTrainer(teacher, student, 2.0, 0.0, 0.0)(student, (x, soft))
+    torch.testing.assert_close(hard, F.cross_entropy(student(x), soft))
+    with pytest.raises(ValueError, match="a loss of your own"):
+        trainer(student, (x, torch.randn(6, 1)))
+    maps, pixels = nn.Conv2d(1, 4, 3, padding=1), torch.randint(0, 4, (2, 6, 6))
+    images = torch.randn(2, 1, 6, 6)
+    hard = DistillationTrainer(copy.deepcopy(maps).eval(), maps, 1.0, 0.0)(maps, (images, pixels))
+    torch.testing.assert_close(hard, F.cross_entropy(maps(images), pixels))
 
 
 def test_a_sample_of_the_whole_vocabulary_changes_nothing(teacher, student):

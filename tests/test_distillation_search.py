@@ -15,7 +15,6 @@ from kit.distillation import (
     initialize_from_teacher,
     student_like,
 )
-from kit.distillation.search import RIVALS, StudentSearch, expected_bytes, resnet_bk_space
 from kit.models import (
     LSTMLM,
     DigitsCNN,
@@ -29,6 +28,7 @@ from kit.models import (
 from kit.quantization import Format, quantize_weights
 from kit.training import TrainConfig
 from kit.training.evaluation import evaluate
+from notebooks.reference.search import RIVALS, StudentSearch, expected_bytes, resnet_bk_space
 
 VOCABULARY = 40
 

@@ -147,5 +147,11 @@ def test_batches_and_outputs_of_other_models():
     assert halved.nll == pytest.approx(plain.nll) and halved.classifier
     with pytest.raises(ValueError, match="holds no targets"):
         evaluate(Returns(lambda z: z), [x])
+    for labels in (y.int(), y.byte(), F.one_hot(y, 4).float()):
+        other = evaluate(Returns(lambda z: z), [(x, labels)])
+        assert other.nll == pytest.approx(plain.nll) and other.correct == plain.correct
+        assert other.classifier and other.tokens == 6
+    ignored = evaluate(Returns(lambda z: z), [(x, torch.where(y == y[0], -100, y))])
+    assert ignored.tokens == (y != y[0]).sum() and ignored.correct <= plain.correct
     pixels = evaluate(nn.Conv2d(3, 4, 1), [(torch.randn(2, 3, 6, 6), torch.randint(4, (2, 6, 6)))])
     assert pixels.tokens == 72 and not pixels.classifier

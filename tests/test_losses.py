@@ -1,3 +1,5 @@
+from types import SimpleNamespace as Named
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -194,7 +196,20 @@ def test_misfits_are_named():
         linear_cross_entropy(hidden, weight, bias[1:], targets)
     with pytest.raises(ValueError, match="outside the vocabulary of 17"):
         linear_token_losses(hidden, weight, bias, targets + 17)
-    assert linear_cross_entropy(hidden, weight, bias, torch.full_like(targets, -100)).isnan()
+
+
+def test_a_batch_without_targets_that_count_teaches_nothing():
+    hidden, weight, bias, targets = problem()
+    none = torch.full_like(targets, -100)
+    loss = linear_cross_entropy(hidden, weight, bias, none)
+    assert loss == 0 and not any(g.any() for g in gradients(loss, hidden, weight, bias))
+    assert linear_cross_entropy(hidden.detach(), weight.detach(), bias.detach(), none) == 0
+    model, x = nn.Linear(3, 4), torch.randn(2, 3)
+    loss = classification_loss(model, (x, torch.tensor([-100, -100])))
+    loss.backward()
+    assert loss == 0 and not model.weight.grad.any()
+    one = classification_loss(model, (x, torch.tensor([-100, 2])))
+    torch.testing.assert_close(one, F.cross_entropy(model(x)[1:], torch.tensor([2])))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -321,8 +336,60 @@ def test_classifiers_of_tokens_pixels_and_soft_labels():
     x = torch.randn(2, 3, 5, 5)
     expected = F.cross_entropy(convolution(x), pixels)
     torch.testing.assert_close(classification_loss(convolution, (x, pixels)), expected)
-    with pytest.raises(ValueError, match="holds no targets"):
-        classification_loss(model, x)
+    torch.testing.assert_close(classification_loss(convolution, (x, pixels.byte())), expected)
+
+
+def test_targets_that_are_no_classes_are_refused_in_one_sentence():
+    model, x = nn.Linear(3, 4), torch.randn(2, 3)
+    for batch, message in (
+        (x, "holds no targets"),
+        ((x, {"a": x}), "a dict of targets"),
+        ((x, torch.tensor([1, 4])), "span 1..4, outside the vocabulary of 4"),
+        ((x, torch.tensor([-1, 2])), "span -1..2"),
+        ((x, torch.zeros(2, 1)), r"float32 of shape \(2, 1\) for logits \(2, 4\)"),
+        ((x, torch.ones(2, 4)), "probabilities over the last axis"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            classification_loss(model, batch)
+    with pytest.raises(ValueError, match="a loss of your own"):  # would be 0 whatever is predicted
+        classification_loss(nn.Linear(3, 1), (x, torch.randn(2, 1)))
+    with pytest.raises(ValueError, match="Linear is no LanguageModel: adapt it"):
+        next_token_loss(model, (x, x))
+
+
+def test_a_model_that_takes_the_labels_is_trained_with_the_loss_it_returns():
+    class Shifting(nn.Module):
+        def __init__(self, returns):
+            super().__init__()
+            self.layer, self.returns = nn.Linear(1, 5), returns
+
+        def forward(self, x, labels=None):
+            logits = self.layer(x)
+            loss = None if labels is None else F.cross_entropy(logits[:-1], labels[1:])
+            return self.returns(loss, logits)
+
+    x, labels = torch.randn(6, 1), torch.randint(5, (6,))
+    for returns in (lambda a, b: {"loss": a, "logits": b}, lambda a, b: Named(loss=a, logits=b)):
+        model = Shifting(returns)
+        expected = F.cross_entropy(model.layer(x)[:-1], labels[1:])
+        batch = {"x": x, "labels": labels}
+        torch.testing.assert_close(training_loss(model)(model, batch), expected)
+        torch.testing.assert_close(
+            classification_loss(model, (x, labels)), F.cross_entropy(model.layer(x), labels)
+        )
+    with pytest.raises(ValueError, match="takes 'labels' and returns no loss"):
+        classification_loss(Shifting(lambda a, b: b), batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_narrow_integers_are_targets(dtype):
+    model = build_model("ResNetBK", {"vocab_size": 60, "d_model": 8, "layers": 1, "channels": 4})
+    tokens = torch.randint(0, 60, (2, 9))
+    for sample in (None, VocabularySample(frequent=60)):
+        losses = [
+            next_token_loss(model, (tokens, tokens.to(d)), sample) for d in (dtype, torch.int64)
+        ]
+        assert losses[0] == losses[1]
 
 
 def test_the_loss_of_a_model_follows_from_what_it_is():

@@ -84,7 +84,6 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, at):
     config = TrainConfig(steps=23, lr=0.02, eval_every=4, seed=3)
     whole, validate = toy(), weight_norm
     expected = train(whole, loader(), config, validate=validate, hooks=[killer(0)], log=False)
-    draw = torch.rand(1), np.random.standard_normal(), random.gauss(0, 1)
     with pytest.raises(Killed):
         train(
             toy(),
@@ -107,7 +106,6 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, at):
         log=False,
     )
     assert same(state(whole), state(resumed))
-    assert draw == (torch.rand(1), np.random.standard_normal(), random.gauss(0, 1))
     assert (result.tokens, result.best_step, result.best_validation) == (
         expected.tokens,
         expected.best_step,
@@ -395,3 +393,46 @@ def test_bad_checkpoints_are_refused_in_one_sentence(tmp_path):
                 {key: t for key, t in tensors.items() if t is not None}, path, metadata=metadata
             )
             refused(f"'head.weight/{name}' is ")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_modes_and_global_generators_are_what_they_were_before(fails):
+    def draws():
+        return torch.rand(1), np.random.standard_normal(), random.gauss(0, 1)
+
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+    model[1].eval()
+    running = model[1].running_mean.clone()
+    batch = torch.randn(8, 4), torch.randint(0, 3, (8,))
+
+    def loss(model, batch):
+        assert [module.training for module in model] == [True, False, True]
+        if fails:
+            raise RuntimeError("in the loss")
+        return classification_loss(model, batch)
+
+    torch.manual_seed(7), np.random.seed(7), random.seed(7)
+    expected = draws()
+    torch.manual_seed(7), np.random.seed(7), random.seed(7)
+    try:
+        train(model, [batch], TrainConfig(steps=2, seed=3), loss=loss, log=False)
+    except RuntimeError:
+        assert fails
+    assert draws() == expected
+    assert [module.training for module in model] == [True, False, True]
+    assert torch.equal(model[1].running_mean, running)
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+def test_layers_with_sparse_gradients_are_trained_as_with_dense_ones(layer):
+    tokens, labels = torch.randint(0, 20, (8, 5)), torch.randint(0, 3, (8,))
+    if layer is nn.Embedding:
+        tokens = tokens[:, 0]
+    trained = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(layer(20, 4, sparse=sparse), nn.Linear(4, 3))
+        config = TrainConfig(steps=3, lr=0.1)
+        train(model, [(tokens, labels)], config, loss=classification_loss, log=False)
+        trained.append(model[0].weight)
+    torch.testing.assert_close(*trained)

@@ -289,7 +289,7 @@ def _decode(entry: dict, weight: Weight, read: Reader, made: list, trainable: bo
     entries = entry.get("steps", [])
     for kind, _ in entries:
         if kind != SAME and kind not in STEPS:
-            raise ValueError(f"this version of the kit has no step {kind!r}")
+            raise ValueError(f"no step {kind!r} is known: import the file that registers it first")
     kinds = [made[settings] if kind == SAME else STEPS[kind] for kind, settings in entries]
     carrier, leading = _leading(kinds, weight.name)
     stored = read.tensor(weight.original.shape, _dtype(entry)) if carrier is None else None

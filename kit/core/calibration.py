@@ -107,6 +107,9 @@ def input_grams(
 def input_norms(
     model: nn.Module, batches: Iterable, select: str | Iterable[str] = "*"
 ) -> dict[str, Tensor]:
-    """Norm of each input feature over the calibration tokens, float32 (groups, C): for Wanda."""
-    grams = input_grams(model, batches, select)
+    """Norm of each input feature over the calibration tokens, float32 (groups, C): for Wanda.
+
+    "*" is every weight whose inputs are known; what is named by a narrower pattern must be one.
+    """
+    grams = input_grams(model, batches, select, strict=select != "*")
     return {name: gram.diagonal(dim1=-2, dim2=-1).sqrt().float() for name, gram in grams.items()}

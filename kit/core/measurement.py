@@ -5,7 +5,6 @@ import math
 import os
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -89,20 +88,6 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def added_memory(setup: str, work: str) -> int:
-    """Bytes that the statements `work` add to the resident memory of a fresh process at their peak,
-    where `setup` has run before (its own peak counts, but on Linux). Raises RuntimeError with the
-    last line of the error when statements fail."""
-    restart = 'open("/proc/self/clear_refs", "w").write("5")' if STATUS.exists() else ""
-    lines = "from kit.core.measurement import peak_memory", setup, restart, "before = peak_memory()"
-    script = "\n".join([*lines, work, "print(peak_memory() - before)"])
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the measured process failed: {done.stderr.strip().splitlines()[-1]}")
-    return int(done.stdout.split()[-1])
 
 
 def macs(model: nn.Module, example: Tensor | tuple) -> int:

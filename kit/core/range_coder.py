@@ -52,7 +52,6 @@ def _logistic() -> tuple[np.ndarray, np.ndarray]:
 
 SQUASH, STRETCH = _logistic()
 RECIPROCAL = np.array([2 * ONE // (2 * n + 3) for n in range(LIMIT + 1)], np.int64)
-COST = -np.log2(np.maximum(np.arange(ONE + 1), 1) / ONE)
 # Averages that part two classes: from 1536 / 65536 in steps of sqrt(2).
 EDGES = np.array([math.isqrt(1536**2 << k) for k in range(LEVELS - 1)], np.int64)
 
@@ -137,16 +136,16 @@ def _code(buffer, coder, probability, bit):
 
 @compiled()
 def _code_alone(buffer, coder, chances, counts, i, bit):
-    """Codes a bit by one adaptive estimate; returns it and its information in bits."""
+    """Codes a bit by one adaptive estimate."""
     probability = min(max(chances[i] >> (FINE - BITS), 32), ONE - 32)
     bit = _code(buffer, coder, probability, bit)
     _adapt(chances, counts, i, bit)
-    return bit, COST[ONE - probability if bit else probability]
+    return bit
 
 
 @compiled(inline="always")  # a call would count references to its arrays, at three times the cost
 def _code_mixed(buffer, coder, chances, counts, contexts, weights, logits, step, bit):
-    """Codes a bit by the mixture of its contexts' estimates; returns it and its information."""
+    """Codes a bit by the mixture of its contexts' estimates."""
     total = 0
     for k in range(3):
         logits[k] = STRETCH[chances[step, contexts[k]] >> (FINE - 12)]
@@ -157,30 +156,27 @@ def _code_mixed(buffer, coder, chances, counts, contexts, weights, logits, step,
     for k in range(3):
         weights[step, k] += (error * logits[k]) >> RATE
         _adapt(chances, counts, (step, contexts[k]), bit)
-    return bit, COST[ONE - probability if bit else probability]
+    return bit
 
 
 @compiled()
 def _code_tail(buffer, coder, chances, counts, tail):
-    """Elias-gamma: codes tail >= 1, or reads it if it is 0; returns it and its information."""
-    length, bits, reads = 0, 0.0, tail == 0
+    """Elias-gamma: codes tail >= 1, or reads it if it is 0."""
+    length, reads = 0, tail == 0
     while length < TAIL - 1:
         more = -1 if reads else int(tail >> (length + 1) > 0)
-        more, cost = _code_alone(buffer, coder, chances, counts, length, more)
-        bits += cost
-        if not more:
+        if not _code_alone(buffer, coder, chances, counts, length, more):
             break
         length += 1
     value = 1
     for i in range(length - 1, -1, -1):
         bit = -1 if reads else (tail >> i) & 1
         if i == length - 1:
-            bit, cost = _code_alone(buffer, coder, chances, counts, TAIL + length, bit)
+            bit = _code_alone(buffer, coder, chances, counts, TAIL + length, bit)
         else:
-            bit, cost = _code(buffer, coder, ONE // 2, bit), 1.0
-        bits += cost
+            bit = _code(buffer, coder, ONE // 2, bit)
         value = (value << 1) | bit
-    return value, bits
+    return value
 
 
 @compiled()
@@ -198,8 +194,7 @@ def _estimates(columns):
 
 @compiled()
 def _pass(codes, buffer, coder, reads):
-    """Writes the codes into `buffer`, or reads them from it; returns their information in bits, -1
-    if they do not fit."""
+    """Writes the codes into `buffer`, or reads them from it; whether they fit."""
     rows, columns = codes.shape
     chances, first = _estimates(columns), LEVELS * LEVELS
     counts = np.full(chances.shape, BELIEF, np.int64)
@@ -210,12 +205,12 @@ def _pass(codes, buffer, coder, reads):
     column_recent = np.full(columns, START, np.int64)
     column_mean = column_recent.copy()
     recent_level, mean_level = np.zeros(columns, np.int64), np.zeros(columns, np.int64)
-    recent, row_mean, level, row, ideal = START, START, 0, 0, 0.0
+    recent, row_mean, level, row = START, START, 0, 0
     for r in range(rows):
         row_sum = 0
         for c in range(columns):
             if not reads and coder[4] + coder[3] + np.uint64(MOST) > np.uint64(len(buffer)):
-                return -1.0
+                return False
             row, level = _level((row_sum + 8 * row_mean) // (c + 8), row), _level(recent, level)
             recent_level[c] = _level(column_recent[c], recent_level[c])
             mean_level[c] = _level(column_mean[c], mean_level[c])
@@ -225,21 +220,17 @@ def _pass(codes, buffer, coder, reads):
             size, known = 0, abs(np.int64(codes[r, c]))
             while size < UNARY:
                 bit = -1 if reads else int(known > size)
-                more, cost = _code_mixed(
+                if not _code_mixed(
                     buffer, coder, chances, counts, contexts, weights, logits, size, bit
-                )
-                ideal += cost
-                if not more:
+                ):
                     break
                 size += 1
             if size == UNARY:
                 tail = 0 if reads else known - UNARY + 1
-                tail, cost = _code_tail(buffer, coder, tails, tail_counts, tail)
-                size, ideal = UNARY + tail - 1, ideal + cost
+                size += _code_tail(buffer, coder, tails, tail_counts, tail) - 1
             if size:
                 bit = -1 if reads else int(codes[r, c] < 0)
-                bit, cost = _code_alone(buffer, coder, signs, sign_counts, c, bit)
-                ideal += cost
+                bit = _code_alone(buffer, coder, signs, sign_counts, c, bit)
                 codes[r, c] = -size if bit else size
             else:
                 codes[r, c] = 0
@@ -249,16 +240,17 @@ def _pass(codes, buffer, coder, reads):
             column_recent[c] += (size - column_recent[c]) >> 4
             column_mean[c] += (size - column_mean[c]) >> 7
         row_mean += (row_sum // max(columns, 1) - row_mean) >> 3
-    return ideal
+    return True
 
 
 @compiled()
 def _encode(codes, out):
     coder = np.array([0, 0xFFFFFFFF, 0, 0, 0], np.uint64)
-    ideal = _pass(codes, out, coder, False)
-    for _ in range(5 if ideal >= 0 else 0):
+    if not _pass(codes, out, coder, False):
+        return np.int64(-1)
+    for _ in range(5):
         _shift(out, coder)
-    return np.int64(coder[4]), ideal
+    return np.int64(coder[4])
 
 
 @compiled()
@@ -271,11 +263,6 @@ def _decode(data, codes):
 
 def encode(codes: np.ndarray) -> bytes:
     """Bytes of a matrix of integers below 2**31 in magnitude: few where most integers are small."""
-    return encode_with_entropy(codes)[0]
-
-
-def encode_with_entropy(codes: np.ndarray) -> tuple[bytes, float]:
-    """`encode`, and the information content in bits under the coder's own adaptive model."""
     codes = np.asarray(codes)
     if codes.ndim != 2 or (codes.size and not -(2**31) < codes.min() <= codes.max() < 2**31):
         found = f" with {codes.min()} to {codes.max()}" if codes.size else ""
@@ -283,12 +270,11 @@ def encode_with_entropy(codes: np.ndarray) -> tuple[bytes, float]:
             "the range coder takes a matrix of integers below 2**31 in magnitude, not shape "
             f"{codes.shape}{found}"
         )
-    codes, room, bits = np.array(codes, np.int32, order="C"), 2 * codes.size + MOST, -1.0
-    while bits < 0:
+    codes, room, length = np.array(codes, np.int32, order="C"), 2 * codes.size + MOST, -1
+    while length < 0:
         out = np.empty(room, np.uint8)
-        length, bits = _encode(codes, out)
-        room *= 4
-    return out[:length].tobytes().rstrip(b"\0"), bits
+        length, room = _encode(codes, out), 4 * room
+    return out[:length].tobytes().rstrip(b"\0")
 
 
 def decode(data: bytes, shape: tuple[int, int]) -> np.ndarray:

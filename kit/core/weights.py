@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-from kit.core.steps import Step
+from kit.core.steps import STEPS, Step
 
 
 @dataclass(frozen=True)
@@ -140,22 +140,58 @@ class Weight:
         """What a step of this rank is applied to: the trained values after the steps before it."""
         x = self.original
         for step in self.steps:
-            if _rank(step) < rank:
+            if step.rank < rank:
                 x = step(x)
         return x
 
     def put(self, step: Step) -> None:
-        """Adds a step in its place by rank; one of the same rank is replaced."""
-        kept = [present for present in self.steps if _rank(present) != step.rank]
-        self.set_steps(sorted([*kept, step], key=_rank))
+        """Adds a step in its place by rank; one of the same class is replaced.
+
+        Raises ValueError as `check_put`.
+        """
+        self.check_put(type(step))
+        kept = [present for present in self.steps if present.rank != step.rank]
+        self.set_steps(sorted([*kept, step], key=lambda step: step.rank))
+
+    def check_put(self, kind: type[Step]) -> None:
+        """Raises ValueError for a class of steps that no file could hold, and where a step of
+        another class has its rank."""
+        name = kind.__name__
+        if STEPS.get(getattr(kind, "kind", None)) is not kind:
+            raise ValueError(f"{name} has no name in files: put @register_step('...') on the class")
+        for method in ("encode", "decode"):
+            if getattr(kind, method) == getattr(Step, method):
+                raise ValueError(f"{name} cannot be stored: give it an {method} method")
+        for present in self.steps:
+            if present.rank == kind.rank and type(present) is not kind:
+                there = type(present).__name__
+                raise ValueError(
+                    f"{self.name!r} carries a {there}, which has the rank {kind.rank} of {name}: "
+                    f"call drop({there}) first"
+                )
 
     def drop(self, kind: type) -> None:
         """Takes the steps of a class off."""
         self.set_steps([step for step in self.steps if not isinstance(step, kind)])
 
     def set_steps(self, steps: Sequence[Step]) -> None:
-        """Replaces the steps wherever the model shares this tensor; trained values stay."""
-        set_steps(self.model, self.module, self.attribute, list(steps))
+        """Replaces the steps wherever the model shares this tensor; trained values stay. Layers
+        with sparse gradients get dense ones: those of a computed tensor are."""
+        for holder, name in _holders(self.model, self.original):
+            _own_class(holder)
+            if parametrize.is_parametrized(holder, name):
+                parametrize.remove_parametrizations(holder, name, leave_parametrized=False)
+            for step in steps:
+                parametrize.register_parametrization(holder, name, step, unsafe=True)
+            if steps and getattr(holder, "sparse", False):
+                holder.sparse = False
+            if isinstance(holder, nn.RNNBase):
+                if not hasattr(holder, "_weight_hooks"):
+                    holder._weight_hooks = (
+                        holder.register_forward_pre_hook(_read_weights),
+                        holder.register_forward_hook(_forget_weights),
+                    )
+                _forget_weights(holder)
 
     @torch.no_grad()
     def assign(self, value: Tensor) -> None:
@@ -180,18 +216,13 @@ class Weight:
         self.set_steps(resized)
 
 
-def _rank(step: nn.Module) -> float:
-    """Somebody else's parametrization, such as a spectral norm, stands between mask and
-    quantizer."""
-    return step.rank if isinstance(step, Step) else 5
-
-
 def weights(model: nn.Module, select: str | Iterable[str] = "*", matrices=False) -> list[Weight]:
     """The weights whose dotted name matches a shell pattern, in model order; a tensor shared by
     several modules once, under its first name. The order does not depend on what carries steps.
 
     matrices: only those that `Weight.is_matrix`.
-    Raises ValueError for a pattern that matches nothing, naming what there is.
+    Raises ValueError for a pattern that matches nothing, naming what there is, and for somebody
+    else's parametrizations, as `original_of`.
     """
     found, seen = [], set()
     for path, module in model.named_modules():
@@ -239,10 +270,21 @@ def is_plain(module: nn.Module, kind: type) -> bool:
 
 
 def original_of(module: nn.Module, attribute: str) -> nn.Parameter:
-    """The trained values behind a tensor, with steps or without."""
-    if parametrize.is_parametrized(module, attribute):
-        return module.parametrizations[attribute].original
-    return module._parameters[attribute]
+    """The trained values behind a tensor, with steps or without.
+
+    Raises ValueError for other parametrizations than steps, such as torch's weight and spectral
+    norms: zeros and rounded values would not survive them, nor are they in files.
+    """
+    if not parametrize.is_parametrized(module, attribute):
+        return module._parameters[attribute]
+    for step in (steps := module.parametrizations[attribute]):
+        if not isinstance(step, Step):
+            what = f"{attribute!r} of a {class_of(module).__name__} is computed by"
+            raise ValueError(
+                f"{what} a {type(step).__name__}, which is no step: compress "
+                "kit.core.weights.materialize(model), where it is a plain tensor"
+            )
+    return steps.original
 
 
 def _holders(model: nn.Module, original: nn.Parameter) -> list[tuple[nn.Module, str]]:
@@ -250,23 +292,6 @@ def _holders(model: nn.Module, original: nn.Parameter) -> list[tuple[nn.Module, 
     modules = [m for m in model.modules() if not isinstance(m, parametrize.ParametrizationList)]
     return [(m, a) for m in modules for a in [*m._parameters, *getattr(m, "parametrizations", {})]
             if original_of(m, a) is original]  # fmt: skip
-
-
-def set_steps(model: nn.Module, module: nn.Module, attribute: str, steps: list[nn.Module]) -> None:
-    """`Weight.set_steps` for `module.<attribute>`."""
-    for holder, name in _holders(model, original_of(module, attribute)):
-        _own_class(holder)
-        if parametrize.is_parametrized(holder, name):
-            parametrize.remove_parametrizations(holder, name, leave_parametrized=False)
-        for step in steps:
-            parametrize.register_parametrization(holder, name, step, unsafe=True)
-        if isinstance(holder, nn.RNNBase):
-            if not hasattr(holder, "_weight_hooks"):
-                holder._weight_hooks = (
-                    holder.register_forward_pre_hook(_read_weights),
-                    holder.register_forward_hook(_forget_weights),
-                )
-            _forget_weights(holder)
 
 
 def _own_class(module: nn.Module) -> None:

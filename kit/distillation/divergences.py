@@ -53,18 +53,22 @@ def soft_targets(logits: Tensor | Sequence[Tensor], temperature: float = 1.0) ->
 def forward(log_q: Tensor, log_p: Tensor) -> Tensor:
     """KL(p || q): Hinton, Vinyals, Dean 2015, less the teacher's entropy."""
     p = log_p.exp()
-    return torch.linalg.vecdot(p, log_p) - torch.linalg.vecdot(p, log_q)
+    found = torch.linalg.vecdot(p, log_p) - torch.linalg.vecdot(p, log_q)
+    if found.isnan().any():  # classes at minus infinity: 0 log 0 is 0
+        found = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+    return found
 
 
 @register_divergence("reverse")
 def reverse(log_q: Tensor, log_p: Tensor) -> Tensor:
     """KL(q || p): MiniLLM, Gu et al. 2024."""
-    return (log_q.exp() * (log_q - log_p)).sum(-1)
+    return (log_q.exp() * (log_q - log_p).masked_fill(log_q == -torch.inf, 0.0)).sum(-1)
 
 
 @register_divergence("skewed")
 def skewed(log_q: Tensor, log_p: Tensor) -> Tensor:
     """KL(p || SKEW p + (1 - SKEW) q): DistiLLM, Ko et al. 2024, eq. 4."""
+    log_q = log_q.clamp(min=torch.finfo(log_q.dtype).min)  # of two infinities no gradient is known
     return forward(torch.logaddexp(log_p + math.log(SKEW), log_q + math.log1p(-SKEW)), log_p)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kit.core.protocols import Call, LanguageModel
 from kit.distillation.divergences import divergence_of, soft_targets, sparse_divergence
-from kit.training.losses import IGNORED, chunked_linear_loss, logits_of
+from kit.training.losses import IGNORED, chunked_linear_loss, flat_targets, logits_of
 
 
 class Output(NamedTuple):
@@ -71,31 +71,32 @@ def linear_distillation(
     """alpha * T^2 * divergence + (1 - alpha) * cross-entropy, mean over tokens whose target counts.
 
     Args:
-        targets: (...) int64, or -100 for tokens that do not count.
+        targets: (...) int64, -100 for tokens that do not count, or probabilities (..., V).
         soft: teachers, the mean of whose probabilities is the target; or a `SparseTarget`, which
             must belong to the same temperature.
         kind: of `divergences.DIVERGENCES`. chunk: tokens a block; by default what fits the cache.
 
-    Raises ValueError when the vocabularies differ, no token counts, or `kind` is unknown or not
-    "forward" with a `SparseTarget`.
+    Raises ValueError when the vocabularies differ, or `kind` is unknown or not "forward" with a
+    `SparseTarget`.
     """
-    keep = (targets != IGNORED).flatten()
-    if not keep.any():
-        raise ValueError(f"every target is {IGNORED}: a batch needs one token to learn from")
-    keep = slice(None) if keep.all() else keep
-    student, targets = student.tokens(keep), targets.flatten()[keep]
-    divergence, count = _divergence(student, soft, keep, kind, temperature), len(targets)
+    targets = flat_targets(targets, (*student.hidden.shape[:-1], student.classes))
+    labels = targets.ndim == 1
+    keep = targets != IGNORED if labels else slice(None)
+    keep = slice(None) if labels and keep.all() else keep
+    student, targets = student.tokens(keep), targets[keep]
+    divergence, count = _divergence(student, soft, keep, kind, temperature), max(len(targets), 1)
 
     def loss(logits, rows):
-        log_q = F.log_softmax(logits, -1)
-        hard = F.nll_loss(log_q, targets[rows], reduction="sum") / count
+        log_q, hard = F.log_softmax(logits, -1), targets[rows]
+        hard = F.nll_loss(log_q, hard, reduction="sum") if labels else -(hard * log_q).sum()
+        hard = hard / count
         if not alpha:
             return hard, torch.zeros_like(hard), hard
         log_q = log_q if temperature == 1 else F.log_softmax(logits / temperature, -1)
         soft = divergence(log_q, rows).sum() * (temperature**2 / count)
         return soft if alpha == 1 else alpha * soft + (1 - alpha) * hard, soft, hard
 
-    if student.weight is None:
+    if student.weight is None or not len(targets):
         total, *parts = loss(student.logits(slice(None)), slice(None))
         return Losses(total, *(part.detach() for part in parts))
     return Losses(*chunked_linear_loss(*student, loss, chunk))

@@ -15,7 +15,7 @@ from kit.core.weights import copy_model, materialize, weights
 from kit.engines import layers
 from kit.engines.choice import ENGINES, Choice, batch_size, build_engine, choose_engine
 from kit.engines.layers import INPUT_QUANTIZER, calibrate_inputs, cast, dtype_of
-from kit.quantization import HALF, FakeQuantize, Format, quantize_weights, quantizers
+from kit.quantization import HALF, FakeQuantize, Format, quantize_weights
 
 INT4 = Format(4, granularity="group", group_size=32)
 FORMATS = {"int8": Format(8), "int4": INT4, "float16": HALF}
@@ -216,9 +216,10 @@ def quantize(model: nn.Module, config=DEFAULT, calibration=None) -> QuantizedMod
     convolutions are fixed; without them each batch has its own.
     Raises ValueError if there is nothing to quantize, or weights are complex or not finite.
     """
-    copied = copy_model(model).cpu().eval()
-    if not quantizers(copied):
-        copied = quantize_weights(materialize(copied).float(), config.format)
+    rounded = any(isinstance(module, FakeQuantize) for module in model.modules())
+    copied = (copy_model if rounded else materialize)(model).cpu().eval()
+    if not rounded:
+        quantize_weights(copied.float(), config.format)
     if calibration is not None:
         calibrate_inputs(copied.float(), calibration)
     return QuantizedModel(copied.float(), config, dtype_of(model))

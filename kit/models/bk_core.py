@@ -2,8 +2,8 @@
 gradients; and the causal convolution in front of it.
 
 Each channel is an operator with diagonal x_i, off-diagonal products p_i linking i-1 and i, and the
-complex shift i*eta. `left_resolvent` is causal, `resolvent_diagonal` looks at both sides, and
-`staggered_reflection` is what the language model mixes tokens by.
+complex shift i*eta. `left_resolvent` is causal; `staggered_reflection` is what the language model
+mixes tokens by.
 """
 
 import torch
@@ -69,21 +69,6 @@ def left_resolvent(x: Tensor, p: Tensor, eta: Tensor) -> Tensor:
         return torch.complex(*left_resolvent_pair(x, p, eta))
     backend = bk_kernels if x.device.type == "cpu" else bk_scan
     return apply(backend.resolve, backend.resolve_backward, *_checked(x, p, eta))
-
-
-def resolvent_diagonal(x: Tensor, p: Tensor, eta: Tensor, left=left_resolvent) -> Tensor:
-    """Diagonal of the inverse of the whole operator, 1 / (x_i - 1j*eta - p_i gL_{i-1} - p_{i+1}
-    gR_{i+1}) with the left resolvent gL and its mirror image gR: every entry depends on the past
-    and the future.
-
-    Arguments, result and errors are those of `left_resolvent`, which `left` may replace.
-    """
-    before = left(x, p, eta)
-    hopping = p[:, 1:]
-    after = left(x.flip(1), F.pad(hopping, (0, 0, 0, 1)).flip(1), eta).flip(1)
-    coupling = F.pad(hopping * before[:, :-1], (0, 0, 1, 0))
-    coupling = coupling + F.pad(hopping * after[:, 1:], (0, 0, 0, 1))
-    return 1 / (torch.complex(x, -eta.expand_as(x)) - coupling)
 
 
 def gated_parts(r: Tensor, gate: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ class MagnitudePruner:
             check_prunable(weight)
             if needs_norms and self.norms[name] is None:
                 call = "input_norms=kit.pruning.input_norms(model, batches)"
-                raise ValueError(f"{score} needs the input norms of {name!r}: pass {call}")
+                what = f"{score} needs the input norms of {name!r}: pass {call}"
+                raise ValueError(f"{what}, or leave out by tensors= what multiplies no inputs")
 
     def scores(self, weight: Weight) -> Tensor:
         """Scores (rows, columns) of a weight; already pruned entries score minus infinity."""

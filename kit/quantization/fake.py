@@ -223,6 +223,14 @@ class _Half(torch.autograd.Function):
 _half = _Half.apply
 
 
+def planned(model: nn.Module, plan: Format | Mapping) -> list[tuple[Weight, Format | None]]:
+    """The weights that a plan of `quantize_weights` names, each with its format."""
+    if isinstance(plan, Format):
+        return [(weight, plan) for weight in weights(model, matrices=True)]
+    found = weights(model, plan)
+    return [(w, next(f for p, f in plan.items() if fnmatch(w.name, p))) for w in found]
+
+
 def quantize_weights(
     model: nn.Module, plan: Format | Mapping[str, Format | None], learned: bool = False
 ) -> nn.Module:
@@ -234,23 +242,20 @@ def quantize_weights(
             matches (None: leave it in float32).
     A weight that is quantized already gets the new format; masks stay in front of it, transforms of
     token tables behind it. Raises ValueError for a pattern without a match and for weights that are
-    not finite; the model is untouched then.
+    not finite or carry another quantizer; the model is untouched then.
 
     >>> model = quantize_weights(nn.Sequential(nn.Linear(8, 4)), Format(4))
     >>> len(model[0].weight.unique()) <= 16 * 4
     True
     """
-    if isinstance(plan, Format):
-        chosen = [(weight, plan) for weight in weights(model, matrices=True)]
-    else:
-        found = weights(model, plan)
-        chosen = [(w, next(f for p, f in plan.items() if fnmatch(w.name, p))) for w in found]
+    chosen = planned(model, plan)
     if not chosen:
         raise ValueError(
             f"{type(model).__name__} has no weight to quantize: expected parameters of two or more "
             "dimensions"
         )
     for weight, _ in chosen:
+        weight.check_put(FakeQuantize)
         formats.check_weights(weight.original, weight.name)
     for weight, format in chosen:
         if format is None:

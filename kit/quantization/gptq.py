@@ -9,7 +9,7 @@ from kit.core.calibration import input_grams
 from kit.core.obs import column_sweep, inverse_factor
 from kit.core.weights import MatrixView, Weight, weights
 from kit.quantization import formats
-from kit.quantization.fake import FakeQuantize, quantize_weights
+from kit.quantization.fake import FakeQuantize, planned, quantize_weights
 from kit.quantization.formats import Format
 
 
@@ -53,16 +53,23 @@ def gptq(
     the order of use; returns the model.
 
     Each weight's inputs come from the model with all before it rounded, one pass a weight over
-    `batches` (see `kit.core.protocols.call_of`). What is not multiplied with inputs (embeddings),
-    hides them (recurrent layers) or is transformed behind its quantizer keeps the nearest codes:
-    `repairable` names the others. Masked weights stay zero. The grids are fixed afterwards.
+    `batches` (see `kit.core.protocols.call_of`). What is not multiplied with inputs (embeddings)
+    or hides them (recurrent layers) keeps the nearest codes: `repairable` names the others. Masked
+    weights stay zero. The grids are fixed afterwards.
 
-    Raises ValueError without a batch, and for inputs that are not finite or, with a `damping` too
-    small, linearly dependent; the model is untouched then.
+    Raises ValueError without a batch, for inputs that are not finite or, with a `damping` too
+    small, linearly dependent, and for a weight that is changed behind its quantizer; the model is
+    untouched then.
     """
     batches = list(batches)
-    for gram in input_grams(model, batches, strict=False).values():
+    grams = input_grams(model, batches, strict=False)
+    for gram in grams.values():
         inverse_factor(gram, damping)
+    for weight, format in planned(model, plan):
+        last = weight.steps[-1:]
+        if format and weight.name in grams and last and last[0].rank > FakeQuantize.rank:
+            what = f"{weight.name!r} carries a {last[0].kind} step behind its quantizer"
+            raise ValueError(f"{what}, which GPTQ cannot see through: leave it out of the plan")
     quantize_weights(model, plan)
     for name in repairable(model, batches[:1]):
         (weight,) = weights(model, name)

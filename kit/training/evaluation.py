@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kit.core.protocols import Call, LanguageModel, device_of, evaluating
-from kit.training.losses import IGNORED, labelled, linear_token_losses, logits_of
+from kit.training.losses import IGNORED, flat_targets, labelled, linear_token_losses, logits_of
 
 RESAMPLES = 2000
 
@@ -83,15 +83,16 @@ def evaluate(model: nn.Module, loader) -> Evaluation:
     such as (inputs, targets).
 
     The hidden states of a `LanguageModel` (B, T, D) meet targets (B, T) int64, -100 ignored. Any
-    other model gives logits (`logits_of`): (B, C) for labels (B,), or (B, T, C) for targets (B, T).
+    other model gives logits (`logits_of`): (B, C) for labels (B,) or probabilities (B, C), or
+    (B, T, C) for targets (B, T).
     Raises ValueError for a loader without tokens and for a loss that is not finite.
     """
     device, rows, classifier = device_of(model), [], False
     with evaluating(model):
         for batch in loader:
             call = labelled(batch).to(device)
-            rows.append(_batch_sums(model, call))
-            classifier = call.targets.dim() == 1
+            sums, classifier = _batch_sums(model, call)
+            rows.append(sums)
     nll, tokens, correct = np.concatenate(rows, axis=1) if rows else np.zeros((3, 0))
     if not tokens.sum():
         advice = "give a longer text or a shorter seq_len."
@@ -104,15 +105,17 @@ def evaluate(model: nn.Module, loader) -> Evaluation:
     return Evaluation(*sums, classifier)
 
 
-def _batch_sums(model: nn.Module, call: Call) -> np.ndarray:
-    """(3, B): nats, tokens and hits of each row."""
+def _batch_sums(model: nn.Module, call: Call) -> tuple[np.ndarray, bool]:
+    """(3, B): nats, tokens and hits of each row; and whether a row is one label."""
     targets = call.targets
     if isinstance(model, LanguageModel):
         losses, hits = linear_token_losses(call(model.hidden), *model.output(), targets)
     else:
         logits = logits_of(call(model), targets)
-        flat = logits.reshape(-1, logits.shape[-1]).float()
-        losses = F.cross_entropy(flat, targets.flatten(), reduction="none").view_as(targets)
+        flat = logits.reshape(-1, logits.shape[-1]).float(), flat_targets(targets, logits.shape)
+        targets = targets if targets.shape == logits.shape[:-1] else targets.argmax(-1)
+        losses = F.cross_entropy(*flat, reduction="none").view_as(targets)
         hits = logits.argmax(-1) == targets
     sums = losses.double(), targets != IGNORED, hits
-    return np.stack([s.reshape(len(targets), -1).sum(1).double().cpu().numpy() for s in sums])
+    sums = [s.reshape(len(targets), -1).sum(1).double().cpu().numpy() for s in sums]
+    return np.stack(sums), targets.dim() == 1

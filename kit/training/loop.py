@@ -100,8 +100,9 @@ def train(
 ) -> TrainResult:
     """Trains `model` in place on the batches of `loader` (repeated), on the model's device.
 
-    Submodules in evaluation mode stay so (frozen batch norms), unless the whole model is; all modes
-    come back at the end. Seeds torch, NumPy and random.
+    Submodules in evaluation mode stay so (frozen batch norms), unless the whole model is. Draws
+    from torch's, NumPy's and random's global generators, seeded by the config; their states and
+    all modes come back at the end, also of a run that fails.
 
     Args:
         loss: (model, batch) -> scalar; a batch is any that `call_of` understands.
@@ -117,7 +118,8 @@ def train(
     Raises ValueError when nothing can be trained, the loss is not finite, or the checkpoint does
     not fit.
     """
-    run, hooks = _Run(model, loader, config, extra_parameters), list(hooks)
+    outside, hooks = files.rng_state(), list(hooks)
+    run = _Run(model, loader, config, extra_parameters)
     if config.patience and validate is None:
         raise ValueError(f"patience is {config.patience}, which needs validation: pass validate=.")
     if checkpoint and Path(checkpoint).exists():
@@ -128,16 +130,20 @@ def train(
         random.seed(config.seed)
     steps, report, saved = config.steps, _Report(config, log), time.perf_counter()
     every, record_every = config.eval_every or max(1, steps // 10), max(1, steps // 100)
-    while not run.finished:
-        run.advance(loss, hooks)
-        milestone = run.step % every == 0 or run.step == steps
-        if milestone or run.step % record_every == 0:
-            run.record(validate if milestone else None)
-            report(run)
-        if checkpoint and (milestone or time.perf_counter() - saved > SAVE_SECONDS):
-            run.save(Path(checkpoint))
-            saved = time.perf_counter()
-    run.finish()
+    try:
+        while not run.finished:
+            run.advance(loss, hooks)
+            milestone = run.step % every == 0 or run.step == steps
+            if milestone or run.step % record_every == 0:
+                run.record(validate if milestone else None)
+                report(run)
+            if checkpoint and (milestone or time.perf_counter() - saved > SAVE_SECONDS):
+                run.save(Path(checkpoint))
+                saved = time.perf_counter()
+        run.take_best()
+    finally:
+        run.restore_modes()
+        files.set_rng_state(outside)
     best_step = run.best_step or run.step
     return TrainResult(run.history, run.tokens, run.seconds, run.best_validation, best_step)
 
@@ -198,6 +204,9 @@ class _Run:
             loss_now = loss(self.model, batch)
         loss_now.backward()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for p in parameters:
+            if p.grad is not None and p.grad.is_sparse:  # AdamW moves every entry
+                p.grad = p.grad.to_dense()
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
         self._check(value := loss_now.item(), norm.item())
         self.optimizer.step()
@@ -237,10 +246,11 @@ class _Run:
                 self.stale += 1
         self.history.append(entry)
 
-    def finish(self) -> None:
-        """The best state, and the modes from before the training."""
+    def take_best(self) -> None:
         if self.best and self.best_step != self.step:
             files.copy_into(self.tensors(), self.best, "The best state")
+
+    def restore_modes(self) -> None:
         self.model.train(self.modes[self.model])
         for module, training in self.modes.items():
             module.training = training

@@ -4,9 +4,10 @@ All logits of a batch are never in memory, nor their gradient: each block's is f
 pass, while its logits are in cache, and the backward pass only multiplies by the incoming scalar.
 """
 
+import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kit.core.protocols import Call, LanguageModel, call_of, tensors_of
+from kit.core.protocols import TARGETS, Call, LanguageModel, call_of, tensors_of
 
 IGNORED = -100  # as a target: this token does not count
 AUXILIARY_WEIGHT = 0.01  # of the load-balancing loss: Fedus et al. 2021, "Switch Transformers", 2.2
@@ -31,23 +32,23 @@ def linear_cross_entropy(
     Args:
         hidden: (..., D). weight: (V, D). bias: (V,) or None. Under bfloat16 autocast, or if these
             are bfloat16, the products are bfloat16; the softmax and all sums are float32.
-        targets: (...) int64 in [0, V), or -100 for tokens that do not count.
+        targets: (...) integers in [0, V), or -100 for tokens that do not count.
         chunk: tokens a block; by default what fits the cache.
 
-    Returns a scalar, NaN when no token counts, as `F.cross_entropy`.
+    Returns a scalar, 0 when no token counts: such a batch teaches nothing.
     Raises ValueError for shapes that do not fit together and targets outside the vocabulary.
     """
     trained = any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     if not (trained and torch.is_grad_enabled()):
         losses, _ = linear_token_losses(hidden, weight, bias, targets, chunk)
-        return losses.sum() / (targets != IGNORED).sum()
+        return losses.sum() / (targets != IGNORED).sum().clamp(min=1)
     hidden, targets = _counted(hidden, weight, bias, targets)
 
     def block(logits, rows, h, w):
         return _errors_(logits, h, w, targets[rows]).sum()[None], logits
 
     dtype = _product_dtype(hidden, weight)
-    return _Blocks.apply(hidden, weight, bias, block, dtype, chunk)[0] / len(targets)
+    return _Blocks.apply(hidden, weight, bias, block, dtype, chunk)[0] / max(len(targets), 1)
 
 
 @torch.no_grad()
@@ -204,14 +205,21 @@ def _counted(hidden, weight, bias, targets):
         raise ValueError(f"shapes {shapes} do not fit: give {need}.")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be {(len(weight),)}.")
-    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     counted = targets != IGNORED
     if not counted.all():
         hidden, targets = hidden[counted], targets[counted]
-    if len(targets) and (targets.min() < 0 or targets.max() >= len(weight)):
-        span = f"{targets.min()}..{targets.max()}, outside the vocabulary of {len(weight)}"
-        raise ValueError(f"targets span {span}: tokenize with the model's own vocabulary.")
+    check_range(targets, len(weight))
     return hidden, targets
+
+
+def check_range(targets: Tensor, classes: int) -> None:
+    """Raises ValueError for targets that count, (n,) int64, and are no class."""
+    if len(targets) and (targets.min() < 0 or targets.max() >= classes):
+        span = f"{targets.min()}..{targets.max()}, outside the vocabulary of {classes}"
+        raise ValueError(
+            f"targets span {span}: use the model's own, and {IGNORED} for what does not count."
+        )
 
 
 @dataclass(frozen=True)
@@ -251,6 +259,9 @@ def next_token_loss(model: LanguageModel, batch, sample: VocabularySample | None
     On a CPU, bfloat16 autocast is for the product with the vocabulary alone; in narrow layers its
     casts cost more than it saves.
     """
+    if not isinstance(model, LanguageModel):
+        what = f"{type(model).__name__} is no LanguageModel"
+        raise ValueError(f"{what}: adapt it, or pass loss=classification_loss.")
     call = labelled(batch)
     targets, device = call.targets, call.targets.device.type
     with torch.autocast(device, enabled=device != "cpu" and torch.is_autocast_enabled(device)):
@@ -263,12 +274,49 @@ def next_token_loss(model: LanguageModel, batch, sample: VocabularySample | None
 
 
 def classification_loss(model: nn.Module, batch) -> Tensor:
-    """Mean cross-entropy of a model's logits (`logits_of`) against labels, int64 of the same shape
-    without the classes, or probabilities of the same shape."""
+    """Mean cross-entropy of a model's logits (`logits_of`) against labels, integers of the same
+    shape without the classes, -100 where they do not count, or probabilities of the same shape.
+
+    A model whose forward takes the labels of a batch that is a mapping, and returns its `loss`, is
+    trained with that. Raises ValueError for other targets.
+    """
+    if own := _takes_labels(model, batch):
+        loss = getattr(output := model(**batch), "loss", None)
+        loss = output["loss"] if loss is None and isinstance(output, Mapping) else loss
+        if loss is None:
+            what = f"{type(model).__name__} takes {own!r} and returns no loss"
+            raise ValueError(f"{what}: pass loss=, or give (inputs, targets).")
+        return loss
     call = labelled(batch)
     logits = logits_of(call(model), call.targets)
-    labels = call.targets.reshape(-1, *call.targets.shape[logits.ndim - 1 :])
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels)
+    targets = flat_targets(call.targets, logits.shape)
+    counted = len(targets) if targets.ndim > 1 else int((targets != IGNORED).sum())
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    return F.cross_entropy(flat, targets, reduction="sum") / max(counted, 1)
+
+
+def _takes_labels(model: nn.Module, batch) -> str | None:
+    """The entry of a mapping that is its targets, if the model's forward has such an argument."""
+    names = [name for name in TARGETS if isinstance(batch, Mapping) and name in batch]
+    found = names and names[0] in inspect.signature(model.forward).parameters
+    return names[0] if found else None
+
+
+def flat_targets(targets: Tensor, shape: Sequence[int]) -> Tensor:
+    """Targets of logits of `shape` (..., C): class numbers as int64 (N,), or probabilities as
+    float32 (N, C). Raises ValueError for targets that are neither."""
+    *leading, classes = shape
+    if targets.shape == (*leading,) and not targets.is_floating_point():
+        flat = targets.reshape(-1).long()
+        check_range(flat[flat != IGNORED], classes)
+        return flat
+    if targets.shape == (*leading, classes) and classes > 1:
+        flat = targets.reshape(-1, classes).float()
+        if ((flat.sum(-1) - 1).abs() < 1e-3).all() and (flat >= 0).all():
+            return flat
+    found = f"{targets.dtype} of shape {tuple(targets.shape)} for logits {tuple(shape)}"
+    need = "class numbers, or probabilities over the last axis, or pass a loss of your own"
+    raise ValueError(f"targets are {found}: give {need}.")
 
 
 def training_loss(model: nn.Module) -> Callable:
@@ -281,10 +329,13 @@ def training_loss(model: nn.Module) -> Callable:
 
 
 def labelled(batch) -> Call:
-    """`call_of` a batch. Raises ValueError when that holds no targets."""
-    if (call := call_of(batch)).targets is None:
-        raise ValueError("a batch holds no targets: give (inputs, targets) or a dict with labels.")
-    return call
+    """`call_of` a batch, class numbers as int64. Raises ValueError unless one tensor is its
+    targets."""
+    call = call_of(batch)
+    if not isinstance(targets := call.targets, Tensor):
+        found = "no targets" if targets is None else f"a {type(targets).__name__} of targets"
+        raise ValueError(f"a batch holds {found}: give (inputs, targets) or a dict with labels.")
+    return call if targets.is_floating_point() else replace(call, targets=targets.long())
 
 
 def logits_of(output, targets: Tensor | None = None) -> Tensor:

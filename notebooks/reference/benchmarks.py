@@ -3,14 +3,17 @@ attention."""
 
 import bisect
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kit.core.measurement import measure
+from kit.core.measurement import STATUS, measure
 from kit.models import BKMixer, ResNetBKConfig, build_model, parameter_count
 from kit.models.bk_core import left_resolvent
 
@@ -126,3 +129,17 @@ def crossing(seconds: pd.DataFrame, ours: str, theirs: str) -> float | None:
     left, right = slower[-1], lead.index[lead.index.get_loc(slower[-1]) + 1]
     share = -lead[left] / (lead[right] - lead[left])
     return left * (right / left) ** share
+
+
+def added_memory(setup: str, work: str) -> int:
+    """Bytes that the statements `work` add to the resident memory of a fresh process at their peak,
+    where `setup` has run before (its own peak counts, but on Linux). Raises RuntimeError with the
+    last line of the error when statements fail."""
+    restart = 'open("/proc/self/clear_refs", "w").write("5")' if STATUS.exists() else ""
+    lines = "from kit.core.measurement import peak_memory", setup, restart, "before = peak_memory()"
+    script = "\n".join([*lines, work, "print(peak_memory() - before)"])
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the measured process failed: {done.stderr.strip().splitlines()[-1]}")
+    return int(done.stdout.split()[-1])
