@@ -13,15 +13,8 @@ from kit.core.weights import weight_of
 from kit.data.tokenization import BPETokenizer
 from kit.distillation import DistillationTrainer
 from kit.models import build_model
-from kit.quantization import kernels
 from kit.quantization.formats import Format
-from kit.quantization.token_tables import (
-    Composition,
-    _Compose,
-    compose_by_levels,
-    compose_by_levels_backward,
-    compose_tables,
-)
+from kit.quantization.token_tables import Composition, _Compose, compose_tables
 from kit.training.losses import next_token_loss
 
 TEXT = 40 * (
@@ -78,22 +71,7 @@ def test_rows_are_the_recursion(tokenizer):
 def test_gradients(tokenizer):
     parts = tokenizer.parts[:280]
     arguments = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((280, 3), 3, 3)]
-    composition = Composition(parts, 3)
-    assert torch.autograd.gradcheck(lambda *a: _Compose.apply(*a, composition)[250:], arguments)
-
-
-def test_levels_give_what_the_kernel_gives(tokenizer):
-    """The route that other devices take."""
-    torch.manual_seed(2)
-    composition, residual = Composition(tokenizer.parts, 4), torch.randn(tokenizer.vocab_size, 4)
-    left, right, grad = torch.rand(4), torch.rand(4), torch.randn(tokenizer.vocab_size, 4)
-    rows = compose_by_levels(residual, left, right, composition.levels)
-    assert torch.allclose(kernels.compose(residual, left, right, tokenizer.parts), rows, atol=1e-5)
-    for ours, theirs in zip(
-        kernels.compose_backward(rows, left, right, tokenizer.parts, grad),
-        compose_by_levels_backward(rows, left, right, composition.levels, grad),
-    ):
-        assert torch.allclose(ours, theirs, atol=1e-4)
+    assert torch.autograd.gradcheck(lambda *a: _Compose.apply(*a, parts)[250:], arguments)
 
 
 def test_composing_keeps_the_outputs(tokenizer):

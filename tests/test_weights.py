@@ -49,6 +49,13 @@ def test_a_step_that_no_file_can_hold_is_refused_when_it_is_put_on(monkeypatch, 
         assert weight.steps == [] and torch.equal(weight.value, value)
 
 
+def test_a_name_in_files_has_one_class():
+    with pytest.raises(ValueError, match="'mask' are of kit.pruning.mask: choose another"):
+        register_step("mask")(Halved)
+    assert "kind" not in vars(Halved)
+    assert register_step("mask")(STEPS["mask"]) is STEPS["mask"]  # the same cell, run again
+
+
 def test_a_step_of_the_same_rank_is_replaced_only_by_its_own_class(halved):
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 3))
     weight = weight_of(model[1])

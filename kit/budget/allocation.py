@@ -12,8 +12,7 @@ Options = Mapping[str, Sequence[tuple[int, float]]]
 
 
 def allocate(options: Options, budget: int, cells: int = CELLS) -> dict[str, int]:
-    """For each name the position of one of its (bytes, loss) pairs: all bytes within `budget`, the
-    sum of losses least.
+    """For each name which of its (bytes, loss) pairs to take: the least loss within `budget`.
 
     Exact while the budget has at most `cells` bytes. Beyond, bytes are rounded up to slices of
     budget / cells, so that the budget still holds, and the loss is at most that of the best choice

@@ -1,5 +1,4 @@
-"""Rate-distortion training: the entropy-coded size of the codes as a differentiable term of the
-loss.
+"""Rate-distortion training: the entropy-coded size of the codes as a term of the loss.
 
 The range coder (kit.core.range_coder) spends on a code about what a two-sided geometric
 distribution with the local mean magnitude m would: with theta = (sqrt(1 + m^2) - 1) / m,
@@ -8,8 +7,7 @@ distribution with the local mean magnitude m would: with theta = (sqrt(1 + m^2) 
 
 So the size of a weight matrix is a function of mean |code| in cells of rows x columns, its gradient
 an adaptive L1 pull, and the step size, learned with it (LSQ), weighs bits against loss. Loss +
-lambda * bits as in Balle et al. 2017 (arXiv:1611.01704) and, for weights, Oktay et al. 2020
-(arXiv:1906.06624).
+lambda * bits as in Balle et al. 2017 (arXiv:1611.01704) and Oktay et al. 2020 (1906.06624).
 """
 
 import math
@@ -23,7 +21,7 @@ from torch import Tensor
 from kit import artifact
 from kit.artifact import layouts
 from kit.core.weights import MatrixView, Weight, column_view, gradients, weights
-from kit.quantization import formats, kernels
+from kit.quantization import formats
 from kit.quantization.fake import FakeQuantize
 from kit.quantization.formats import Format
 
@@ -43,11 +41,9 @@ class RateSettings:
     most_rows: that share a step: frequencies of tokens fall quickly.
     small: weights of fewer values are not worth a rate term: they take SMALL_FORMAT.
     first_step: of FakeQuantize; slow, for the rate would widen steps as long as a run lasts.
-    integral, proportional: answers of log lambda to log(size / wanted), over a whole run and at
-        once.
+    integral, proportional: answers of log lambda to log(size / wanted), over a run and at once.
     most_error: that lambda answers to: one that leaps further empties codes that never fill again.
-    aim: times the bytes: codes settle lower as the learning rate falls, and `finish` cuts what is
-        over.
+    aim: times the bytes: codes settle lower as the learning rate falls; `finish` cuts the rest.
     slack: of the wanted bytes, within which steps are left alone.
     ramp: share of the run during which the size falls to the budget.
     """
@@ -65,38 +61,24 @@ class RateSettings:
 
 
 def geometric_bits(mean: Tensor) -> Tensor:
-    """Entropy, bits a symbol, of the two-sided geometric distribution with mean magnitude `mean` >
-    0."""
+    """Bits a symbol of the two-sided geometric distribution with mean magnitude `mean` > 0."""
     theta = (torch.sqrt(1 + mean * mean) - 1) / mean
     return -torch.log2((1 - theta) / (1 + theta)) - mean * torch.log2(theta)
 
 
-class _Magnitude(torch.autograd.Function):
+def _magnitude(x: Tensor, scale: Tensor) -> Tensor:
     """|round(x / scale)|, with the gradient of |x / scale|."""
-
-    @staticmethod
-    def forward(ctx, x, scale):
-        ctx.save_for_backward(x, scale)
-        fits = kernels.fits(x, scale, None)
-        return kernels.magnitude(x, scale) if fits else torch.round(x / scale).abs()
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, scale = ctx.saved_tensors
-        if kernels.fits(x, scale, None):
-            return kernels.magnitude_backward(x, scale, grad)
-        return grad * torch.sign(x) / scale, -(grad * x.abs()).sum(1, keepdim=True) / scale**2
+    ratio = (x / scale).abs()
+    return ratio + (ratio.round() - ratio).detach()
 
 
 def _view(weight: Weight) -> MatrixView:
-    """A vector is a column: entries of a bias over tokens differ as the rows of their embedding
-    do."""
+    """A vector is a column: a bias over tokens differs as the rows of their embedding."""
     return column_view(weight.original.shape) if weight.original.ndim == 1 else weight.view
 
 
 def _row_edges(rows: int) -> list[int]:
-    """Cells of rows, finer where the index is small: rows of token tables stand by falling
-    frequency."""
+    """Cells of rows, finer first: rows of token tables stand by falling frequency."""
     edges = {round(rows * (i / ROW_CELLS) ** 3) for i in range(1, ROW_CELLS + 1)}
     return sorted(edges - {0} | {rows})
 
@@ -104,7 +86,7 @@ def _row_edges(rows: int) -> list[int]:
 def code_bits(weight: Tensor, quantizer: FakeQuantize) -> Tensor:
     """Estimated bits of the range-coded codes of a weight; differentiable in weight and step."""
     scale, _ = quantizer.grid(weight)
-    magnitude = _Magnitude.apply(quantizer.blocks(weight), scale)
+    magnitude = _magnitude(quantizer.blocks(weight), scale)
     size = formats.from_blocks(magnitude, quantizer.shape, quantizer.format)
     edges = _row_edges(len(size))
     counts = torch.tensor([b - a for a, b in zip([0, *edges], edges)], device=weight.device)
@@ -150,8 +132,7 @@ def set_rate_formats(
 ) -> None:
     """Gives every large weight 8-bit codes with learned steps, step ~ sensitivity^-exponent by
     blocks of rows, one factor for all found by bisection so that the range-coded codes take
-    `target_bytes`; small tensors get 8-bit codes. Masks stay in front, transforms of token tables
-    behind."""
+    `target_bytes`; small tensors get 8-bit codes."""
     members = []
     for weight in weights(model):
         before, view = weight.before(FakeQuantize.rank).detach(), _view(weight)
@@ -186,8 +167,7 @@ class RateLoss:
     `slack`), one factor widens or narrows all steps: zeros, once there, do not come back by
     themselves when lambda falls. Later that would do harm, for many weights end up close to half a
     step. lambda begins as the slope of the loss against bits along such a factor. `finish`, after
-    training, fits the file exactly. What is not range-coded (header, scales, small tensors) is
-    measured and counted.
+    training, fits the file exactly. What is not range-coded is counted too.
     """
 
     def __init__(
@@ -260,8 +240,7 @@ class RateLoss:
             quantizer.scale.mul_(factor)
 
     def _bound(self, least: float, most: float) -> None:
-        """Widens or narrows all steps until the codes take `least` to `most` bytes, by the secant
-        method in log-log."""
+        """Scales all steps until codes take `least` to `most` bytes: secants in log-log."""
         exponent, size = 1.0, self.coded()
         for _ in range(8):
             excess = math.log(size / min(max(size, least), most))
@@ -275,8 +254,7 @@ class RateLoss:
 
     @torch.no_grad()
     def _slope(self, factor: float = 1.15) -> float:
-        """-d loss / d (bits / weights) along a common factor on all steps, on the calibration
-        batches."""
+        """-d loss / d (bits / weights) along a common factor on all steps."""
         losses, sizes = [], []
         for change in (1 / factor, factor * factor):
             self._widen(change)

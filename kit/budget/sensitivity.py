@@ -1,5 +1,4 @@
-"""What pruning or rounding one weight costs in loss: one cached scan, and the choice that suits a
-byte budget best."""
+"""What pruning or rounding one weight costs in loss, and the best choice within some bytes."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence

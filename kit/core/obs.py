@@ -35,8 +35,7 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
 
 
 def column_sweep(weight: Tensor, upper: Tensor, choose: Callable, block: int = BLOCK) -> Tensor:
-    """The values (G, R, C) that `choose` gives to the columns of `weight` (G, R, C) from left to
-    right.
+    """The values (G, R, C) that `choose` gives to the columns of `weight` (G, R, C), from the left.
 
     choose(j, rest) -> (G, R), the final values of column j; rest (G, R, C) is the weight with the
     errors of the columns before j spread over column j and those of its block.

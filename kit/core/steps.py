@@ -3,8 +3,7 @@
 A weight is `steps[-1](... steps[0](original))`. Its file holds one tensor, the *stored* value, and
 the steps in their order. Steps that are projections (masks, quantizers: applied to their own output
 they change nothing) come first, and what comes out of them is stored; what stands behind them
-(order of rows, composition) is applied again after reading. So a step is one file: nothing outside
-it knows its kind.
+(order of rows, composition) is applied again. Nothing outside a step's file knows its kind.
 """
 
 from collections.abc import Callable
@@ -50,8 +49,7 @@ class Step(nn.Module):
 
         Args:
             entry: from `encode`. read: as `write`, with shapes. weight: the `Weight` to be filled.
-            stored: the value in the file; None for the step that carries it. parts: the tokenizer's
-                merges, or None.
+            stored: the value in the file; None where the step carries it. parts: merges, or None.
         """
         raise NotImplementedError(f"{cls.__name__} cannot be read: give it a decode method")
 
@@ -59,8 +57,7 @@ class Step(nn.Module):
         """This step for the entries that stay.
 
         Args:
-            select: picks them from any tensor of the old weight's shape. before: the new tensor
-                that the step will see.
+            select: picks them from any tensor of the old shape. before: what the step will see.
         Raises ValueError if the step has no meaning for them.
         """
         raise ValueError(
@@ -69,9 +66,14 @@ class Step(nn.Module):
 
 
 def register_step(kind: str) -> Callable[[type[Step]], type[Step]]:
-    """Class decorator: files may name steps of this class `kind`."""
+    """Class decorator: the name of this class in files. Raises ValueError for a taken name."""
 
     def register(cls: type[Step]) -> type[Step]:
+        there = STEPS.get(kind, cls)
+        if (there.__module__, there.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"steps called {kind!r} are of {there.__module__}: choose another name"
+            )
         cls.kind = kind
         STEPS[kind] = cls
         return cls

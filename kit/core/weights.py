@@ -256,8 +256,7 @@ def weight_of(module: nn.Module, attribute: str = "weight", model=None) -> Weigh
 
 
 def class_of(module: nn.Module) -> type:
-    """A module's class, without the one that torch generates for modules whose weights carry
-    steps."""
+    """A module's class, not the one that torch generates where weights carry steps."""
     return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
 
 
@@ -295,8 +294,7 @@ def _holders(model: nn.Module, original: nn.Parameter) -> list[tuple[nn.Module, 
 
 
 def _own_class(module: nn.Module) -> None:
-    """torch puts properties on the module's generated class, or takes them off, and copies share
-    that class: part them."""
+    """torch puts properties on the module's generated class, and copies share that: part them."""
     if parametrize.is_parametrized(module):
         shared = type(module)
         own = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
@@ -308,14 +306,12 @@ def _read_weights(module: nn.RNNBase, *_) -> None:
 
 
 def _forget_weights(module: nn.RNNBase, *_) -> None:
-    """Computed weights belong to one forward pass; kept, they would also forbid copying the
-    model."""
+    """Computed weights belong to one forward pass; kept, they would forbid copying the model."""
     module._flat_weights = [None] * len(module._flat_weights_names)
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy that shares nothing with the model; tensors that modules computed and hold leave
-    their graph behind."""
+    """A deep copy that shares nothing with the model; computed tensors leave their graph behind."""
     held = [value for module in model.modules() for entry in vars(module).values()
             for value in (entry if isinstance(entry, list) else [entry])]  # fmt: skip
     computed = {id(v): v.detach() for v in held if isinstance(v, Tensor) and not v.is_leaf}

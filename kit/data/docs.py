@@ -1,8 +1,7 @@
 """The corpus `docs`: the documentation written inside the kit's own dependencies and inside Python.
 
 Nothing is imported: sources are read with `ast`. A source (a Python file, or one of Python's help
-topics) falls in one split, by the hash of its name; a paragraph enters the corpus unless half of it
-was seen before.
+topics) falls in one split, by the hash of its name; paragraphs half seen before are left out.
 """
 
 import ast
@@ -32,8 +31,7 @@ PERCENT = 6  # of the sources for test, as many for validation
 def texts() -> Texts:
     """About 10 MB, built in half a minute on one core and kept in `cache_dir()`.
 
-    They depend on the versions of Python and PACKAGES. Raises ModuleNotFoundError when one of these
-    is missing.
+    They depend on the versions of Python and PACKAGES. Raises ModuleNotFoundError without.
     """
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if _origin(name)}
     key = digest(platform.python_version(), code_digest(["data/docs.py"]), **versions)

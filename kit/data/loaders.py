@@ -76,8 +76,7 @@ def token_loaders(corpus: Corpus, batch_size: int, seq_len: int) -> Loaders:
 
 
 def load_digits(batch_size: int = 64) -> Loaders:
-    """Loaders of scikit-learn's handwritten digits: images float32 (B, 1, 8, 8) in 0..1, labels
-    int64 (B,).
+    """scikit-learn's handwritten digits: images float32 (B, 1, 8, 8) in 0..1, labels int64 (B,).
 
     1,437 / 180 / 180 images, stratified by digit; training is shuffled by torch's global generator.
     Raises ValueError when batch_size is under 1 or over the number of training images.

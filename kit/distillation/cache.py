@@ -2,8 +2,7 @@
 
 A cache is a folder of NumPy arrays and a header; it belongs to one dataset, temperature and
 vocabulary. The k largest probabilities would say nothing about the rest, a quarter of the mass for
-a small teacher: likely tokens are kept as they are and a sample stands for the others (Anshumann et
-al. 2025).
+a small teacher: likely tokens are kept and a sample stands for the others (Anshumann et al. 2025).
 """
 
 import json
@@ -36,8 +35,7 @@ class CachedCall(Call):
 
 
 class TeacherCache:
-    """An opened cache: `cache[rows]` is the `SparseTarget` of those examples, `cache.wrap(loader)`
-    adds it to batches.
+    """An opened cache: `cache[rows]` is the `SparseTarget` of examples, `wrap` adds it to batches.
 
     Attributes: temperature, k, vocabulary, examples, inputs (their digest), sampled (the mean
     probability that a sample stands for), rounding (the largest error of a stored probability).
@@ -154,8 +152,7 @@ def check_evaluating(teachers: Sequence[nn.Module]) -> None:
 
 
 def sparse(p: Tensor, k: int, start: Tensor) -> tuple[SparseTarget, Tensor]:
-    """Unbiased targets of k entries for probabilities p (..., V), and the mass (...) that a sample
-    stands for.
+    """Unbiased targets of k entries for probabilities p (..., V), and the mass (...) sampled.
 
     With the threshold tau that solves sum_i min(1, p_i / tau) = k, tokens above it are kept with
     p_i, any other with probability p_i / tau and then with tau: every sum over tokens is right in

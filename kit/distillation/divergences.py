@@ -41,8 +41,7 @@ def divergence_of(name: str) -> Callable:
 
 
 def soft_targets(logits: Tensor | Sequence[Tensor], temperature: float = 1.0) -> Tensor:
-    """Log of the mean probability at `temperature` (..., V) of one teacher's logits, or
-    several's."""
+    """Log of the mean probability at `temperature` (..., V), of one teacher's logits or more."""
     if isinstance(logits, Tensor):
         return F.log_softmax(logits / temperature if temperature != 1 else logits, dim=-1)
     logs = [soft_targets(each, temperature) for each in logits]
@@ -73,19 +72,16 @@ def skewed(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def sparse_divergence(log_q: Tensor, indices: Tensor, log_p: Tensor) -> Tensor:
-    """KL(p || q) of a p that is 0 outside k tokens: log_q (..., V), indices and log_p (..., k) ->
-    (...).
+    """KL(p || q) of a p on k tokens: log_q (..., V), indices and log_p (..., k) -> (...).
 
     For an unbiased sample of the teacher's distribution (`cache.sparse`) its gradient is the full
-    divergence's in the mean; its value is larger by what the sample lacks in entropy, the same for
-    every student.
+    divergence's in the mean; its value is larger by what the sample lacks in entropy.
     """
     return forward(log_q.gather(-1, indices), log_p)
 
 
 def soft_loss(student: Tensor, teacher, temperature: float = 2.0, kind: str = "forward") -> Tensor:
-    """T^2 times the divergence of softmax(logits / T), (..., V) -> (...); of the mean of several
-    teachers.
+    """T^2 times the divergence of softmax(logits / T), (..., V) -> (...); of teachers' mean.
 
     T^2 keeps the gradient's size as T grows: for T -> infinity the forward loss tends to half the
     mean-free squared distance of the logits over V (Hinton et al. 2015, section 2.1).
@@ -103,8 +99,7 @@ def as_real(feature: Tensor) -> Tensor:
 
 @register_feature_loss("mse")
 def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """mean |s - t|^2 / mean |t|^2: 1 for a student that outputs zeros, whatever the layer's
-    scale."""
+    """mean |s - t|^2 / mean |t|^2: 1 for a student that outputs zeros."""
     scale = teacher.square().mean().clamp_min(torch.finfo(teacher.dtype).tiny)
     return F.mse_loss(student, teacher) / scale
 

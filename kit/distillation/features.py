@@ -1,5 +1,4 @@
-"""Hidden features of a student compared with its teacher's: hooks for the length of one forward
-pass, projections."""
+"""Hidden features of a student compared with its teacher's: hooks and projections."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -32,8 +31,7 @@ def capture(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor
 
 
 def layer_mapping(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
-    """The teacher's layer for each of the student's: evenly spaced, the last learns from the
-    last."""
+    """The teacher's layer for each of the student's: evenly spaced, from the last back."""
     ends = [(i + 1) * teacher_layers / student_layers for i in range(student_layers)]
     return tuple(math.ceil(end) - 1 for end in ends)
 
@@ -56,12 +54,10 @@ def _layer_names(model: nn.Module, suffix: str) -> list[str]:
 
 
 class FeatureLoss(nn.Module):
-    """Mean of a feature loss over pairs of submodules; where widths differ the student's is
-    projected.
+    """Mean of a feature loss over pairs of submodules; a student's other width is projected.
 
     Called with the two dicts of `capture`. The projections are linear maps without bias, learned
-    with the student and thrown away after it; a complex feature of C channels counts as 2C real
-    ones.
+    with the student and thrown away after it; complex ones count as pairs of reals.
     """
 
     def __init__(self, pairs: Sequence[tuple[str, str]], loss: str = "mse"):
@@ -74,8 +70,7 @@ class FeatureLoss(nn.Module):
         self.projections: nn.ModuleList | None = None
 
     def prepare(self, student: dict, teacher: dict) -> None:
-        """Makes the projections from one example of the features. Raises ValueError for features
-        that cannot be compared."""
+        """Makes the projections from an example. Raises ValueError for what cannot be compared."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             pairs = [(name, as_real(student[name]), as_real(teacher[o])) for name, o in self.pairs]

@@ -1,5 +1,4 @@
-"""A student's first weights from its teacher's: a subset of layers, of units, and truncated SVD of
-the tables."""
+"""A student's first weights from its teacher's: some layers and units, truncated tables."""
 
 import dataclasses
 import re
@@ -71,8 +70,7 @@ def _residual_units(student: LanguageModel, teacher: LanguageModel) -> Tensor | 
 
 
 def _residual_axes(student: nn.Module, units: Tensor, width: int) -> dict[str, dict[int, Tensor]]:
-    """For each parameter the teacher's units along the axes that d_model sets: those that double
-    when it doubles."""
+    """For each parameter the teacher's units along the axes that double with d_model."""
     with torch.device("meta"):
         wider = dataclasses.replace(student.config, d_model=2 * student.config.d_model)
         doubled = dict(type(student)(wider).named_parameters())
@@ -95,8 +93,7 @@ def _subset(value: Tensor, shape: torch.Size, kept: dict[int, Tensor]) -> Tensor
 
 
 def _token_tables(student: LanguageModel, teacher: LanguageModel, units) -> dict[str, Tensor]:
-    """Token tables that a copy does not give: factored ones, and a tied one of an untied
-    teacher."""
+    """Token tables that a copy does not give: factored, or tied where the teacher's are not."""
     if student.config.vocab_size != teacher.config.vocab_size:
         return {}
     embedding, output, bias = _tables(teacher)

@@ -76,8 +76,7 @@ def linear_distillation(
             must belong to the same temperature.
         kind: of `divergences.DIVERGENCES`. chunk: tokens a block; by default what fits the cache.
 
-    Raises ValueError when the vocabularies differ, or `kind` is unknown or not "forward" with a
-    `SparseTarget`.
+    Raises ValueError for other vocabularies, an unknown `kind`, a `SparseTarget` not "forward".
     """
     targets = flat_targets(targets, (*student.hidden.shape[:-1], student.classes))
     labels = targets.ndim == 1

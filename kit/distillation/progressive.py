@@ -24,8 +24,7 @@ class ProgressiveDistillation:
 
     sizes: parameters of each student, largest first. One size is the direct jump, two are one
         teacher assistant. make_student: (teacher, size) -> student; by default shaped by
-        `config_for_parameters`. settings: of `DistillationTrainer` (temperature, alpha,
-        feature_weight, ...).
+        `config_for_parameters`. settings: of `DistillationTrainer`.
     """
 
     def __init__(
@@ -46,14 +45,12 @@ class ProgressiveDistillation:
     def run(
         self, loader, config: TrainConfig, folder: str | Path, validate=None, log=False, hooks=()
     ):
-        """Trains every stage, `config.steps` in all, shared evenly; returns (last student, a dict
-        for each stage).
+        """Trains every stage, `config.steps` shared evenly; returns (last student, a dict a stage).
 
         A stage leaves `stage_<i>_<size>.kit` and `.json` in `folder`; a second call takes finished
         stages from there and continues a killed one where it was, with the same result. The dicts
         hold size, parameters, bytes, validation (of the best state), tokens, seconds, path and
-        history. Raises ValueError when the folder holds stages of another teacher or other
-        settings.
+        history. Raises ValueError for stages of other settings.
         """
         folder, teacher, records = Path(folder), self.teacher, []
         config = dataclasses.replace(config, steps=max(1, config.steps // len(self.sizes)))

@@ -14,8 +14,7 @@ WIDTH_PER_LAYER = 16  # the reference model's 64 / 4
 
 
 def config_for_parameters(budget: int, vocab_size: int, **fixed) -> ResNetBKConfig:
-    """The ResNetBKConfig of at most `budget` parameters that splits them best between its layers
-    and its token tables.
+    """The ResNetBKConfig of at most `budget` parameters, best split between layers and tables.
 
     Width of the FFN, channels and (within a layer) depth follow the width in the reference model's
     proportions; width and embedding rank are those of the largest layers^0.35 * tables^0.65, whose

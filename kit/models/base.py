@@ -68,7 +68,6 @@ class LanguageModel(protocols.LanguageModel):
         return super().forward(tokens)
 
     def auxiliary_loss(self) -> Tensor:
-        """Sum of the load-balancing losses of the last forward pass, a scalar; 0 without
-        experts."""
+        """Sum of the experts' load-balancing losses of the last forward pass, a scalar."""
         losses = [m.balance_loss for m in self.modules() if hasattr(m, "balance_loss")]
         return torch.stack(losses).sum() if losses else self.embedding.weight.new_zeros(())

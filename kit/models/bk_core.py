@@ -2,8 +2,7 @@
 gradients; and the causal convolution in front of it.
 
 Each channel is an operator with diagonal x_i, off-diagonal products p_i linking i-1 and i, and the
-complex shift i*eta. `left_resolvent` is causal; `staggered_reflection` is what the language model
-mixes tokens by.
+complex shift i*eta. `left_resolvent` is causal; `staggered_reflection` mixes tokens.
 """
 
 import torch
@@ -61,8 +60,7 @@ def left_resolvent(x: Tensor, p: Tensor, eta: Tensor) -> Tensor:
 
     x (B, N, C) float32 or float64: the real diagonal. p (B, N, C) >= 0, not checked: p[:, i] links
     i-1 and i, p[:, 0] is ignored. eta (C,) > 0. Returns g (B, N, C), complex64 or complex128, with
-    Im g > 0, |g| <= 1/eta and exact gradients for all three arguments; autocast leaves it in
-    float32.
+    Im g > 0, |g| <= 1/eta and exact gradients for all arguments; autocast does not touch it.
     Raises ValueError for other shapes or dtypes and for eta <= 0.
     """
     if torch.compiler.is_exporting():
@@ -72,8 +70,7 @@ def left_resolvent(x: Tensor, p: Tensor, eta: Tensor) -> Tensor:
 
 
 def gated_parts(r: Tensor, gate: Tensor) -> Tensor:
-    """[Re r, Im r] * gate of r (B, N, C) complex and gate (B, N, 2 C) real, on CPU in one pass over
-    memory."""
+    """[Re r, Im r] * gate of r (B, N, C) complex, gate (B, N, 2 C) real; on CPU in one pass."""
     if r.device.type == "cpu" and gate.dtype == r.real.dtype and not torch.compiler.is_exporting():
         return apply(bk_kernels.gate, bk_kernels.gate_backward, r, gate)
     return torch.cat([r.real, r.imag], -1) * gate

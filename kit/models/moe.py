@@ -1,5 +1,4 @@
-"""Sparse mixture of experts: each token is computed by its top-k experts only, grouped by
-expert."""
+"""Sparse mixture of experts: each token is computed by its top-k experts only."""
 
 from collections import namedtuple
 from collections.abc import Iterator
@@ -60,8 +59,7 @@ class MoE(nn.Module):
     usage (E,) int64: tokens routed to each expert since `reset_usage`, not saved. balance_loss: the
     Switch load-balancing loss of the last forward pass, 1 when balanced (Fedus et al. 2021, eq. 4).
 
-    d_model is D, d_ff the F of each expert, top_k the experts computed per token; ValueError if it
-    is not in 1..experts.
+    d_model is D, d_ff the F of each expert, top_k, in 1..experts, those computed per token.
     """
 
     def __init__(self, d_model: int, d_ff: int, experts: int, top_k: int = 1):

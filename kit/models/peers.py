@@ -68,8 +68,7 @@ def rotate(x: Tensor) -> Tensor:
 
 
 class TransformerLayer(nn.Module):
-    """Pre-norm block: causal self-attention with rotary positions, then a GELU feed-forward
-    layer."""
+    """Pre-norm block: causal self-attention with rotary positions, then a GELU layer."""
 
     def __init__(self, d_model: int, heads: int, d_ff: int, dropout: float):
         super().__init__()

@@ -1,5 +1,4 @@
-"""Quantization of what flows between layers, real or complex: calibrate on batches, then round with
-fixed ranges."""
+"""Quantization of what flows between layers, real or complex, with ranges from calibration."""
 
 import math
 from collections.abc import Iterable
@@ -16,19 +15,15 @@ MODES = ("separate", "joint", "polar")
 
 
 class ActivationQuantizer(nn.Module):
-    """Rounds a real tensor to `bits`-wide integers times a scale fixed by calibration; gradients
-    straight through.
+    """Rounds a real tensor to `bits`-wide integers times a calibrated scale; straight through.
 
     Ranges are kept per tensor, or per channel of the last dimension. While `observing`, the input
-    passes unchanged and the running minimum and maximum are updated; otherwise it is
-    fake-quantized.
+    passes unchanged and the range is widened; otherwise it is fake-quantized.
 
     Args:
         channels: length of the last dimension for a range per channel; None for one range.
-        bounds: (low, high) of what is bounded by definition, such as an angle; calibration leaves
-            them.
-    Raises ValueError for a complex input, when used before calibration, and for NaN or infinite
-    values in calibration.
+        bounds: (low, high) of what is bounded by definition, such as an angle.
+    Raises ValueError for a complex input, before calibration, and for NaN or infinity in it.
     """
 
     def __init__(self, bits: int = 8, symmetric: bool = True, channels=None, bounds=None):
@@ -89,15 +84,13 @@ class ActivationQuantizer(nn.Module):
 
 
 class ComplexQuantizer(nn.Module):
-    """Rounds a complex tensor to pairs of integers, per tensor or per channel of the last
-    dimension.
+    """Rounds a complex tensor to pairs of integers, per tensor or channel (last dimension).
 
     mode "separate": real and imaginary parts have ranges of their own, from the smallest to the
     largest value (the imaginary part of a resolvent is positive, so half of a symmetric grid would
     be idle). "joint": they share one symmetric scale, so that the grid is square and phase is kept
     as well as modulus. "polar": modulus and phase are rounded, uniformly in each, the phase over
-    [-pi, pi]. Calibrated like ActivationQuantizer. Dtype and shape are kept; gradients are straight
-    through.
+    [-pi, pi]. Calibrated like ActivationQuantizer. Gradients are straight through.
     """
 
     def __init__(self, bits: int = 8, channels: int | None = None, mode: str = "separate"):
@@ -141,8 +134,7 @@ ACTIVATION_MODULES = {cls.__name__: cls for cls in (ActivationQuantizer, Complex
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable) -> nn.Module:
-    """Fixes every activation quantizer's range from `batches`, in evaluation mode; returns the
-    model.
+    """Fixes every activation quantizer's range from `batches`; returns the model.
 
     batches: what `kit.core.protocols.call_of` takes: inputs, tuples that end with targets,
     mappings. Ranges found before are forgotten. Raises ValueError if there is no batch.

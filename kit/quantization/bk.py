@@ -1,5 +1,4 @@
-"""Quantization of the BK-core: its real input v and its complex output G, in training and as
-integers."""
+"""Quantization of the BK-core: its real input v and its complex output G."""
 
 import torch
 import torch.nn as nn
@@ -11,8 +10,7 @@ from kit.quantization.activations import ActivationQuantizer, ComplexQuantizer
 
 
 class QuantizedBKCore(nn.Module):
-    """The causal BK-core between two quantizers: v (B, N, C) -> rounded -> G -> rounded, complex
-    (B, N, C).
+    """The causal BK-core between two quantizers: v (B, N, C) -> rounded -> G -> rounded.
 
     G is rounded as its reflection coefficient (`staggered_reflection`), which lies in the unit disc
     and is what the mixer passes on. Ranges are fixed by `kit.quantization.calibrate`;
@@ -29,8 +27,7 @@ class QuantizedBKCore(nn.Module):
         self.quantize_g = ComplexQuantizer(bits, channels, mode)
 
     def forward(self, v: Tensor, energy: Tensor, hopping: Tensor, eta: Tensor) -> Tensor:
-        """v (B, N, C), energy (C,), hopping (B, N, C) >= 0, eta (C,) > 0 -> G as r (B, N, C)
-        complex."""
+        """v, hopping >= 0 (B, N, C), energy, eta > 0 (C,) -> G as r (B, N, C) complex."""
         return self.quantize_g(self._reflection(v, energy, hopping, eta))
 
     @torch.no_grad()

@@ -1,5 +1,4 @@
-"""Fake quantization of weights: a step that rounds in the forward pass and is straight-through
-behind."""
+"""Fake quantization of weights: a step that rounds forward, and is straight-through back."""
 
 import math
 from collections.abc import Mapping
@@ -72,8 +71,7 @@ class FakeQuantize(Step):
         return formats.from_blocks(part.expand(-1, length), self.shape, self.format)
 
     def grid(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale (blocks, 1), exactly as the artifact stores it, and zero point (blocks, 1) or
-        None."""
+        """Scale, exactly as the artifact stores it, and zero point or None; both (blocks, 1)."""
         if self.scale is None:
             return formats.choose_grid(self.blocks(weight), self.format)
         if not self.learned:
@@ -85,8 +83,7 @@ class FakeQuantize(Step):
 
     @torch.no_grad()
     def set_grid(self, scale: Tensor, zero: Tensor | None = None) -> None:
-        """Overwrites a fixed or learned grid, or fixes one that followed the weight; (blocks,
-        1)."""
+        """Overwrites a grid, or fixes one that followed the weight; (blocks, 1)."""
         scale = formats.round_scale(scale, self.format.scale)
         if self.scale is None:
             self.scale, self.zero = scale, zero
@@ -100,7 +97,7 @@ class FakeQuantize(Step):
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.format.bits == 16:
-            return _half(weight)
+            return formats.round_half(weight)
         scale, zero = self.grid(weight)
         blocks = self.blocks(weight)
         length = max(blocks.shape[1], 1)
@@ -111,8 +108,7 @@ class FakeQuantize(Step):
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes int8 (rows, columns), scale and zero point (blocks, 1): what `forward`
-        multiplies."""
+        """Codes int8 (rows, columns), scale and zero point (blocks, 1)."""
         scale, zero = self.grid(weight)
         codes = formats.quantize(self.blocks(weight), scale, zero, self.format)
         return formats.from_blocks(codes, self.shape, self.format), scale.detach(), zero
@@ -197,8 +193,7 @@ class FakeQuantize(Step):
 
 
 def _stored_view(entry: dict, weight: Weight) -> MatrixView:
-    """The view that a file means by its number of rows, negative if the weight is held
-    transposed."""
+    """The view that a file means by its number of rows, negative for a transposed weight."""
     shape = tuple(weight.original.shape)
     rows, transposed = abs(entry.get("rows", 0)), entry.get("rows", 0) < 0
     flat = MatrixView(shape, (1, *shape)) if len(shape) > 1 else column_view(shape)
@@ -208,19 +203,6 @@ def _stored_view(entry: dict, weight: Weight) -> MatrixView:
         if (view.rows, view.transposed) == (rows, transposed):
             return view
     raise ValueError(f"{weight.name!r} of shape {shape} cannot be seen as {rows} rows")
-
-
-class _Half(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.half().to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
-
-
-_half = _Half.apply
 
 
 def planned(model: nn.Module, plan: Format | Mapping) -> list[tuple[Weight, Format | None]]:
@@ -264,6 +246,13 @@ def quantize_weights(
             before = weight.before(FakeQuantize.rank).detach()
             weight.put(FakeQuantize(before, format, weight.view, learned))
     return model
+
+
+def packable(weight: Weight) -> FakeQuantize | None:
+    """The quantizer whose codes are the weight; None where there is none, where it keeps floats, or
+    where steps behind it change what it gives."""
+    last = weight.steps[-1] if weight.steps else None
+    return last if isinstance(last, FakeQuantize) and last.format.bits != 16 else None
 
 
 def quantizers(model: nn.Module) -> dict[str, FakeQuantize]:

@@ -3,8 +3,7 @@
 A tensor is viewed as a matrix (rows, columns), and the matrix as blocks that share one scale: the
 whole tensor, a row ("channel"), `group_size` neighbours in a row ("group") or `group_size` whole
 rows ("rows"). Every function below works on blocks, shape (blocks, length), with scale and zero
-point of shape (blocks, 1). Quantization follows Jacob et al. 2018 (arXiv:1712.05877), eq. 1: x =
-scale * (code - zero).
+point of shape (blocks, 1). x = scale * (code - zero): Jacob et al. 2018 (arXiv:1712.05877), eq. 1.
 """
 
 import dataclasses
@@ -33,16 +32,12 @@ SHRINKAGES = 65  # ranges that "mse" tries
 class Format:
     """How numbers are stored.
 
-    bits: 2, 3, 4, 5, 6 or 8 for integer codes, "ternary" for {-1, 0, 1}, 16 for IEEE half
-        precision.
-    symmetric: zero point 0 and scale = max|x| / qmax; otherwise the range [min, max], widened to
-        contain 0.
+    bits: 2, 3, 4, 5, 6 or 8 for integer codes, "ternary" for {-1, 0, 1}, 16 for IEEE half.
+    symmetric: zero point 0 and scale = max|x| / qmax; else the range [min, max] with 0.
     granularity: what shares a scale: "tensor", "channel" (a row), "group" (`group_size` neighbours
         in a row) or "rows" (`group_size` rows); the last group may be shorter.
-    range: "minmax", "percentile" (99.9 % of |x|, clipped beyond) or "mse" (the clipping of least
-        squared error).
-    scale: how a scale is stored: "float32", "float16" or "log8" (8 bits, 16 steps an octave below
-        the largest).
+    range: "minmax", "percentile" (99.9 % of |x|) or "mse" (clipped for the least squared error).
+    scale: how a scale is stored: "float32", "float16" or "log8" (8 bits, 16 an octave).
 
     >>> Format(4, granularity="group", group_size=64).qmax
     7
@@ -167,6 +162,11 @@ def round_scale(scale: Tensor, kind: str) -> Tensor:
     return scale.float().clamp(min=SMALLEST_SCALE[kind])
 
 
+def round_half(x: Tensor) -> Tensor:
+    """Rounded to half precision, with the gradient straight through; shape and dtype of x."""
+    return x + (x.half().to(x.dtype) - x).detach()
+
+
 def check_weights(x: Tensor, what: str = "tensor") -> None:
     """Raises ValueError for what no real quantizer can hold: complex, integer, NaN or infinite."""
     if x.is_complex():
@@ -184,8 +184,7 @@ def check_weights(x: Tensor, what: str = "tensor") -> None:
 
 
 def grid_of_range(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of the range [low, high], low <= 0 <= high; None for a symmetric
-    format."""
+    """Scale and zero point (None if symmetric) of the range [low, high], low <= 0 <= high."""
     if format.symmetric:
         return round_scale(torch.maximum(-low, high) / format.qmax, format.scale), None
     scale = round_scale((high - low) / (format.qmax - format.qmin), format.scale)
@@ -193,8 +192,7 @@ def grid_of_range(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Te
 
 
 def _percentile(x: Tensor, share: float) -> Tensor:
-    """The value (blocks, 1) that `share` of a block does not exceed, NaN left out; torch.quantile
-    stops at 2**24 values."""
+    """The value (blocks, 1) that `share` of a block does not exceed, at any length."""
     ordered, count = x.sort(dim=1).values, (~x.isnan()).sum(1, keepdim=True)
     return ordered.gather(1, (torch.ceil(share * count).long() - 1).clamp(min=0))
 
@@ -226,18 +224,9 @@ def choose_grid(blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
     return round_scale(scale, format.scale), zero
 
 
-def quantize(
-    x: Tensor, scale: Tensor, zero: Tensor | None, format: Format, generator=None
-) -> Tensor:
-    """Integer codes (int8) of x: round(x / scale) + zero, saturated at [qmin, qmax].
-
-    With a `generator` the rounding is stochastic: up with the probability of the fraction, so
-    unbiased.
-    """
-    q = x.float() / scale
-    if generator is not None:
-        q = torch.floor(q + torch.rand(q.shape, generator=generator, device=q.device))
-    q = torch.round(q)
+def quantize(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Tensor:
+    """Integer codes (int8) of x: round(x / scale) + zero, saturated at [qmin, qmax]."""
+    q = torch.round(x.float() / scale)
     return (q if zero is None else q + zero).clamp(format.qmin, format.qmax).to(torch.int8)
 
 
@@ -281,8 +270,7 @@ class _FakeQuantize(torch.autograd.Function):
 def fake_quantize(
     x: Tensor, scale: Tensor, zero: Tensor | None, format: Format, step_gradient: float = 0.0
 ) -> Tensor:
-    """Quantize and dequantize with a straight-through gradient, zero where x saturates (Bengio et
-    al. 2013).
+    """Quantize and dequantize; gradient straight through, 0 where x saturates (Bengio et al. 2013).
 
     x (blocks, length); scale (blocks, 1) or any shape that broadcasts. `step_gradient` > 0 also
     gives the scale its gradient, times that factor: learned step size quantization (Esser et al.

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from kit.core.calibration import input_grams
 from kit.core.obs import column_sweep, inverse_factor
-from kit.core.weights import MatrixView, Weight, weights
+from kit.core.weights import MatrixView, weights
 from kit.quantization import formats
-from kit.quantization.fake import FakeQuantize, planned, quantize_weights
+from kit.quantization.fake import FakeQuantize, packable, planned, quantize_weights
 from kit.quantization.formats import Format
 
 
@@ -86,13 +86,8 @@ def gptq(
 
 def repairable(model: nn.Module, batches: Iterable) -> list[str]:
     """Names of the quantized weights whose rounding GPTQ repairs, in the order of their use."""
-    fits = [weight.name for weight in weights(model, matrices=True) if _is_rounded(weight)]
+    fits = [weight.name for weight in weights(model, matrices=True) if packable(weight)]
     return list(input_grams(model, batches, fits, strict=False))
-
-
-def _is_rounded(weight: Weight) -> bool:
-    step = weight.steps[-1] if weight.steps else None
-    return isinstance(step, FakeQuantize) and step.format.bits != 16
 
 
 def _stacked(quantizer: FakeQuantize, view: MatrixView, part: Tensor | None) -> Tensor | None:

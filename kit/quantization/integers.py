@@ -12,18 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kit.core.weights import Weight, is_plain, materialize, matrix_view, weight_of
+from kit.core.weights import is_plain, materialize, matrix_view, weight_of
 from kit.models import MoE
 from kit.quantization import formats
-from kit.quantization.fake import FakeQuantize, quantize_weights
+from kit.quantization.fake import FakeQuantize, packable, quantize_weights
 from kit.quantization.formats import Format
 from kit.quantization.packing import pack, unpack
 from kit.quantization.plans import INT4_GROUPS, INT8
 
 
 class GroupWiseQuantizer(nn.Module):
-    """A tensor as packed integer codes and a scale a group: `encode` stores it, a call gives it
-    back.
+    """A tensor as packed codes and a scale a group: `encode` stores it, a call gives it back.
 
     128 weights a group in 4 bits by default, so 0.5 byte a weight and a float16 scale for each 128.
 
@@ -84,13 +83,6 @@ class GroupWiseQuantizer(nn.Module):
         return sum(part.nbytes for part in parts if part is not None)
 
 
-def packable(weight: Weight) -> FakeQuantize | None:
-    """The quantizer whose codes are the weight; None where there is none, where it keeps floats, or
-    where steps behind it change what it gives."""
-    last = weight.steps[-1] if weight.steps else None
-    return last if isinstance(last, FakeQuantize) and last.format.bits != 16 else None
-
-
 def _packed(module: nn.Module, attribute: str = "weight") -> GroupWiseQuantizer:
     weight = weight_of(module, attribute)
     quantizer = packable(weight)
@@ -146,8 +138,7 @@ class QuantizedEmbedding(nn.Module):
 
 
 class QuantizedMoELayer(MoE):
-    """A mixture of experts with packed experts and router; interface and shapes are those of the
-    float layer.
+    """A mixture of experts with packed experts and router; used as the float layer.
 
     Made from a MoE whose weights carry FakeQuantize steps (raises ValueError if w_in or w_out do
     not); `from_float` gives a float layer INT4 experts in groups of 128 and an INT8 router.

@@ -43,31 +43,6 @@ def _round_backward(x, scale, low, high, grad, dx, dscale):
 
 
 @exact
-def _magnitude(x, scale, out):
-    for b in range(x.shape[0]):
-        step, row, to = scale[b, 0], x[b], out[b]
-        for i in range(row.size):
-            to[i] = abs(np.rint(row[i] / step))
-
-
-@sums
-def _magnitude_backward(x, scale, grad, dx, dscale):
-    for b in range(x.shape[0]):
-        inverse, row, g, to, total = (
-            np.float32(1) / scale[b, 0],
-            x[b],
-            grad[b],
-            dx[b],
-            np.float32(0),
-        )
-        for i in range(row.size):
-            slope = g[i] * inverse
-            to[i] = slope if row[i] > 0 else -slope if row[i] < 0 else np.float32(0)
-            total -= slope * abs(row[i])
-        dscale[b, 0] = total * inverse
-
-
-@exact
 def _compose(rows, left, right, parts):
     for i in range(rows.shape[0]):
         if parts[i, 0] >= 0:
@@ -107,20 +82,6 @@ def fake_quantize_backward(x: Tensor, scale: Tensor, low: int, high: int, grad: 
     dx, dscale = torch.empty_like(x), torch.empty_like(scale)
     limits = np.float32(low), np.float32(high)
     _round_backward(*_arrays(x, scale), *limits, *_arrays(grad.contiguous(), dx, dscale))
-    return dx, dscale
-
-
-def magnitude(x: Tensor, scale: Tensor) -> Tensor:
-    """|round(x / scale)|."""
-    out = torch.empty_like(x)
-    _magnitude(*_arrays(x, scale, out))
-    return out
-
-
-def magnitude_backward(x: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of |x / scale| for x and scale."""
-    dx, dscale = torch.empty_like(x), torch.empty_like(scale)
-    _magnitude_backward(*_arrays(x, scale, grad.contiguous(), dx, dscale))
     return dx, dscale
 
 

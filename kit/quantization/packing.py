@@ -6,14 +6,12 @@ TRITS = np.array([1, 3, 9, 27, 81], np.uint8)
 
 
 def packed_bytes(count: int, bits: int | str) -> int:
-    """Bytes that `count` codes take: bits / 8 each, or five ternary codes a byte, rounded up
-    once."""
+    """Bytes that `count` codes take: bits / 8 each, or five ternary codes a byte."""
     return -(-count // 5) if bits == "ternary" else -(-count * bits // 8)
 
 
 def pack(codes: np.ndarray, bits: int | str) -> bytes:
-    """Signed codes of a `bits`-wide two's-complement range (or -1, 0, 1 if "ternary") as a dense
-    bit stream.
+    """Signed codes of a `bits`-wide two's-complement range (or -1, 0, 1: "ternary") as bits.
 
     >>> len(pack(np.array([-4, 3, 0]), 3))
     2

@@ -36,7 +36,7 @@ from kit.core.weights import Weight, gradients, weights
 from kit.models.moe import Permute
 from kit.quantization import kernels
 from kit.quantization.fake import FakeQuantize
-from kit.quantization.formats import Format
+from kit.quantization.formats import Format, round_half
 
 BASIS = Format(4)  # residuals are taken in the rounded basis, so that it may be coarse
 LEAST_CURVATURE = 1e-2  # of a direction, relative to the mean: flatter ones are not, further away
@@ -46,42 +46,21 @@ LEVEL = 0.15
 MOST = 2**31 - 1  # that the coder takes
 
 
-def compose_by_levels(residual: Tensor, left: Tensor, right: Tensor, levels) -> Tensor:
-    """`kernels.compose` on any device, the shortest tokens first."""
-    rows = residual.clone()
-    for at, first, second in levels:
-        rows[at] += left * rows[first] + right * rows[second]
-    return rows
-
-
-def compose_by_levels_backward(rows: Tensor, left: Tensor, right: Tensor, levels, grad: Tensor):
-    """Its adjoint, the longest tokens first."""
-    grad, d_left, d_right = grad.clone(), torch.zeros_like(left), torch.zeros_like(right)
-    for at, first, second in reversed(levels):
-        g = grad[at]
-        d_left += (g * rows[first]).sum(0)
-        d_right += (g * rows[second]).sum(0)
-        grad.index_add_(0, first, left * g).index_add_(0, second, right * g)
-    return grad, d_left, d_right
-
-
 class _Compose(torch.autograd.Function):
+    """Row after row, on the CPU wherever the table is: little to compute, in many steps."""
+
     @staticmethod
-    def forward(ctx, residual, left, right, composition):
-        ctx.composition = composition
-        if residual.device.type == "cpu":
-            rows = kernels.compose(residual, left, right, composition.parts)
-        else:
-            rows = compose_by_levels(residual, left, right, composition.levels)
-        ctx.save_for_backward(rows, left, right)
-        return rows
+    def forward(ctx, residual, left, right, parts):
+        ctx.parts = parts
+        rows = kernels.compose(residual.cpu(), left.cpu(), right.cpu(), parts)
+        ctx.save_for_backward(rows, left.cpu(), right.cpu())
+        return rows.to(residual.device)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        if grad.device.type == "cpu":
-            return *kernels.compose_backward(*ctx.saved_tensors, ctx.composition.parts, grad), None
-        return *compose_by_levels_backward(*ctx.saved_tensors, ctx.composition.levels, grad), None
+        grads = kernels.compose_backward(*ctx.saved_tensors, ctx.parts, grad.cpu())
+        return *(part.to(grad.device) for part in grads), None
 
 
 def checksum(parts: np.ndarray) -> int:
@@ -98,12 +77,10 @@ def _check_parts(entry: dict, parts: np.ndarray | None) -> None:
 
 @register_step("composition")
 class Composition(Step):
-    """Residuals (V, D) -> rows (V, D), float32. The basis (D, D) begins as the identity, is not
-    trained.
+    """Residuals (V, D) -> rows (V, D), float32. The basis (D, D) is not trained.
 
     Args:
-        parts: int (V, 2), the two tokens that each token is made of, both before it, or -1 twice
-            (`BPETokenizer.parts`).
+        parts: int (V, 2), two earlier tokens each is made of, or -1 twice (`BPETokenizer.parts`).
         width: D.
     Raises ValueError for parts that do not precede their token.
     """
@@ -115,22 +92,12 @@ class Composition(Step):
         self.parts = np.ascontiguousarray(parts, np.int32)
         if self.parts.ndim != 2 or (self.parts.max(1) >= np.arange(len(self.parts))).any():
             raise ValueError("a token's parts must come before it: pass BPETokenizer.parts")
-        depth = np.zeros(len(self.parts), np.int64)
-        for token in np.flatnonzero(self.parts[:, 0] >= 0):
-            depth[token] = 1 + depth[self.parts[token]].max()
-        at = [np.flatnonzero(depth == d) for d in range(1, depth.max() + 1)]
-        pairs = self.parts.T.astype(np.int64)
-        self.levels = [tuple(map(torch.from_numpy, (i, *pairs[:, i]))) for i in at]
         self.left, self.right = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
         self.register_buffer("basis", torch.eye(width))
         self.rounding = FakeQuantize(self.basis, BASIS)
 
-    def _apply(self, function, recurse: bool = True):
-        self.levels = [tuple(function(x) for x in level) for level in self.levels]
-        return super()._apply(function, recurse)
-
     def forward(self, residual: Tensor) -> Tensor:
-        rows = _Compose.apply(residual, _half(self.left), _half(self.right), self)
+        rows = _Compose.apply(residual, round_half(self.left), round_half(self.right), self.parts)
         return rows @ self.rounding(self.basis)
 
     def encode(self, x: Tensor, stored: Tensor, write) -> dict:
@@ -170,9 +137,9 @@ class Composition(Step):
 
     @torch.no_grad()
     def _factors(self, rows: Tensor, importance: Tensor) -> Tensor:
-        """Sets a and b by least squares, each row weighted (V,), and returns the residuals (V,
-        D)."""
-        at, first, second = (torch.cat(x) for x in zip(*self.levels))
+        """Sets a and b by least squares, rows weighted (V,); returns the residuals."""
+        at = torch.from_numpy(np.flatnonzero(self.parts[:, 0] >= 0)).to(rows.device)
+        first, second = torch.from_numpy(self.parts).to(rows.device)[at].long().unbind(1)
         y, x = rows[at], torch.stack([rows[first], rows[second]], -1)
         w = importance[at][:, None, None]
         gram = torch.einsum("ndi,ndj->dij", w * x, x)
@@ -181,18 +148,12 @@ class Composition(Step):
         solution = torch.linalg.solve(gram, torch.einsum("ndi,nd->di", w * x, y))
         self.left.copy_(solution[:, 0]), self.right.copy_(solution[:, 1])
         residual = rows.clone()
-        residual[at] -= _half(self.left) * rows[first] + _half(self.right) * rows[second]
+        residual[at] -= round_half(self.left) * rows[first] + round_half(self.right) * rows[second]
         return residual
 
 
-def _half(x: Tensor) -> Tensor:
-    """Rounded to half precision, as the file holds it, with the gradient straight through."""
-    return x + (x.half().float() - x).detach()
-
-
 def _tables(model: nn.Module, size: int, matrices: bool, allowed: type | None) -> list[Weight]:
-    """The weights with an entry for each of `size` tokens, on which nothing but `allowed` steps
-    is."""
+    """The weights with an entry for each of `size` tokens, without other steps than `allowed`."""
     found = [w for w in weights(model) if w.original.shape[:1] == (size,)]
     found = [w for w in found if w.original.ndim == 2 or not matrices]
     if not found:
@@ -212,8 +173,7 @@ def compose_tables(model: nn.Module, parts: np.ndarray, batches: Iterable, loss)
     place, and returns the model. What it computes stays the same.
 
     Args:
-        loss: loss(model, batch) -> scalar, whose gradients on `batches` say what an error in a row
-            or a column costs.
+        loss: loss(model, batch) -> scalar, whose gradients on `batches` say what errors cost.
     Raises ValueError when no matrix has as many rows as `parts`, and for one that carries steps.
     """
     tables = {weight.name: weight for weight in _tables(model, len(parts), True, None)}
@@ -230,8 +190,7 @@ def compose_tables(model: nn.Module, parts: np.ndarray, batches: Iterable, loss)
 
 
 def frequency_classes(counts: np.ndarray, top: int) -> np.ndarray:
-    """round(log4((top + 1) / (count + 1))) for counts (V,): int64, 0 for the most frequent, halves
-    up."""
+    """round(log4((top + 1) / (count + 1))) for counts (V,): int64, halves up."""
     return sum((top + 1) >> (2 * j + 1) >= counts + 1 for j in range(16)).astype(np.int64)
 
 
@@ -255,8 +214,7 @@ def merge_curve(counts: np.ndarray, parts: np.ndarray) -> np.ndarray:
 
 
 def expected_classes(curve: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """Class of each token as far as `merge_curve` and parts tell; m times the token's number is
-    linear between points."""
+    """Class of each token from `merge_curve` and parts; m * number is linear between points."""
     (top, *merged), ids, points = curve, np.arange(len(parts)), _points(len(parts))
     right = np.searchsorted(points, np.maximum(ids, 1)).clip(1)
     (a, b), (m_a, m_b) = ((x[right - 1], x[right]) for x in (points, np.array(merged)))
@@ -272,8 +230,7 @@ def expected_classes(curve: np.ndarray, parts: np.ndarray) -> np.ndarray:
 class RowOrder(Step):
     """Rows by class, (V, ...) -> rows by token, the same shape and dtype.
 
-    classes: int64 (V,), of each token; parts: int (V, 2), what it was merged from, and curve, from
-    `merge_curve`, or None.
+    classes: int64 (V,), of each token; parts: int (V, 2), its merge, and `merge_curve`, or None.
     """
 
     rank = 20
@@ -313,8 +270,7 @@ def order_rows(model: nn.Module, counts: np.ndarray) -> nn.Module:
     its bias), in place, and returns the model. What it computes stays the same.
 
     counts: (V,), how often each token occurs in the training data.
-    Raises ValueError when no weight has as many rows, and for one that carries other steps than a
-    composition.
+    Raises ValueError when no weight has as many rows, and for steps but a composition.
     """
     counts = np.asarray(counts, np.int64)
     tables = _tables(model, len(counts), False, Composition)

@@ -1,5 +1,4 @@
-"""Evaluation: token-weighted loss, perplexity, bits per byte and accuracy, with bootstrap intervals
-over windows."""
+"""Evaluation: token-weighted loss, perplexity, bits per byte, accuracy; bootstrap intervals."""
 
 import math
 from dataclasses import dataclass
@@ -44,8 +43,7 @@ class Evaluation:
         return self.nll / math.log(2) / n_bytes
 
     def interval(self, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-        """Percentile bootstrap over windows (Efron 1979) of the perplexity, or of a classifier's
-        accuracy."""
+        """Percentile bootstrap over windows (Efron 1979): perplexity, a classifier's accuracy."""
         if self.classifier:
             return _interval(_resampled(self.window_correct, self.window_tokens, seed), level)
         return _interval(np.exp(_resampled(self.window_nll, self.window_tokens, seed)), level)
@@ -79,8 +77,7 @@ def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
 
 
 def evaluate(model: nn.Module, loader) -> Evaluation:
-    """Evaluates in evaluation mode, on the model's device, over batches that `call_of` understands,
-    such as (inputs, targets).
+    """Evaluates over batches that `call_of` understands, in evaluation mode, on the model's device.
 
     The hidden states of a `LanguageModel` (B, T, D) meet targets (B, T) int64, -100 ignored. Any
     other model gives logits (`logits_of`): (B, C) for labels (B,) or probabilities (B, C), or

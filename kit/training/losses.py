@@ -82,8 +82,7 @@ def chunked_linear_loss(
             scalars, each a sum over these tokens: the loss, and whatever else is to be known.
         chunk: tokens a block; by default what fits the cache.
 
-    Returns the tuple summed over all tokens. Only its first entry carries gradients, which autograd
-    forms inside each block.
+    Returns the tuple summed over all tokens. Its first entry carries gradients, by autograd.
     """
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     if chunk is None and not hidden.is_cuda:
@@ -156,8 +155,7 @@ def _with_bias(hidden, weight, bias, dtype):
 
 
 def _logit_blocks(h: Tensor, w: Tensor, chunk: int | None) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, h[rows] @ w.T), block by block, in one buffer: mapping fresh memory costs as much as
-    filling it."""
+    """(rows, h[rows] @ w.T), block by block, in one buffer: fresh memory is as slow."""
     fitting = (CUDA_BLOCK if h.is_cuda else CPU_BLOCK) // (len(w) * h.element_size())
     chunk = min(chunk or max(16, fitting), max(1, len(h)))
     buffer = torch.empty(chunk, len(w), dtype=h.dtype, device=h.device)
@@ -169,8 +167,7 @@ def _logit_blocks(h: Tensor, w: Tensor, chunk: int | None) -> Iterator[tuple[sli
 def _errors_(logits, h, w, targets):
     """Turns logits (n, V) into softmax - one-hot in place and returns the losses (n,).
 
-    At the target, the error is minus the sum of the others: exact in bfloat16 too, where 1 - p is
-    lost in rounding.
+    At the target, the error is minus the sum of the others: exact where bfloat16 loses 1 - p.
     """
     at_target = torch.arange(len(logits), device=logits.device), targets
     probability = torch.softmax(logits, 1, out=logits)[at_target]
@@ -189,8 +186,7 @@ def _errors_(logits, h, w, targets):
 
 
 def _hits(logits, targets):
-    """Whether the target is the argmax of each row; argmax, 10x slower than amax, sees only the
-    candidates."""
+    """Whether the target is each row's argmax, which is slow: it sees only the candidates."""
     hits = logits.gather(1, targets[:, None])[:, 0] == logits.amax(1)
     candidates = hits.nonzero()[:, 0]
     hits[candidates] = logits[candidates].argmax(1) == targets[candidates]
@@ -329,8 +325,7 @@ def training_loss(model: nn.Module) -> Callable:
 
 
 def labelled(batch) -> Call:
-    """`call_of` a batch, class numbers as int64. Raises ValueError unless one tensor is its
-    targets."""
+    """`call_of` a batch, class numbers as int64. Raises ValueError without."""
     call = call_of(batch)
     if not isinstance(targets := call.targets, Tensor):
         found = "no targets" if targets is None else f"a {type(targets).__name__} of targets"
