@@ -17,7 +17,7 @@ import torch.nn as nn
 from kit import artifact
 from kit.budget import RateLoss, RateSettings, row_sensitivity, set_rate_formats
 from kit.core.measurement import peak_memory
-from kit.core.protocols import LanguageModel
+from kit.core.protocols import LanguageModel, adapt, bare, tree_map
 from kit.core.store import code_digest, digest, write_json
 from kit.core.weights import copy_model, materialize, weights
 from kit.distillation import DistillationTrainer
@@ -117,12 +117,12 @@ class CompressionPipeline:
             raise ValueError(f"target_compression={target_compression} must be at least 1")
         if unknown := set(stages) - set(STAGES):
             raise ValueError(f"unknown stage {min(unknown)!r}: choose from {', '.join(STAGES)}")
-        self.model, self.target_compression, self.device = model, target_compression, device
+        self.model, self.target_compression, self.device = adapt(model), target_compression, device
         self.stages, self.lr, self.seed, self.log = tuple(stages), lr, seed, log
         self.settings = settings
-        language = isinstance(model, LanguageModel)
+        language = isinstance(self.model, LanguageModel)
         self.tables = (token_parts, token_counts) if language else (None, None)
-        self.loss = training_loss(model) if language else classification_loss
+        self.loss = training_loss(self.model) if language else classification_loss
         self.baseline_bytes = artifact.float32_bytes(model)
         self.budget = math.floor(self.baseline_bytes / target_compression)
 
@@ -162,7 +162,7 @@ class CompressionPipeline:
         baseline = {"bytes": self.baseline_bytes, **baseline}
         metrics = {"baseline": baseline, "stage_metrics": found, "budget_bytes": self.budget}
         metrics |= {"compression_ratio": final["ratio"], "target_met": over <= 0}
-        return self._load(previous), metrics
+        return bare(self._load(previous)), metrics
 
     def _say(self, text: str) -> None:
         if self.log:
@@ -207,7 +207,7 @@ class CompressionPipeline:
         start = time.perf_counter()
         torch.manual_seed(self.seed)
         batches = list(itertools.islice(loader, self.settings.calibration_batches))
-        batches = [tuple(t.to(self.device) for t in batch) for batch in batches]
+        batches = [tree_map(lambda t: t.to(self.device), batch) for batch in batches]
         stage, final_lr = STAGES[name](self, previous, teacher, batches), self.settings.final_lr
         config = TrainConfig(steps, self.lr * stage.lr, final_lr=final_lr, seed=self.seed)
         checkpoint = path.with_suffix(".checkpoint")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kit.artifact import kit3
 from kit.artifact.layouts import INTEGERS, LAYOUTS, ArtifactError, Reader, Writer
+from kit.core.protocols import bare
 from kit.core.steps import STEPS, Step
 from kit.core.store import atomic
 from kit.core.weights import Weight, materialize, weights
@@ -87,8 +88,8 @@ def load(
     header, blobs = _read(path)
     if model is None:
         model = _rebuild(header, path)
-    _restore_modules(model, header, path)
-    targets = _targets(model)
+    _restore_modules(bare(model), header, path)
+    targets = _targets(bare(model))
     _check_names(header, targets, path)
     made: list[Step] = []
     with torch.no_grad():
@@ -138,6 +139,7 @@ def describe(path: str | os.PathLike):
 
 def serialized(model: nn.Module, layouts: Sequence[str] = tuple(LAYOUTS)) -> bytes:
     """The bytes of the file."""
+    model = bare(model)
     header = {"model": recipe(model), "modules": _activation_modules(model), "tensors": []}
     if extra := _extra_state(model):
         header["extra"] = extra

@@ -8,10 +8,13 @@ large vocabulary are never all in memory. `adapt` gives that protocol to somebod
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from kit.core.weights import class_of
 
 
 class LanguageModel(nn.Module):
@@ -36,12 +39,14 @@ class LanguageModel(nn.Module):
 
 
 class Adapted(LanguageModel):
-    """Somebody's model with the language-model protocol; the model itself is `model`."""
+    """Somebody's model with the language-model protocol; the model itself is `model`, whose
+    attributes and methods, such as `config` and `generate`, are found here too."""
 
     def __init__(self, model: nn.Module, hidden: Callable, output: Callable, auxiliary_loss):
         super().__init__()
         self.model, self._hidden = model, hidden
         self._output, self._auxiliary = output, auxiliary_loss
+        self.training = model.training
 
     def hidden(self, *inputs, **options) -> Tensor:
         return self._hidden(self.model, *inputs, **options)
@@ -52,21 +57,99 @@ class Adapted(LanguageModel):
     def auxiliary_loss(self) -> Tensor:
         return super().auxiliary_loss() if self._auxiliary is None else self._auxiliary(self.model)
 
+    def __getattr__(self, name: str):
+        if name.startswith("_") or name in ("model", "parametrizations") or name in self._modules:
+            return super().__getattr__(name)
+        return getattr(self.model, name)
+
+
+class Transformers(Adapted):
+    """A model of transformers whose logits are its output layer's; called as the model itself is.
+
+    The input of the output layer is caught on its way, and no logits are formed.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model, None, None, None)
+        self._losses = None
+
+    def hidden(self, *inputs, **options) -> Tensor:
+        head, seen = self.model.get_output_embeddings(), []
+
+        def catch(x: Tensor) -> Tensor:
+            seen.append(x)
+            return x.new_zeros(*x.shape[:-1], 0)
+
+        head.forward = catch
+        try:
+            self._losses = getattr(self.model(*inputs, **options), "aux_loss", None)
+        finally:
+            del head.forward
+        return seen[-1]
+
+    def output(self) -> tuple[Tensor, Tensor | None]:
+        head = self.model.get_output_embeddings()
+        return head.weight, head.bias
+
+    def auxiliary_loss(self) -> Tensor:
+        return LanguageModel.auxiliary_loss(self) if self._losses is None else self._losses
+
+    def forward(self, *inputs, **options):
+        return self.model(*inputs, **options)
+
+
+_LINEAR: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
 
 def adapt(
-    model: nn.Module, hidden: Callable, output: Callable, auxiliary_loss: Callable | None = None
-) -> LanguageModel:
-    """The model under the language-model protocol, sharing its weights.
+    model: nn.Module,
+    hidden: Callable | None = None,
+    output: Callable | None = None,
+    auxiliary_loss: Callable | None = None,
+) -> nn.Module:
+    """The model under the language-model protocol where it has one, sharing its weights.
+
+    Without further arguments, models of transformers that end in an output layer (causal, masked,
+    sequence to sequence) get it, if on three tokens their logits are those of that layer, not
+    scaled or capped; any other model is returned as it is, for what it returns are logits.
 
     Args:
         hidden: (model, *inputs, **options) -> last hidden state (B, T, D).
         output: (model) -> weight (V, D) and bias (V,) or None of the output layer.
         auxiliary_loss: (model) -> scalar, added to the training loss with a small weight.
 
-    >>> lm = adapt(gpt2, lambda m, ids: m.transformer(ids)[0],
-    ...            lambda m: (m.lm_head.weight, None))  # doctest: +SKIP
+    >>> lm = adapt(mine, lambda m, ids: m.body(ids), lambda m: (m.head.weight, None))
+    ... # doctest: +SKIP
     """
-    return Adapted(model, hidden, output, auxiliary_loss)
+    if hidden is not None:
+        return Adapted(model, hidden, output, auxiliary_loss)
+    if isinstance(model, LanguageModel):
+        return model
+    if model not in _LINEAR:
+        _LINEAR[model] = _has_linear_logits(model)
+    return Transformers(model) if _LINEAR[model] else model
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model of transformers that `adapt` wrapped; any other as it is."""
+    return model.model if isinstance(model, Transformers) else model
+
+
+def _has_linear_logits(model: nn.Module) -> bool:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None or class_of(head) is not nn.Linear:
+        return False
+    tokens, adapted = torch.tensor([[0, 1, 2]], device=head.weight.device), Transformers(model)
+    decoder = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+    try:
+        with evaluating(model):
+            logits = model(input_ids=tokens, **decoder).logits
+            hidden = adapted.hidden(input_ids=tokens, **decoder)
+            return torch.allclose(
+                logits, nn.functional.linear(hidden, *adapted.output()).to(logits)
+            )
+    except Exception:  # it takes something else than tokens, and is called as it is
+        return False
 
 
 @dataclass(frozen=True)
@@ -88,10 +171,17 @@ class Call:
 TARGETS = ("labels", "targets", "target", "label")  # keys of a mapping for what is to be predicted
 
 
-def call_of(batch) -> Call:
+def call_of(batch, model: nn.Module | None = None) -> Call:
     """A batch of a loader as a call: a tensor is the input; of a tuple or list the last entry is
     the targets, the others are inputs; of a mapping the entry named like one of TARGETS, the others
-    are keyword arguments."""
+    are keyword arguments.
+
+    model: what is called. Models of transformers are made for labels in mappings that they shift
+        themselves: for a causal one the targets are the labels one token on, and an encoder-decoder
+        gets its decoder's inputs from them.
+    """
+    if model is not None:
+        return _shifted(call_of(batch), bare(model))
     if isinstance(batch, Call):
         return batch
     if isinstance(batch, Mapping):
@@ -101,6 +191,21 @@ def call_of(batch) -> Call:
     if isinstance(batch, (tuple, list)) and len(batch) > 1:
         return Call(tuple(batch[:-1]), {}, batch[-1])
     return call_with(batch)
+
+
+def _shifted(call: Call, model: nn.Module) -> Call:
+    labels, config = call.targets, getattr(model, "config", None)
+    if not isinstance(labels, Tensor) or not hasattr(config, "is_encoder_decoder"):
+        return call
+    if prepare := getattr(model, "prepare_decoder_input_ids_from_labels", None):
+        inputs = (
+            {} if "decoder_input_ids" in call.kwargs else {"decoder_input_ids": prepare(labels)}
+        )
+        return replace(call, kwargs={**inputs, **call.kwargs})
+    tokens = call.kwargs.get("input_ids")
+    if call.args or tokens is None or tokens.shape != labels.shape or not model.can_generate():
+        return call
+    return replace(call, targets=nn.functional.pad(labels[:, 1:], (0, 1), value=-100))
 
 
 def call_with(inputs) -> Call:
@@ -184,7 +289,7 @@ def run(
     try:
         with evaluating(model):
             for batch in batches:
-                call, seen = call_of(batch).to(device), True
+                call, seen = call_of(batch, model).to(device), True
                 if isinstance(model, LanguageModel):
                     states.append(call(model.hidden))
                 else:

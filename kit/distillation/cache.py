@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from kit.core.protocols import Call, call_of, device_of, tensors_of
+from kit.core.protocols import Call, adapt, call_of, device_of, tensors_of
 from kit.core.store import digest, lock, write_json
 from kit.distillation.divergences import soft_targets
 from kit.distillation.objective import SparseTarget, output_of
@@ -128,7 +128,8 @@ def build_cache(
     The folder appears when it is complete, in place of one that exists. Raises ValueError for k or
     temperature out of range and teachers in training mode.
     """
-    teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+    teachers = [teacher] if isinstance(teacher, nn.Module) else teacher
+    teachers = [adapt(model) for model in teachers]
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}: it must be positive")
     check_evaluating(teachers)
@@ -184,7 +185,8 @@ def _fill(folder: Path, teachers, loader, k, temperature, seed) -> dict:
     device, examples, done = device_of(teachers[0]), len(loader.dataset), 0
     generator, arrays, sampled, rounding = torch.Generator().manual_seed(seed), {}, 0.0, 0.0
     for call in _calls(loader, loader.batch_size):
-        outputs = [output_of(teacher, call.to(device)) for teacher in teachers]
+        call = call_of(call, teachers[0]).to(device)
+        outputs = [output_of(teacher, call) for teacher in teachers]
         classes = outputs[0].classes
         target, mass = _targets(outputs, k, temperature, generator)
         types = np.uint16 if classes <= 2**16 else np.uint32, np.float16

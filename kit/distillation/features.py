@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from kit.core.protocols import bare
 from kit.distillation.divergences import FEATURE_LOSSES, as_real
 
 BK_FEATURE = "mixer.quantize_g"  # sees the reflection coefficient r, (B, N, C) complex
@@ -16,7 +17,7 @@ BK_FEATURE = "mixer.quantize_g"  # sees the reflection coefficient r, (B, N, C) 
 def capture(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Collects the outputs of the submodules `names` (of a tuple the first) in the block's forward
     passes. Raises ValueError when a name matches no submodule."""
-    modules, outputs = dict(model.named_modules()), {}
+    modules, outputs = dict(bare(model).named_modules()), {}
     with ExitStack() as hooks:
         for name in dict.fromkeys(names):
             if not name or name not in modules:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from kit.core.protocols import Call, LanguageModel, call_of, device_of, evaluating
+from kit.core.protocols import Call, LanguageModel, adapt, call_of, device_of, evaluating
 from kit.distillation.cache import TeacherCache, check_evaluating
 from kit.distillation.divergences import divergence_of
 from kit.distillation.features import FeatureLoss, capture, feature_pairs
@@ -63,7 +63,7 @@ class DistillationTrainer:
         """Raises ValueError for settings out of range, unknown names, unequal vocabularies."""
         self.cache = teacher if isinstance(teacher, TeacherCache) else None
         several = [] if self.cache else teacher if isinstance(teacher, Sequence) else [teacher]
-        self.teachers = list(several)
+        self.teachers, student = [adapt(model) for model in several], adapt(student)
         self.student, self.temperature, self.alpha, self.kind = student, temperature, alpha, kind
         self.feature_weight, self.sample, self.parts = feature_weight, sample, {}
         # A parameter, so that checkpoints hold it.
@@ -89,7 +89,7 @@ class DistillationTrainer:
         self.progress.zero_()
         if self.features is None or self.features.projections is not None:
             return
-        call = call_of(next(iter(loader))).to(device_of(self.student))
+        call = call_of(next(iter(loader)), self.student).to(device_of(self.student))
         with evaluating(self.student, self.teachers[0]):
             (_, own), (_, taught) = self._passes(self.student, call)[:2]
         self.features.prepare(own, taught)
@@ -103,7 +103,8 @@ class DistillationTrainer:
         self.progress.fill_(step / steps)
 
     def __call__(self, model: nn.Module, batch) -> Tensor:
-        call = labelled(batch)
+        model = adapt(model)
+        call = labelled(batch, model)
         check_evaluating(self.teachers)
         (output, own), *taught = self._passes(model, call)
         loss = self._logit_loss(output, call, [output for output, _ in taught])

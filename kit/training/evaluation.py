@@ -7,7 +7,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import nn
 
-from kit.core.protocols import Call, LanguageModel, device_of, evaluating
+from kit.core.protocols import Call, LanguageModel, adapt, device_of, evaluating
 from kit.training.losses import IGNORED, flat_targets, labelled, linear_token_losses, logits_of
 
 RESAMPLES = 2000
@@ -84,10 +84,11 @@ def evaluate(model: nn.Module, loader) -> Evaluation:
     (B, T, C) for targets (B, T).
     Raises ValueError for a loader without tokens and for a loss that is not finite.
     """
-    device, rows, classifier = device_of(model), [], False
+    model, rows, classifier = adapt(model), [], False
+    device = device_of(model)
     with evaluating(model):
         for batch in loader:
-            call = labelled(batch).to(device)
+            call = labelled(batch, model).to(device)
             sums, classifier = _batch_sums(model, call)
             rows.append(sums)
     nll, tokens, correct = np.concatenate(rows, axis=1) if rows else np.zeros((3, 0))

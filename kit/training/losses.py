@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kit.core.protocols import TARGETS, Call, LanguageModel, call_of, tensors_of
+from kit.core.protocols import TARGETS, Call, LanguageModel, adapt, call_of, tensors_of
 
 IGNORED = -100  # as a target: this token does not count
 AUXILIARY_WEIGHT = 0.01  # of the load-balancing loss: Fedus et al. 2021, "Switch Transformers", 2.2
@@ -255,10 +255,11 @@ def next_token_loss(model: LanguageModel, batch, sample: VocabularySample | None
     On a CPU, bfloat16 autocast is for the product with the vocabulary alone; in narrow layers its
     casts cost more than it saves.
     """
+    model = adapt(model)
     if not isinstance(model, LanguageModel):
         what = f"{type(model).__name__} is no LanguageModel"
         raise ValueError(f"{what}: adapt it, or pass loss=classification_loss.")
-    call = labelled(batch)
+    call = labelled(batch, model)
     targets, device = call.targets, call.targets.device.type
     with torch.autocast(device, enabled=device != "cpu" and torch.is_autocast_enabled(device)):
         hidden = call(model.hidden)
@@ -283,7 +284,7 @@ def classification_loss(model: nn.Module, batch) -> Tensor:
             what = f"{type(model).__name__} takes {own!r} and returns no loss"
             raise ValueError(f"{what}: pass loss=, or give (inputs, targets).")
         return loss
-    call = labelled(batch)
+    call = labelled(batch, model)
     logits = logits_of(call(model), call.targets)
     targets = flat_targets(call.targets, logits.shape)
     counted = len(targets) if targets.ndim > 1 else int((targets != IGNORED).sum())
@@ -318,15 +319,15 @@ def flat_targets(targets: Tensor, shape: Sequence[int]) -> Tensor:
 def training_loss(model: nn.Module) -> Callable:
     """What trains a model on labels: for a language model `next_token_loss`, on a sample of the
     vocabulary where that is much smaller, and for any other `classification_loss`."""
-    if not isinstance(model, LanguageModel):
+    if not isinstance(model := adapt(model), LanguageModel):
         return classification_loss
     large = len(model.output()[0]) > 4 * VocabularySample.frequent
     return partial(next_token_loss, sample=VocabularySample()) if large else next_token_loss
 
 
-def labelled(batch) -> Call:
+def labelled(batch, model: nn.Module | None = None) -> Call:
     """`call_of` a batch, class numbers as int64. Raises ValueError without."""
-    call = call_of(batch)
+    call = call_of(batch, model)
     if not isinstance(targets := call.targets, Tensor):
         found = "no targets" if targets is None else f"a {type(targets).__name__} of targets"
         raise ValueError(f"a batch holds {found}: give (inputs, targets) or a dict with labels.")

@@ -1,0 +1,170 @@
+"""Models of transformers: called, evaluated, trained, compressed and stored without a class of the
+user's own."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers import BatchEncoding
+
+from kit import CompressionPipeline, artifact
+from kit.core.protocols import Call, LanguageModel, adapt, bare, call_of
+from kit.core.weights import copy_model, weights
+from kit.distillation import DistillationTrainer
+from kit.distillation.cache import build_cache
+from kit.quantization import Format, quantize_weights
+from kit.training import TrainConfig, train
+from kit.training.evaluation import evaluate
+from kit.training.losses import next_token_loss, training_loss
+from notebooks.reference.any_model import CASES, run
+
+TEXT = ["bert", "gpt2", "llama", "mixtral", "t5"]
+GEMMA = dict(vocab_size=96, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+GEMMA |= dict(num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+
+
+def loss_of(model, batch):
+    """What transformers says."""
+    with torch.no_grad():
+        return float(model(**batch).loss)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_the_protocol_gives_the_loss_that_the_model_itself_returns(name):
+    case = CASES[name]
+    model, batch = case.model(), case.batch(6, 12)
+    batch.pop("decoder_input_ids", None)  # made of the labels
+    adapted = adapt(model)
+    assert isinstance(adapted, LanguageModel) and adapt(adapted) is adapted
+    for one in (model, adapted):
+        found = evaluate(one, [batch, BatchEncoding(batch)])
+        assert found.loss == pytest.approx(loss_of(model, batch), rel=1e-5)
+        with torch.no_grad():
+            value = float(next_token_loss(one, batch))
+        assert value == pytest.approx(loss_of(model, batch), rel=1e-5)
+    assert bare(adapted) is model and adapted.config is model.config
+
+
+def test_no_logits_are_formed_and_gradients_are_those_of_the_model():
+    case = CASES["gpt2"]
+    model, batch = case.model(), case.batch(4, 12)
+    model(**batch).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    loss, seen = training_loss(model), []
+    handle = model.lm_head.register_forward_hook(lambda m, i, o: seen.append(o.numel()))
+    loss(model, batch).backward()
+    handle.remove()
+    assert sum(seen) == 0
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, expected[name], atol=1e-6), name
+
+
+def test_targets_of_tuples_are_those_of_the_next_token_already():
+    model = CASES["llama"].model()
+    tokens = torch.randint(0, 96, (3, 10))
+    found = evaluate(model, [(tokens[:, :-1], tokens[:, 1:])])
+    assert found.loss == pytest.approx(loss_of(model, {"input_ids": tokens, "labels": tokens}))
+    assert found.tokens == 27
+
+
+def test_logits_that_are_scaled_after_the_output_layer_are_used_as_they_are():
+    config = transformers.Gemma2Config(**GEMMA, final_logit_softcapping=1.0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    batch = {"input_ids": (t := torch.randint(0, 96, (2, 8))), "labels": t}
+    assert adapt(model) is model
+    assert evaluate(model, [batch]).loss == pytest.approx(loss_of(model, batch), rel=1e-5)
+
+
+def test_a_head_that_adds_something_of_its_own_is_not_taken_apart():
+    model = CASES["llama"].model()
+
+    class Louder(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model.lm_head.__class__ = Louder
+    assert adapt(model) is model
+
+
+def test_other_models_are_returned_as_they_are():
+    for model in (nn.Linear(2, 3), CASES["vit"].model(), CASES["graph"].model()):
+        assert adapt(model) is model
+
+
+def test_a_call_of_no_model_of_transformers_stays_as_it_is():
+    batch = {"input_ids": torch.arange(4)[None], "labels": torch.arange(4)[None]}
+    assert torch.equal(call_of(batch, nn.Linear(2, 2)).targets, batch["labels"])
+    call = call_of(batch, CASES["gpt2"].model())
+    assert call.targets.tolist() == [[1, 2, 3, -100]] and isinstance(call, Call)
+    assert call_of(batch, CASES["bert"].model()).targets.tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_distillation_and_its_cache(name, tmp_path):
+    case = CASES[name]
+    teacher, loader = case.model(), case.loader()
+    student = quantize_weights(copy_model(teacher), Format(2))
+    trainer = DistillationTrainer(teacher, student, 1.0, 1.0, 0.0)
+    batch = next(iter(loader))
+    whole = float(trainer(student, batch))
+    p, q = (F.log_softmax(run(m, {k: v for k, v in batch.items() if k != "labels"}).logits, -1)
+            for m in (teacher, student))  # fmt: skip
+    kept = call_of(batch, teacher).targets != -100
+    assert whole == pytest.approx(float((p.exp() * (p - q)).sum(-1)[kept].mean()), rel=1e-4)
+    cache = build_cache(teacher, loader, tmp_path / "cache", k=96, temperature=1.0)
+    cached = DistillationTrainer(cache, student, 1.0, 1.0, 0.0)
+    assert float(cached(student, next(iter(cache.wrap(loader))))) == pytest.approx(whole, abs=2e-3)
+    trainer.fit(loader, TrainConfig(steps=20, lr=1e-3), log=False)
+    assert float(trainer(student, batch)) < whole
+
+
+def test_training_with_masked_labels_learns():
+    case = CASES["bert"]
+    model, loader = case.model(), case.loader()
+    before = evaluate(model, loader).loss
+    train(model, loader, TrainConfig(steps=20, lr=1e-3), loss=training_loss(model), log=False)
+    assert evaluate(model, loader).loss < before
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5", "vit"])
+def test_the_pipeline_ends_in_a_file_that_gives_the_same_model(name, tmp_path):
+    case = CASES[name]
+    loader, inputs = case.loader(), case.inputs(3, 16 if name == "vit" else 10)
+    epochs = (1, 1, 8)
+    model, metrics = CompressionPipeline(case.model(), 8.0, log=False).run_pipeline(
+        loader, loader, *epochs, tmp_path
+    )
+    again, _ = CompressionPipeline(case.model(), 8.0, log=False).run_pipeline(
+        loader, loader, *epochs, tmp_path
+    )
+    loaded = artifact.load(tmp_path / "distillation.kit", case.model())
+    assert type(model) is type(case.model())
+    expected = run(model, inputs).logits
+    for other in (again, loaded):
+        assert torch.equal(run(other, inputs).logits, expected)
+    found, last = evaluate(loaded, loader), metrics["stage_metrics"]["distillation"]
+    quality = found.accuracy if name == "vit" else found.perplexity
+    assert quality == last["final_accuracy" if name == "vit" else "final_perplexity"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral", "t5"])
+def test_generation_after_compression_and_from_a_file(name, tmp_path):
+    case = CASES[name]
+    model = quantize_weights(case.model(), Format(4))
+    ids = case.inputs(2, 6)["input_ids"]
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    tokens = model.generate(ids, **options)
+    artifact.save(adapt(model), tmp_path / "a.kit")  # named as without the adapter
+    loaded = artifact.load(tmp_path / "a.kit", case.model())
+    for other in (loaded, adapt(loaded), copy.deepcopy(adapt(model))):
+        assert torch.equal(other.generate(ids, **options), tokens)
+    greedy = ids
+    for _ in range(5 if name != "t5" else 0):
+        logits = run(loaded, {"input_ids": greedy}).logits
+        greedy = torch.cat([greedy, logits[:, -1:].argmax(-1)], 1)
+    assert name == "t5" or torch.equal(greedy[:, : tokens.shape[1]], tokens)
+    assert all(weight.steps for weight in weights(model, matrices=True))
