@@ -134,7 +134,7 @@ def test_training_with_masked_labels_learns():
 def test_the_pipeline_ends_in_a_file_that_gives_the_same_model(name, tmp_path):
     case = CASES[name]
     loader, inputs = case.loader(), case.inputs(3, 16 if name == "vit" else 10)
-    epochs = (1, 1, 8)
+    epochs = (0.25, 0.25, 0.5)
     model, metrics = CompressionPipeline(case.model(), 8.0, log=False).run_pipeline(
         loader, loader, *epochs, tmp_path
     )

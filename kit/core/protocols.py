@@ -64,35 +64,7 @@ class Adapted(LanguageModel):
 
 
 class Transformers(Adapted):
-    """A model of transformers whose logits are its output layer's; called as the model itself is.
-
-    The input of the output layer is caught on its way, and no logits are formed.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__(model, None, None, None)
-        self._losses = None
-
-    def hidden(self, *inputs, **options) -> Tensor:
-        head, seen = self.model.get_output_embeddings(), []
-
-        def catch(x: Tensor) -> Tensor:
-            seen.append(x)
-            return x.new_zeros(*x.shape[:-1], 0)
-
-        head.forward = catch
-        try:
-            self._losses = getattr(self.model(*inputs, **options), "aux_loss", None)
-        finally:
-            del head.forward
-        return seen[-1]
-
-    def output(self) -> tuple[Tensor, Tensor | None]:
-        head = self.model.get_output_embeddings()
-        return head.weight, head.bias
-
-    def auxiliary_loss(self) -> Tensor:
-        return LanguageModel.auxiliary_loss(self) if self._losses is None else self._losses
+    """A model of transformers whose logits are its output layer's, called as the model itself."""
 
     def forward(self, *inputs, **options):
         return self.model(*inputs, **options)
@@ -102,24 +74,19 @@ _LINEAR: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def adapt(
-    model: nn.Module,
-    hidden: Callable | None = None,
-    output: Callable | None = None,
+    model: nn.Module, hidden: Callable | None = None, output: Callable | None = None,
     auxiliary_loss: Callable | None = None,
-) -> nn.Module:
+) -> nn.Module:  # fmt: skip
     """The model under the language-model protocol where it has one, sharing its weights.
 
     Without further arguments, models of transformers that end in an output layer (causal, masked,
     sequence to sequence) get it, if on three tokens their logits are those of that layer, not
-    scaled or capped; any other model is returned as it is, for what it returns are logits.
+    scaled or capped; any other model is returned as it is: what it returns are logits.
 
     Args:
         hidden: (model, *inputs, **options) -> last hidden state (B, T, D).
         output: (model) -> weight (V, D) and bias (V,) or None of the output layer.
         auxiliary_loss: (model) -> scalar, added to the training loss with a small weight.
-
-    >>> lm = adapt(mine, lambda m, ids: m.body(ids), lambda m: (m.head.weight, None))
-    ... # doctest: +SKIP
     """
     if hidden is not None:
         return Adapted(model, hidden, output, auxiliary_loss)
@@ -127,7 +94,7 @@ def adapt(
         return model
     if model not in _LINEAR:
         _LINEAR[model] = _has_linear_logits(model)
-    return Transformers(model) if _LINEAR[model] else model
+    return Transformers(model, _before_head, _head, None) if _LINEAR[model] else model
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -135,19 +102,34 @@ def bare(model: nn.Module) -> nn.Module:
     return model.model if isinstance(model, Transformers) else model
 
 
+def _before_head(model: nn.Module, *inputs, **options) -> Tensor:
+    """What the output layer is called with; no logits are formed."""
+    head, seen = model.get_output_embeddings(), []
+    head.forward = lambda x: seen.append(x) or x.new_zeros(*x.shape[:-1], 0)
+    try:
+        model(*inputs, **options)
+    finally:
+        del head.forward
+    return seen[-1]
+
+
+def _head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    head = model.get_output_embeddings()
+    return head.weight, head.bias
+
+
 def _has_linear_logits(model: nn.Module) -> bool:
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None or class_of(head) is not nn.Linear:
+    with_routers = getattr(getattr(model, "config", None), "output_router_logits", False)
+    if head is None or class_of(head) is not nn.Linear or with_routers:  # trained by its own loss
         return False
-    tokens, adapted = torch.tensor([[0, 1, 2]], device=head.weight.device), Transformers(model)
-    decoder = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+    inputs = {"input_ids": torch.tensor([[0, 1, 2]], device=head.weight.device)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
     try:
         with evaluating(model):
-            logits = model(input_ids=tokens, **decoder).logits
-            hidden = adapted.hidden(input_ids=tokens, **decoder)
-            return torch.allclose(
-                logits, nn.functional.linear(hidden, *adapted.output()).to(logits)
-            )
+            logits, hidden = model(**inputs).logits, _before_head(model, **inputs)
+            return torch.allclose(logits, nn.functional.linear(hidden, *_head(model)).to(logits))
     except Exception:  # it takes something else than tokens, and is called as it is
         return False
 

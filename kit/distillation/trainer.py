@@ -103,8 +103,7 @@ class DistillationTrainer:
         self.progress.fill_(step / steps)
 
     def __call__(self, model: nn.Module, batch) -> Tensor:
-        model = adapt(model)
-        call = labelled(batch, model)
+        call = labelled(batch, model := adapt(model))
         check_evaluating(self.teachers)
         (output, own), *taught = self._passes(model, call)
         loss = self._logit_loss(output, call, [output for output, _ in taught])

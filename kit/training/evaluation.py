@@ -85,10 +85,9 @@ def evaluate(model: nn.Module, loader) -> Evaluation:
     Raises ValueError for a loader without tokens and for a loss that is not finite.
     """
     model, rows, classifier = adapt(model), [], False
-    device = device_of(model)
     with evaluating(model):
         for batch in loader:
-            call = labelled(batch, model).to(device)
+            call = labelled(batch, model).to(device_of(model))
             sums, classifier = _batch_sums(model, call)
             rows.append(sums)
     nll, tokens, correct = np.concatenate(rows, axis=1) if rows else np.zeros((3, 0))

@@ -255,8 +255,7 @@ def next_token_loss(model: LanguageModel, batch, sample: VocabularySample | None
     On a CPU, bfloat16 autocast is for the product with the vocabulary alone; in narrow layers its
     casts cost more than it saves.
     """
-    model = adapt(model)
-    if not isinstance(model, LanguageModel):
+    if not isinstance(model := adapt(model), LanguageModel):
         what = f"{type(model).__name__} is no LanguageModel"
         raise ValueError(f"{what}: adapt it, or pass loss=classification_loss.")
     call = labelled(batch, model)

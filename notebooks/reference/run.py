@@ -11,7 +11,7 @@ compressed; ratios are to the float32 file of the untied one, degradations to th
     python -m notebooks.reference.run docs --target-compression 40 --stages distillation
     python -m notebooks.reference.run docs --pointer  # that file and the dense model, pointing
     python -m notebooks.reference.run docs --controls       # rounding and rivals
-    python -m kit.lab.remeasure notebooks/reference/docs-100x-0
+    python -m notebooks.reference.remeasure notebooks/reference/docs-100x-0
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""Measures the file of a finished run again, from nothing: python -m kit.lab.remeasure FOLDER"""
+"""Measures the file of a finished run again, from nothing:
+
+python -m notebooks.reference.remeasure FOLDER
+"""
 
 import argparse
 import importlib
