@@ -271,7 +271,11 @@ class ProductionModelOptimizer:
 
 
 def _schedule(loader, epochs: float, learning_rate: float) -> TrainConfig:
-    return TrainConfig(steps=max(1, round(epochs * len(loader))), lr=learning_rate)
+    try:
+        return TrainConfig(steps=max(1, round(epochs * len(loader))), lr=learning_rate)
+    except TypeError:
+        advice = "give a DataLoader of a sized data set, or a list of batches"
+        raise ValueError(f"a {type(loader).__name__} has no length: {advice}") from None
 
 
 def quick_quantize(model: nn.Module, inputs=None, **settings) -> QuantizedModel:

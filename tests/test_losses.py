@@ -323,6 +323,9 @@ def test_logits_are_found_in_what_models_return():
         assert logits_of(output, targets) is logits
     images = torch.randn(2, 4, 6, 7)
     assert torch.equal(logits_of(images, torch.zeros(2, 6, 7)), images.permute(0, 2, 3, 1))
+    square = torch.randn(2, 4, 4, 4)  # either axis could be the classes
+    assert torch.equal(logits_of(square, torch.zeros(2, 4, 4)), square.permute(0, 2, 3, 1))
+    assert torch.equal(logits_of(square[0], torch.zeros(4, 4)), square[0])
 
 
 def test_classifiers_of_tokens_pixels_and_soft_labels():

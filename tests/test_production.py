@@ -488,3 +488,9 @@ def test_import_is_light():
     assert done.stdout.strip() == "True", done.stderr
     with pytest.raises(AttributeError, match="no attribute"):
         kit.nothing
+
+
+def test_a_loader_without_a_length_is_refused():
+    batches = ((torch.randn(2, 4), torch.tensor([0, 1])) for _ in range(2))
+    with pytest.raises(ValueError, match="a generator has no length: give a DataLoader"):
+        ProductionModelOptimizer().retrain(nn.Linear(4, 2), batches)

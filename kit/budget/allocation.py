@@ -16,8 +16,7 @@ def allocate(options: Options, budget: int, cells: int = CELLS) -> dict[str, int
 
     Exact while the budget has at most `cells` bytes. Beyond, bytes are rounded up to slices of
     budget / cells, so that the budget still holds, and the loss is at most that of the best choice
-    within a budget smaller by a slice a name. Raises ValueError when the smallest options together
-    exceed the budget, or a name has none.
+    within a budget smaller by a slice a name. Raises ValueError when nothing fits.
 
     >>> allocate({"a": [(1, 5.0), (4, 0.0)], "b": [(1, 3.0), (3, 1.0)]}, 5)
     {'a': 1, 'b': 0}

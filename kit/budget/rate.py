@@ -125,14 +125,10 @@ def _block_sensitivity(name: str, quantizer: FakeQuantize, sensitivity: dict) ->
 
 
 def set_rate_formats(
-    model: nn.Module,
-    sensitivity: dict,
-    target_bytes: float,
-    settings: RateSettings = RateSettings(),
+    model: nn.Module, sensitivity: dict, target_bytes: float, settings=RateSettings()
 ) -> None:
     """Gives every large weight 8-bit codes with learned steps, step ~ sensitivity^-exponent by
-    blocks of rows, one factor for all found by bisection so that the range-coded codes take
-    `target_bytes`; small tensors get 8-bit codes."""
+    blocks of rows, one factor for all found by bisection so that codes take `target_bytes`."""
     members = []
     for weight in weights(model):
         before, view = weight.before(FakeQuantize.rank).detach(), _view(weight)
@@ -157,26 +153,19 @@ def set_rate_formats(
 
 
 class RateLoss:
-    """loss + lambda * bits / weights for kit.training.train, with the size of the file on a
-    schedule; `step` is its hook.
+    """loss + lambda * bits / weights for `train`, to a size of the file; `step` is its hook.
 
     The size falls to aim * `file_bytes` during the first `ramp` of the run, quickly at first, and
     is held there by lambda: log lambda follows log(size / wanted) as a proportional-integral
-    controller. Twenty times a run the estimate of `code_bits` is set right by what the coder really
-    takes, and in the first half, where lambda has not had the time to do it (further off than
-    `slack`), one factor widens or narrows all steps: zeros, once there, do not come back by
-    themselves when lambda falls. Later that would do harm, for many weights end up close to half a
-    step. lambda begins as the slope of the loss against bits along such a factor. `finish`, after
+    controller, from the slope of the loss against bits along a common factor on all steps. Twenty
+    times a run the estimate of `code_bits` is set right by what the coder takes, and in the first
+    half, further off than `slack`, one factor moves all steps, for zeros do not come back by
+    themselves when lambda falls (later many weights lie close to half a step). `finish`, after
     training, fits the file exactly. What is not range-coded is counted too.
     """
 
     def __init__(
-        self,
-        loss: Callable,
-        model: nn.Module,
-        file_bytes: int,
-        batches: list,
-        settings=RateSettings(),
+        self, loss, model: nn.Module, file_bytes: int, batches: list, settings=RateSettings()
     ):
         self.loss, self.model, self.file_bytes = loss, model, file_bytes
         self.batches, self.settings = batches, settings
@@ -188,10 +177,8 @@ class RateLoss:
         self.start, self.history = self.coded(), []
         overhead = artifact.nbytes(model) - self.start
         if file_bytes <= 1.1 * overhead:
-            raise ValueError(
-                f"{file_bytes} bytes are too few: header, scales and small tensors alone take "
-                f"{overhead}; ask for less compression"
-            )
+            alone = f"header, scales and small tensors alone take {overhead}"
+            raise ValueError(f"{file_bytes} bytes are too few: {alone}; ask for less compression")
         self.estimate = float(self._bits().detach()) / 8
         slope = math.log(self._slope())
         # log lambda, its integral part, coded / estimated bytes, bytes that codes may take

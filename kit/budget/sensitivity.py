@@ -41,11 +41,8 @@ def scan(
         choices = sorted({0.0, *map(check_sparsity, choices)})
     found, file = weights(model, tensors, matrices=True), None
     if cache is not None:
-        settings = [
-            list(choices),
-            list(choices.values()) if rounding else [],
-            [w.name for w in found],
-        ]
+        formats = list(choices.values()) if rounding else []
+        settings = [list(choices), formats, [weight.name for weight in found]]
         file = Path(cache) / f"scan-{digest(model, list(batches), settings)}.json"
         if file.exists():
             return pd.DataFrame(json.loads(file.read_text()))
@@ -59,9 +56,8 @@ def scan(
                 MagnitudePruner(model, weight.name).prune(choice)
             changed = not torch.equal(weight.value, value)
             loss = evaluate(model, batches).loss if changed else untouched
-            rows.append(
-                (weight.name, choice, loss, loss - untouched, artifact.tensor_bytes(weight))
-            )
+            size = artifact.tensor_bytes(weight)
+            rows.append((weight.name, choice, loss, loss - untouched, size))
             weight.set_steps(steps)
     column = "format" if rounding else "sparsity"
     table = pd.DataFrame(rows, columns=["tensor", column, "loss", "increase", "bytes"])

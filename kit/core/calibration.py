@@ -16,8 +16,7 @@ READERS: dict[type, Callable] = {}
 
 def register_inputs(*kinds: type) -> Callable:
     """Decorator for reader(module, attribute, x), which says what multiplies a weight when a module
-    of these classes is called with x: a list of (rows, columns), one a group of the weight; None if
-    the attribute is no such weight."""
+    of these classes is called with x: a list of (rows, columns), one a group; None for others."""
 
     def register(reader: Callable) -> Callable:
         READERS.update(dict.fromkeys(kinds, reader))

@@ -35,8 +35,7 @@ def measure(calls: dict[str, Callable], seconds=1.0, cutoff=math.inf) -> dict[st
 
     Each call in turn runs for a block of a few milliseconds, so that a busy machine slows all of
     them alike. Where torch computes with one thread, CPU time is taken, to which other processes
-    add little. Calls that a first look finds `cutoff` times slower than the first one are left out.
-    Raises ValueError without a call.
+    add little. Calls over `cutoff` times slower than the first are left out.
     """
     if not calls:
         raise ValueError("measure got no calls: give at least one")
@@ -92,8 +91,7 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
 
 def macs(model: nn.Module, example: Tensor | tuple) -> int:
     """Multiply-accumulates of matrix products, convolutions and attentions in `model(example)`, as
-    executed: an expert counts for the tokens routed to it. Element-wise work, the BK-core's
-    recurrence included, is not counted."""
+    executed: an expert counts for the tokens routed to it. Element-wise work is not counted."""
     with evaluating(model), FlopCounterMode(display=False) as counter:
         model(*(example if isinstance(example, tuple) else (example,)))
     return counter.get_total_flops() // 2

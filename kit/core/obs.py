@@ -28,9 +28,8 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     if not failed.any():
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     if failed.any():
-        raise ValueError(
-            f"damping={damping} leaves inputs linearly dependent: give more, such as 0.01"
-        )
+        what = f"damping={damping} leaves inputs linearly dependent"
+        raise ValueError(f"{what}: give more, such as 0.01")
     return upper
 
 

@@ -1,14 +1,12 @@
 """Adaptive binary range coding of small integers: the entropy coder behind the artifact.
 
-A code is written as a few binary decisions (zero?, |q| > 1?, |q| > 2?, ..., then an Elias-gamma
-tail, and a sign), each with a probability that adapts as coding goes on, so no table is stored.
-Binarization and range coder are those of CABAC, as DeepCABAC uses it for weights (Wiedemann et al.
-2019, arXiv:1905.08318), and LZMA (carry propagation: Martin 1979). The probability of a decision
-comes from three contexts, which tell how large codes of the same row and column have been, recently
-and on the whole; each begins with what a two-sided geometric distribution of that size would give.
-Their estimates are added as logits, with weights that learn online (logistic mixing: Mahoney 2005,
-"Adaptive weighing of context models for lossless data compression"). Signs are coded by column, as
-the mean of a column is seldom zero. Coding uses integers only, and its tables what IEEE 754 rounds
+A code is written as a few binary decisions (zero?, |q| > 1?, ..., then an Elias-gamma tail, and a
+sign), each with a probability that adapts, so no table is stored: binarization and range coder of
+CABAC, as in DeepCABAC (Wiedemann et al. 2019, arXiv:1905.08318), and LZMA (carries: Martin 1979).
+Three contexts tell how large codes of the same row and column have been, recently and on the whole;
+each begins with what a two-sided geometric distribution of that size would give. Their estimates
+are added as logits, with weights that learn online (logistic mixing: Mahoney 2005). Signs are coded
+by column, as its mean is seldom zero. Coding uses integers only, and tables that IEEE 754 rounds
 exactly, so that a stream decodes alike on every machine.
 """
 

@@ -37,9 +37,7 @@ class Step(nn.Module):
             write: `write.tensor(t)`, `write.codes(matrix, bits)` and `write.integers(array)`, to be
                 read back in the same order (`kit.artifact.layouts`).
         """
-        raise NotImplementedError(
-            f"{type(self).__name__} cannot be stored: give it an encode method"
-        )
+        raise NotImplementedError
 
     @classmethod
     def decode(
@@ -51,7 +49,7 @@ class Step(nn.Module):
             entry: from `encode`. read: as `write`, with shapes. weight: the `Weight` to be filled.
             stored: the value in the file; None where the step carries it. parts: merges, or None.
         """
-        raise NotImplementedError(f"{cls.__name__} cannot be read: give it a decode method")
+        raise NotImplementedError
 
     def resized(self, select: Callable[[Tensor], Tensor], before: Tensor) -> "Step":
         """This step for the entries that stay.
@@ -60,9 +58,8 @@ class Step(nn.Module):
             select: picks them from any tensor of the old shape. before: what the step will see.
         Raises ValueError if the step has no meaning for them.
         """
-        raise ValueError(
-            f"a weight with a {self.kind} step cannot change its shape: resize it before"
-        )
+        what = f"a weight with a {self.kind} step cannot change its shape"
+        raise ValueError(f"{what}: resize it before")
 
 
 def register_step(kind: str) -> Callable[[type[Step]], type[Step]]:

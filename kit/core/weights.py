@@ -79,8 +79,8 @@ def column_view(shape: Sequence[int]) -> MatrixView:
 
 def matrix_view(shape: Sequence[int], module: nn.Module | None = None) -> MatrixView:
     """How a tensor of `shape` in `module` is seen as a matrix: outputs of a Linear, convolution,
-    embedding or recurrent layer are rows, and so is each output of each expert in a stack (E,
-    outputs, inputs). A vector is one row."""
+    embedding or recurrent layer are rows, and
+    those of each expert (E, outputs, inputs). A vector is one row."""
     shape = tuple(shape)
     if len(shape) < 2:
         return MatrixView(shape, (1, 1, math.prod(shape)))
@@ -154,8 +154,7 @@ class Weight:
         self.set_steps(sorted([*kept, step], key=lambda step: step.rank))
 
     def check_put(self, kind: type[Step]) -> None:
-        """Raises ValueError for a class of steps that no file could hold, and where a step of
-        another class has its rank."""
+        """Raises ValueError for steps that no file could hold, or whose rank another class has."""
         name = kind.__name__
         if STEPS.get(getattr(kind, "kind", None)) is not kind:
             raise ValueError(f"{name} has no name in files: put @register_step('...') on the class")
@@ -221,8 +220,7 @@ def weights(model: nn.Module, select: str | Iterable[str] = "*", matrices=False)
     several modules once, under its first name. The order does not depend on what carries steps.
 
     matrices: only those that `Weight.is_matrix`.
-    Raises ValueError for a pattern that matches nothing, naming what there is, and for somebody
-    else's parametrizations, as `original_of`.
+    Raises ValueError for a pattern that matches nothing, and as `original_of`.
     """
     found, seen = [], set()
     for path, module in model.named_modules():

@@ -31,9 +31,8 @@ def _files(place: str) -> list[Path]:
     if path.is_dir():
         found, wrong = path.rglob("*.txt"), "holds no .txt file: name its files by a glob"
     else:
-        found = [
-            Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()
-        ]
+        names = glob.glob(str(path), recursive=True)
+        found = [Path(name) for name in names if Path(name).is_file()]
         wrong = "matches no file: give a UTF-8 text file, a folder of .txt files, or a glob"
     if not (files := sorted(found)):
         raise FileNotFoundError(f"'text:{place}' {wrong} (looked in {Path.cwd()}).")

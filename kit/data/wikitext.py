@@ -21,8 +21,7 @@ SHA256 = {
 def texts() -> Texts:
     """As in the original files: a line a row, blank lines as " \\n". Fetched once.
 
-    Raises FileNotFoundError when a file is neither in `cache_dir() / "wikitext-2"` nor to be had,
-    ValueError when its checksum is another.
+    Raises FileNotFoundError for a file neither in the cache nor to be had, ValueError for another.
     """
     import pyarrow.parquet
 

@@ -115,13 +115,9 @@ def _inputs_digest(loader: DataLoader) -> str:
 
 @torch.no_grad()
 def build_cache(
-    teacher: nn.Module | Sequence[nn.Module],
-    loader: DataLoader,
-    path: str | Path,
-    k: int = 64,
-    temperature: float = 2.0,
-    seed: int = 0,
-) -> TeacherCache:
+    teacher: nn.Module | Sequence[nn.Module], loader: DataLoader, path: str | Path, k: int = 64,
+    temperature: float = 2.0, seed: int = 0,
+) -> TeacherCache:  # fmt: skip
     """Runs the teacher (or several, for their mean) over `loader.dataset` once and keeps `sparse`
     targets: 4k bytes a token (6k beyond 65,536 classes).
 
@@ -166,9 +162,7 @@ def sparse(p: Tensor, k: int, start: Tensor) -> tuple[SparseTarget, Tensor]:
         raise ValueError(f"k is {k}: it must lie between 1 and the teacher's {classes} classes")
     top, likely = p.topk(k, -1)
     tail = p.scatter(-1, likely, 0).sum(-1, keepdim=True)
-    rest = tail + top.flip(-1).cumsum(-1).flip(
-        -1
-    )  # what is left to the j-th largest and all after it
+    rest = tail + top.flip(-1).cumsum(-1).flip(-1)  # left to the j-th largest and all after it
     slots = torch.arange(k, device=p.device)
     exact = top > rest / (k - slots)
     line = p.scatter(-1, likely, top.masked_fill(exact, 0)).cumsum(-1)

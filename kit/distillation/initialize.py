@@ -29,11 +29,8 @@ def initialize_from_teacher(student: nn.Module, teacher: nn.Module) -> list[str]
     tables = _token_tables(student, teacher, units) if language else {}
     source, done = dict(teacher.named_parameters()), []
     for name, parameter in student.named_parameters():
-        value = tables.get(name)
-        if (
-            value is None
-            and (other := source.get(_teacher_name(name, student, teacher))) is not None
-        ):
+        value, other = tables.get(name), source.get(_teacher_name(name, student, teacher))
+        if value is None and other is not None:
             value = _subset(other, parameter.shape, kept.get(name, {}))
         if value is not None:
             parameter.copy_(value)

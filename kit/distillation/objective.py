@@ -1,5 +1,4 @@
-"""The distillation loss; over a large vocabulary in chunks, so that no full logit tensor, of
-student or teacher, exists."""
+"""The distillation loss; over a large vocabulary in chunks: no full logit tensor exists."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -59,15 +58,9 @@ class Losses(NamedTuple):
 
 
 def linear_distillation(
-    student: Output,
-    targets: Tensor,
-    soft: Sequence[Output] | SparseTarget,
-    *,
-    temperature: float = 2.0,
-    alpha: float = 0.7,
-    kind: str = "forward",
-    chunk: int | None = None,
-) -> Losses:
+    student: Output, targets: Tensor, soft: Sequence[Output] | SparseTarget, *,
+    temperature: float = 2.0, alpha: float = 0.7, kind: str = "forward", chunk: int | None = None,
+) -> Losses:  # fmt: skip
     """alpha * T^2 * divergence + (1 - alpha) * cross-entropy, mean over tokens whose target counts.
 
     Args:
@@ -79,16 +72,15 @@ def linear_distillation(
     Raises ValueError for other vocabularies, an unknown `kind`, a `SparseTarget` not "forward".
     """
     targets = flat_targets(targets, (*student.hidden.shape[:-1], student.classes))
-    labels = targets.ndim == 1
-    keep = targets != IGNORED if labels else slice(None)
-    keep = slice(None) if labels and keep.all() else keep
+    labels, keep = targets.ndim == 1, slice(None)
+    if labels and (targets == IGNORED).any():
+        keep = targets != IGNORED
     student, targets = student.tokens(keep), targets[keep]
     divergence, count = _divergence(student, soft, keep, kind, temperature), max(len(targets), 1)
 
     def loss(logits, rows):
-        log_q, hard = F.log_softmax(logits, -1), targets[rows]
-        hard = F.nll_loss(log_q, hard, reduction="sum") if labels else -(hard * log_q).sum()
-        hard = hard / count
+        log_q, y = F.log_softmax(logits, -1), targets[rows]
+        hard = (F.nll_loss(log_q, y, reduction="sum") if labels else -(y * log_q).sum()) / count
         if not alpha:
             return hard, torch.zeros_like(hard), hard
         log_q = log_q if temperature == 1 else F.log_softmax(logits / temperature, -1)

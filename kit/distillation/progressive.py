@@ -28,13 +28,9 @@ class ProgressiveDistillation:
     """
 
     def __init__(
-        self,
-        teacher: nn.Module,
-        sizes: Sequence[int] = (1_000_000, 250_000, 83_000),
-        *,
-        make_student: Callable[[nn.Module, int], nn.Module] = student_like,
-        **settings,
-    ):
+        self, teacher: nn.Module, sizes: Sequence[int] = (1_000_000, 250_000, 83_000), *,
+        make_student: Callable[[nn.Module, int], nn.Module] = student_like, **settings,
+    ):  # fmt: skip
         """Raises ValueError when the sizes do not fall, or are not smaller than the teacher."""
         self.teacher, self.sizes, self.make_student = teacher, tuple(sizes), make_student
         self.settings, chain = settings, (parameter_count(teacher), *sizes)
@@ -78,12 +74,7 @@ class ProgressiveDistillation:
         start, checkpoint = time.perf_counter(), file.with_suffix(".ckpt")
         trainer = DistillationTrainer(teacher.eval(), student, **self.settings)
         result = trainer.fit(loader, checkpoint=checkpoint, **training)
-        return {
-            "parameters": parameter_count(student),
-            "bytes": artifact.save(student, file),
-            "validation": result.best_validation,
-            "tokens": result.tokens,
-            "seconds": time.perf_counter() - start,
-            "path": str(file),
-            "history": result.history,
-        }
+        record = {"parameters": parameter_count(student), "bytes": artifact.save(student, file)}
+        record |= {"validation": result.best_validation, "tokens": result.tokens}
+        seconds = time.perf_counter() - start
+        return record | {"seconds": seconds, "path": str(file), "history": result.history}

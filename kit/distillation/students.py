@@ -1,6 +1,5 @@
 """A student's shape from a number of parameters."""
 
-import math
 from collections.abc import Iterator
 from functools import cache
 
@@ -29,12 +28,7 @@ def config_for_parameters(budget: int, vocab_size: int, **fixed) -> ResNetBKConf
         what = f"{budget:,} parameters are too few for a vocabulary of {vocab_size:,}"
         advice = "choose a larger budget or a smaller vocabulary"
         raise ValueError(f"{what}: the smallest student has {smallest:,}; {advice}")
-    return max(fitting, key=_score)[0]
-
-
-def _score(shape: tuple[ResNetBKConfig, int, int]) -> float:
-    _, body, tables = shape
-    return BODY_SHARE * math.log(body) + (1 - BODY_SHARE) * math.log(tables)
+    return max(fitting, key=lambda shape: shape[1] ** BODY_SHARE * shape[2] ** (1 - BODY_SHARE))[0]
 
 
 def _shapes(budget: int, vocab_size: int, fixed: dict) -> Iterator[tuple[ResNetBKConfig, int, int]]:

@@ -48,18 +48,12 @@ class DistillationTrainer:
     """
 
     def __init__(
-        self,
-        teacher: nn.Module | Sequence[nn.Module] | TeacherCache,
-        student: nn.Module,
-        temperature: float | Schedule = 2.0,
-        alpha: float | Schedule = 0.7,
-        feature_weight: float = 0.1,
-        *,
-        kind: str = "forward",
-        features: Sequence[tuple[str, str]] | None = None,
-        feature_loss: str = "mse",
+        self, teacher: nn.Module | Sequence[nn.Module] | TeacherCache, student: nn.Module,
+        temperature: float | Schedule = 2.0, alpha: float | Schedule = 0.7,
+        feature_weight: float = 0.1, *, kind: str = "forward",
+        features: Sequence[tuple[str, str]] | None = None, feature_loss: str = "mse",
         sample: VocabularySample | None = None,
-    ):
+    ):  # fmt: skip
         """Raises ValueError for settings out of range, unknown names, unequal vocabularies."""
         self.cache = teacher if isinstance(teacher, TeacherCache) else None
         several = [] if self.cache else teacher if isinstance(teacher, Sequence) else [teacher]
@@ -84,8 +78,7 @@ class DistillationTrainer:
         return train(self.student, loader, config, loss=self, extra_parameters=extra, **arguments)
 
     def prepare(self, loader) -> None:
-        """Start of a run: schedules at 0, and the features' widths learned from one example of
-        `loader`, so that `parameters` is complete."""
+        """Start of a run: schedules at 0, features' widths from one batch."""
         self.progress.zero_()
         if self.features is None or self.features.projections is not None:
             return

@@ -7,8 +7,7 @@ from kit.core import protocols
 
 
 class Config:
-    """Base of the models' frozen dataclasses. Raises ValueError for an integer, also in a tuple,
-    below 1 and for a dropout outside [0, 1)."""
+    """Base of the models' configs. Raises ValueError for integers below 1 and bad dropouts."""
 
     def __post_init__(self):
         name = type(self).__name__

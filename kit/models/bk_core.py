@@ -87,9 +87,8 @@ def staggered_reflection(x: Tensor, p: Tensor, eta: Tensor) -> Tensor:
 
     Around x = 0 a change of x_j moves g_i by (p g^2)^(i-j), and at the centre of the band p g^2 is
     near -1. The alternating signs cancel this rotation: r is a leaky integral of x over some
-    sqrt(p) / eta steps, and shifting the input by one step shifts r by one step. The Cayley
-    transform maps the upper half-plane, where g lives, to the unit disc; g = 1j, which p = 1 gives
-    a weak potential, to 0.
+    sqrt(p) / eta steps. The Cayley transform maps the upper half-plane, where g lives, to the unit
+    disc; g = 1j, which p = 1 gives a weak potential, to 0.
 
     Arguments and errors are those of `left_resolvent`; r (B, N, C) complex.
     """
@@ -116,8 +115,7 @@ def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     conv1d of one group a channel, padded on the left.
 
     x (B, N, D); weight (D, 1, K) and bias (D,) as in `nn.Conv1d(D, D, K, groups=D)`; returns (B, N,
-    D). float32 and float64 on CPU run in a compiled kernel, anything else in conv1d. Raises
-    ValueError for other shapes.
+    D). float32 and float64 on CPU run in a compiled kernel, others in conv1d.
     """
     parts, width = (x, weight, bias), x.shape[-1:]
     if x.ndim != 3 or weight.ndim != 3 or bias.shape != width or weight.shape[:2] != (*width, 1):

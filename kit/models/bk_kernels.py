@@ -217,8 +217,7 @@ def resolve(x: Tensor, p: Tensor, eta: Tensor, reflected: bool = False) -> tuple
 
 def resolve_backward(h: Tensor, p: Tensor, grad: Tensor, reflected=False) -> tuple[Tensor, ...]:
     """From the last step to the first, lambda_i = conj(grad_i) + p_{i+1} g_{i+1}^2 lambda_{i+1};
-    dx_i = -g_i^2 lambda_i, dp_i = g_i^2 g_{i-1} lambda_i, deta = 1j sum_i g_i^2 lambda_i, real
-    parts.
+    real parts of dx_i = -g_i^2 lambda_i, dp_i = g_i^2 g_{i-1} lambda_i, deta = 1j sum_i -dx_i.
 
     reflected: lambda_i = conj(grad_i) 2j / (h_i + 1j)^2 - p_{i+1} conj(h_{i+1}^2 lambda_{i+1}),
         dp_i = -h_i^2 conj(h_{i-1}) lambda_i.

@@ -2,8 +2,7 @@
 
 N is cut into chunks of CHUNK steps. A sweep over the steps inside a chunk runs for all chunks at
 once; what a chunk hands to the next is found by doubling. Products of the steps' matrices lose
-digits and grow, so they are kept in complex128 (a few numbers a chunk) and divided by their largest
-entry, which does not change what they do.
+digits and grow, so they are kept in complex128 (a few a chunk) and divided by their largest.
 """
 
 import torch

@@ -31,8 +31,7 @@ def grouped_experts(x, expert, w_in, b_in, w_out, b_out) -> Tensor:
     """w_out[e] gelu(w_in[e] x + b_in[e]) + b_out[e] with each row's own expert e.
 
     x (M, D), expert (M,) int64 in [0, E), w_in (E, F, D), b_in (E, F), w_out (E, D, F), b_out (E,
-    D) -> (M, D). Rows are sorted by expert, so that each expert is two matrix products; there is no
-    capacity, no row is dropped.
+    D) -> (M, D). Rows are sorted by expert, so that each expert is two products; no row is dropped.
     """
     order = expert.argsort(stable=True)
     inverse = torch.empty_like(order)

@@ -17,7 +17,7 @@ ETA_FLOOR = 1e-3
 @dataclass(frozen=True)
 class ResNetBKConfig(Config):
     """Shapes of a ResNetBK. `experts`, `d_ff` and `channels` are one integer for all layers or a
-    tuple with one each; `conv` is the number of taps of the convolution before the BK-core;
+    tuple with one each; `conv` is the convolution's taps;
     `embedding_rank` factors the (V, D) matrices."""
 
     vocab_size: int = 30000
@@ -113,9 +113,7 @@ class ResNetBK(LanguageModel):
         self.norm = nn.LayerNorm(config.d_model)
 
     def shapes(self) -> dict:
-        found = {
-            "channels": [layer.mixer.energy.shape[0] for layer in self.layers],
-            "experts": [layer.moe.w_in.shape[0] for layer in self.layers],
-            "d_ff": [layer.moe.w_in.shape[1] for layer in self.layers],
-        }
+        found = {"channels": [len(layer.mixer.energy) for layer in self.layers]}
+        for axis, name in enumerate(("experts", "d_ff")):
+            found[name] = [layer.moe.w_in.shape[axis] for layer in self.layers]
         return {k: v[0] if len(set(v)) == 1 else tuple(v) for k, v in found.items()}

@@ -20,11 +20,10 @@ FIRST_STEP = 1 / 4  # a power of two, as any other should be, so that units are 
 class FakeQuantize(Step):
     """Weight -> the nearest values of `format`, same shape and dtype; gradients straight through.
 
-    A "minmax" range follows the weight at every step. "percentile" and "mse" ranges are fixed from
-    `weight` when the quantizer is made, because searching at each step is slow. With `learned` the
-    step size starts there and is trained (LSQ, arXiv:1902.08153), as |scale| * unit with scale at
-    first `first_step`, because optimizers like Adam move a parameter by the learning rate however
-    small it is: an INT8 step of 0.001 would be gone at once.
+    A "minmax" range follows the weight at every step; "percentile" and "mse", slow to find, are
+    fixed from `weight`. With `learned` the step size starts there and is trained (LSQ,
+    arXiv:1902.08153), as |scale| * unit with scale at first `first_step`, for optimizers like Adam
+    move a parameter by the learning rate however small it is.
 
     Args:
         weight: the tensor to be quantized, which fixes shape and ranges.
@@ -77,9 +76,8 @@ class FakeQuantize(Step):
         if not self.learned:
             return self.scale, self.zero
         step = self.scale.abs() * self.unit
-        return formats.round_scale(step.detach(), self.format.scale) + (
-            step - step.detach()
-        ), self.zero
+        rounded = formats.round_scale(step.detach(), self.format.scale)
+        return rounded + (step - step.detach()), self.zero
 
     @torch.no_grad()
     def set_grid(self, scale: Tensor, zero: Tensor | None = None) -> None:
@@ -149,9 +147,8 @@ class FakeQuantize(Step):
         if not format.symmetric:
             zero = read.tensor((count,), torch.int8).float()[:, None]
         learned = entry.get("learned", 0)
-        made = cls(
-            torch.zeros(()), format, view, bool(learned), learned or FIRST_STEP, (scale, zero)
-        )
+        first = learned or FIRST_STEP
+        made = cls(torch.zeros(()), format, view, bool(learned), first, (scale, zero))
         origin = None if zero is None else made.spread(zero).to(torch.int32)
         codes = read.codes(made.shape, format.bits, origin)
         blocks = formats.dequantize(formats.to_blocks(codes, format), scale, zero)
@@ -232,10 +229,8 @@ def quantize_weights(
     """
     chosen = planned(model, plan)
     if not chosen:
-        raise ValueError(
-            f"{type(model).__name__} has no weight to quantize: expected parameters of two or more "
-            "dimensions"
-        )
+        what = f"{type(model).__name__} has no weight to quantize"
+        raise ValueError(f"{what}: expected parameters of two or more dimensions")
     for weight, _ in chosen:
         weight.check_put(FakeQuantize)
         formats.check_weights(weight.original, weight.name)

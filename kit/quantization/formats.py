@@ -104,14 +104,7 @@ def from_blocks(blocks: Tensor, shape: tuple[int, int], format: Format) -> Tenso
 
 def block_count(shape: tuple[int, int], format: Format) -> int:
     """How many scales a matrix of `shape` needs."""
-    rows, columns = shape
-    groups = {
-        "tensor": 1,
-        "rows": -(-rows // format.group_size),
-        "channel": rows,
-        "group": rows * -(-columns // format.group_size),
-    }
-    return groups[format.granularity]
+    return len(to_blocks(torch.empty(shape, device="meta"), format))
 
 
 @cache
@@ -132,9 +125,7 @@ def stored_scale(scale: Tensor, kind: str) -> list[Tensor]:
 
 def stored_shapes(count: int, kind: str) -> list[tuple[tuple[int], torch.dtype]]:
     """Shapes and dtypes of the tensors of `stored_scale` for `count` blocks."""
-    if kind == "log8":
-        return [((count,), torch.uint8), ((1,), torch.float32)]
-    return [((count,), torch.float16 if kind == "float16" else torch.float32)]
+    return [(part.shape, part.dtype) for part in stored_scale(torch.ones(count, 1), kind)]
 
 
 def restored_scale(parts: Sequence[Tensor], kind: str) -> Tensor:
@@ -154,9 +145,8 @@ def round_scale(scale: Tensor, kind: str) -> Tensor:
         return restored_scale(stored_scale(scale, kind), kind)
     if kind == "float16":
         if scale.max() > 65504:
-            raise ValueError(
-                f"a scale of {scale.max():.3g} exceeds float16 (65504): use Format(scale='float32')"
-            )
+            advice = "use Format(scale='float32')"
+            raise ValueError(f"a scale of {scale.max():.3g} exceeds float16 (65504): {advice}")
         half = scale.float().half()
         scale = (half.view(torch.int16) + (half.float() < scale)).view(torch.float16)
     return scale.float().clamp(min=SMALLEST_SCALE[kind])
@@ -170,17 +160,13 @@ def round_half(x: Tensor) -> Tensor:
 def check_weights(x: Tensor, what: str = "tensor") -> None:
     """Raises ValueError for what no real quantizer can hold: complex, integer, NaN or infinite."""
     if x.is_complex():
-        raise ValueError(
-            f"{what} is complex ({x.dtype}): a real quantizer would drop the imaginary part; "
-            "use ComplexQuantizer"
-        )
+        why = "a real quantizer would drop the imaginary part; use ComplexQuantizer"
+        raise ValueError(f"{what} is complex ({x.dtype}): {why}")
     if not x.is_floating_point():
         raise ValueError(f"{what} has dtype {x.dtype}: quantization expects floating point values")
     if not torch.isfinite(x).all():
-        count = (~torch.isfinite(x)).sum().item()
-        raise ValueError(
-            f"{what} holds {count} NaN or infinite values: restore a finite checkpoint first"
-        )
+        held = f"{what} holds {(~torch.isfinite(x)).sum().item()} NaN or infinite values"
+        raise ValueError(f"{held}: restore a finite checkpoint first")
 
 
 def grid_of_range(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
@@ -254,9 +240,8 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx, grad):
         step = ctx.step_gradient
         if ctx.compiled:
-            grad_x, grad_scale = kernels.fake_quantize_backward(
-                *ctx.saved_tensors, *ctx.range, grad
-            )
+            tensors = *ctx.saved_tensors, *ctx.range, grad
+            grad_x, grad_scale = kernels.fake_quantize_backward(*tensors)
             return grad_x, grad_scale * step if step else None, None, None, None, None
         ratio, q, unclipped, zero = ctx.saved_tensors
         inside = q == unclipped

@@ -19,8 +19,7 @@ def gptq_round(
 ) -> Tensor:  # fmt: skip
     """Values of a fixed grid that make tr (W - Q) H (W - Q)^T small, H = X^T X of the inputs.
 
-    Columns are rounded by falling H_jj (act-order), each one's error spread by `column_sweep`. What
-    is exactly 0, as under a mask, stays 0.
+    Columns are rounded by falling H_jj (act-order), by `column_sweep`. What is 0 stays 0.
 
     Args:
         weight: (G, R, C), gram: (G, C, C), one for each set of inputs. scale, zero: (G, R, C).
@@ -44,22 +43,18 @@ def gptq_round(
 
 @torch.no_grad()
 def gptq(
-    model: nn.Module,
-    plan: Format | Mapping[str, Format | None],
-    batches: Iterable,
+    model: nn.Module, plan: Format | Mapping[str, Format | None], batches: Iterable,
     damping: float = 0.01,
-) -> nn.Module:
-    """`quantize_weights` and then GPTQ on every weight whose inputs can be collected, in place, in
-    the order of use; returns the model.
+) -> nn.Module:  # fmt: skip
+    """`quantize_weights`, then GPTQ where inputs are known, in place; returns the model.
 
     Each weight's inputs come from the model with all before it rounded, one pass a weight over
     `batches` (see `kit.core.protocols.call_of`). What is not multiplied with inputs (embeddings)
     or hides them (recurrent layers) keeps the nearest codes: `repairable` names the others. Masked
     weights stay zero. The grids are fixed afterwards.
 
-    Raises ValueError without a batch, for inputs that are not finite or, with a `damping` too
-    small, linearly dependent, and for a weight that is changed behind its quantizer; the model is
-    untouched then.
+    Raises ValueError, the model untouched, without a batch, for inputs that are not finite or, with
+    too small a `damping`, linearly dependent, and for a weight changed behind its quantizer.
     """
     batches = list(batches)
     grams = input_grams(model, batches, strict=False)

@@ -11,7 +11,7 @@ from kit.quantization.fake import FakeQuantize, quantize_weights
 from kit.quantization.formats import Format
 
 NORM = 0.7  # p of the norm that is minimized: below 1, so that outliers may err
-PENALTY, GROWTH = 10.0, 1.05  # beta at first, and its growth a step
+PENALTY, GROWTH = 1.0, 1.2  # beta at first, and its growth a step: soft, then hard
 
 
 def shrink(x: Tensor, beta: float) -> Tensor:

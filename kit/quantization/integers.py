@@ -87,19 +87,25 @@ def _packed(module: nn.Module, attribute: str = "weight") -> GroupWiseQuantizer:
     weight = weight_of(module, attribute)
     quantizer = packable(weight)
     if quantizer is None:
-        raise ValueError(
-            f"{type(module).__name__}.{attribute} is not quantized: call quantize_weights first"
-        )
-    return GroupWiseQuantizer(quantizer.format).take(
-        quantizer, weight.before(quantizer.rank).detach()
-    )
+        what = f"{type(module).__name__}.{attribute} is not quantized"
+        raise ValueError(f"{what}: call quantize_weights first")
+    seen = weight.before(quantizer.rank).detach()
+    return GroupWiseQuantizer(quantizer.format).take(quantizer, seen)
 
 
 def _fixed(value: Tensor | None) -> nn.Parameter | None:
     return None if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
 
 
-class QuantizedLinear(nn.Module):
+class _Packed(nn.Module):
+    """A layer whose weight is multiplied out of `packed` when it is read."""
+
+    @property
+    def weight(self) -> Tensor:
+        return self.packed()
+
+
+class QuantizedLinear(_Packed):
     """F.linear with a packed weight: inputs (..., K) -> (..., N), float32.
 
     Made from a linear layer whose weight carries a FakeQuantize; raises ValueError for another.
@@ -114,27 +120,19 @@ class QuantizedLinear(nn.Module):
     def from_float(cls, linear: nn.Linear, format: Format = INT8) -> "QuantizedLinear":
         return cls(quantize_weights(nn.Sequential(materialize(linear)), {"0.weight": format})[0])
 
-    @property
-    def weight(self) -> Tensor:
-        return self.packed()
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.packed(), self.bias)
+        return F.linear(x, self.weight, self.bias)
 
 
-class QuantizedEmbedding(nn.Module):
-    """nn.Embedding with packed codes; `weight` multiplies all of them out."""
+class QuantizedEmbedding(_Packed):
+    """nn.Embedding with packed codes."""
 
     def __init__(self, embedding: nn.Embedding):
         super().__init__()
         self.packed = _packed(embedding)
 
-    @property
-    def weight(self) -> Tensor:
-        return self.packed()
-
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.packed())
+        return F.embedding(tokens, self.weight)
 
 
 class QuantizedMoELayer(MoE):

@@ -31,9 +31,7 @@ def unpack(data: bytes, count: int, bits: int | str) -> np.ndarray:
     """The `count` int8 codes that `pack` wrote; len(data) must be `packed_bytes(count, bits)`."""
     raw = np.frombuffer(data, np.uint8)
     if bits == "ternary":
-        return ((raw[:, None] // TRITS % 3).reshape(-1)[:count].astype(np.int16) - 1).astype(
-            np.int8
-        )
+        return (raw[:, None] // TRITS % 3).astype(np.int8).reshape(-1)[:count] - np.int8(1)
     if bits == 8:
         return (raw.astype(np.int16) - 128).astype(np.int8)
     planes = np.unpackbits(raw, bitorder="little")[: count * bits].reshape(count, bits)

@@ -10,8 +10,7 @@ INT4_GROUPS = Format(4, granularity="group", group_size=128)
 
 
 def original_mix(model: nn.Module) -> dict[str, Format]:
-    """INT4 in groups of 128 for stacked experts, INT8 per channel for other matrices, FP16 for
-    vectors: the mix of the original design."""
+    """INT4 groups of 128 for experts, INT8 for other matrices, FP16 for vectors."""
     plan = {}
     for weight in weights(model):
         dimensions = weight.original.ndim

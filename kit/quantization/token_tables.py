@@ -8,19 +8,18 @@ along the tree of merges; subword sums as in fastText, Bojanowski et al. 2017, a
     c_i = r_i + a * c_left(i) + b * c_right(i)        (elementwise; two learned vectors a table)
 
 Rows of the table are c_i B. Codes share one step over all columns, which is right where an error
-costs the same in each and no column tells of another (Goyal 2001, "Theoretical foundations of
-transform coding"). So B undoes two changes of coordinates: by F^1/2, with F the columns' factor of
-the Fisher information (Martens and Grosse 2015, arXiv:1503.05671), and onto the principal axes.
+costs the same in each and no column tells of another (Goyal 2001). So B undoes two changes of
+coordinates: by F^1/2, with F the columns' factor of the Fisher information (Martens and Grosse
+2015, arXiv:1503.05671), and onto the principal axes.
 
-Order. What an error in a row costs goes with the token's frequency, so rows of like frequency share
-a step and are coded together. Rows are kept by class, log4 of the token's frequency, within a class
-in the tokenizer's order. Where the merges are known the classes are nearly told by them: a token
-occurs as often as it was merged, less the merges that took it into longer ones,
+Order. What an error in a row costs goes with the token's frequency: rows are kept by class, log4 of
+it, and share steps. Where the merges are known they nearly tell the classes: a token occurs as
+often as it was merged, less the merges that took it into longer ones,
 
     n_i = m_i - sum over j made of i of m_j,
 
-and merges come in falling order of m, a smooth curve of which a few points suffice. What is stored
-is the difference from the class so expected, in integers, so that a file is read alike everywhere.
+and merges come in falling order of m, a curve of which a few points suffice. What is stored is the
+difference from the class so expected, in integers, so that a file is read alike everywhere.
 """
 
 import zlib
@@ -157,10 +156,8 @@ def _tables(model: nn.Module, size: int, matrices: bool, allowed: type | None) -
     found = [w for w in weights(model) if w.original.shape[:1] == (size,)]
     found = [w for w in found if w.original.ndim == 2 or not matrices]
     if not found:
-        raise ValueError(
-            f"no weight of {type(model).__name__} has the {size:,} rows of a token table: pass "
-            "what belongs to the vocabulary it was trained with"
-        )
+        what = f"no weight of {type(model).__name__} has the {size:,} rows of a token table"
+        raise ValueError(f"{what}: pass what belongs to its own vocabulary")
     for weight in found:
         for step in weight.steps:
             if allowed is None or not isinstance(step, allowed):
@@ -201,8 +198,7 @@ def _points(size: int) -> np.ndarray:
 
 
 def merge_curve(counts: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """Largest count, and how often the tokens of `_points` were merged (0 for single bytes), from
-    counts (V,) and parts (V, 2)."""
+    """Largest count, and how often the tokens of `_points` were merged (0 for bytes)."""
     merged = np.array(counts, np.int64)
     for token in range(len(parts) - 1, -1, -1):
         for part in parts[token]:

@@ -51,8 +51,7 @@ class Evaluation:
 
 def paired_interval(a: Evaluation, b: Evaluation, level=0.95, seed=0) -> tuple[float, float]:
     """Bootstrap interval of log(perplexity of b) - log(perplexity of a) on the same windows; above
-    0: b is worse. Pairing removes what makes windows hard for both, so that it is far narrower than
-    the two intervals side by side.
+    0: b is worse. Pairing removes what makes windows hard for both, so that it is far narrower.
 
     Raises ValueError when the two were not evaluated on the same windows.
     """
@@ -80,8 +79,7 @@ def evaluate(model: nn.Module, loader) -> Evaluation:
     """Evaluates over batches that `call_of` understands, in evaluation mode, on the model's device.
 
     The hidden states of a `LanguageModel` (B, T, D) meet targets (B, T) int64, -100 ignored. Any
-    other model gives logits (`logits_of`): (B, C) for labels (B,) or probabilities (B, C), or
-    (B, T, C) for targets (B, T).
+    other model gives logits (`logits_of`): (B, C) for labels (B,), (B, T, C) for (B, T).
     Raises ValueError for a loader without tokens and for a loss that is not finite.
     """
     model, rows, classifier = adapt(model), [], False

@@ -67,9 +67,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TrainResult:
-    history: list[
-        dict
-    ]  # step, loss (mean since the last entry), lr, seconds; validation if evaluated
+    history: list[dict]  # step, loss (mean since the last), lr, seconds; validation if evaluated
     tokens: int  # targets trained on (images, for a classifier)
     seconds: float  # of training; validation and checkpoints not counted
     best_validation: float | None
@@ -87,17 +85,12 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def train(
-    model: nn.Module,
-    loader: Iterable,
-    config: TrainConfig,
-    *,
+    model: nn.Module, loader: Iterable, config: TrainConfig, *,
     loss: Callable[[nn.Module, object], Tensor] = next_token_loss,
-    validate: Callable[[nn.Module], float] | None = None,
-    hooks: Iterable[Callable] = (),
-    checkpoint: str | Path | None = None,
-    log: bool = True,
+    validate: Callable[[nn.Module], float] | None = None, hooks: Iterable[Callable] = (),
+    checkpoint: str | Path | None = None, log: bool = True,
     extra_parameters: Iterable[nn.Parameter] = (),
-) -> TrainResult:
+) -> TrainResult:  # fmt: skip
     """Trains `model` in place on the batches of `loader` (repeated), on the model's device.
 
     Submodules in evaluation mode stay so (frozen batch norms), unless the whole model is. Draws
@@ -111,12 +104,11 @@ def train(
         hooks: (step, steps, model) after each optimizer step, counted from 1. One that returns True
             has replaced parameters: the optimizer takes them over, the best state is forgotten.
         checkpoint: file written at every evaluation. Called again after a kill with the same
-            arguments and the same tensors in the model (masks and quantizers are put on before, not
-            in a hook), the run ends with the same numbers, bit for bit, as without it.
+            arguments and tensors (masks and quantizers are on before), the run ends bit for bit as
+            without it.
         extra_parameters: trained too, such as projections of a distillation loss.
 
-    Raises ValueError when nothing can be trained, the loss is not finite, or the checkpoint does
-    not fit.
+    Raises ValueError for nothing to train, a loss that is not finite, an unfit checkpoint.
     """
     outside, hooks = files.rng_state(), list(hooks)
     run = _Run(model, loader, config, extra_parameters)
@@ -299,7 +291,7 @@ class _Run:
 def _count_targets(batch) -> int:
     """Targets that count, or examples where there are none."""
     if targets := tensors_of(call_of(batch).targets):
-        return sum(int((t != IGNORED).sum()) for t in targets)
+        return sum(len(t) if t.is_floating_point() else int((t != IGNORED).sum()) for t in targets)
     return len(tensors_of(batch)[0])
 
 

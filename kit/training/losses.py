@@ -213,9 +213,7 @@ def check_range(targets: Tensor, classes: int) -> None:
     """Raises ValueError for targets that count, (n,) int64, and are no class."""
     if len(targets) and (targets.min() < 0 or targets.max() >= classes):
         span = f"{targets.min()}..{targets.max()}, outside the vocabulary of {classes}"
-        raise ValueError(
-            f"targets span {span}: use the model's own, and {IGNORED} for what does not count."
-        )
+        raise ValueError(f"targets span {span}: use its own, {IGNORED} for what does not count.")
 
 
 @dataclass(frozen=True)
@@ -241,8 +239,7 @@ class VocabularySample:
         return tokens, torch.where(sure[tokens], 0.0, math.log(self.every))
 
     def restrict(self, targets: Tensor, *layers: tuple[Tensor, Tensor | None]) -> tuple:
-        """The targets as numbers within a new sample, then each output layer (weight (V, D), bias
-        (V,) or None) cut down to it."""
+        """The targets as numbers within a new sample, then each output layer cut to it."""
         tokens, logs = self.draw(targets, len(layers[0][0]))
         own = torch.where(targets < 0, targets, torch.searchsorted(tokens, targets.contiguous()))
         return own, *((w[tokens], logs.to(w) if b is None else b[tokens] + logs) for w, b in layers)
@@ -252,8 +249,7 @@ def next_token_loss(model: LanguageModel, batch, sample: VocabularySample | None
     """Cross-entropy of a language model on a batch (inputs, targets), both (B, T) int64, or any
     that `call_of` understands, plus its weighted auxiliary loss; on a `sample` if there is one.
 
-    On a CPU, bfloat16 autocast is for the product with the vocabulary alone; in narrow layers its
-    casts cost more than it saves.
+    On a CPU, bfloat16 autocast is for the product with the vocabulary alone: its casts cost.
     """
     if not isinstance(model := adapt(model), LanguageModel):
         what = f"{type(model).__name__} is no LanguageModel"
@@ -277,8 +273,8 @@ def classification_loss(model: nn.Module, batch) -> Tensor:
     trained with that. Raises ValueError for other targets.
     """
     if own := _takes_labels(model, batch):
-        loss = getattr(output := model(**batch), "loss", None)
-        loss = output["loss"] if loss is None and isinstance(output, Mapping) else loss
+        output = model(**batch)
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if loss is None:
             what = f"{type(model).__name__} takes {own!r} and returns no loss"
             raise ValueError(f"{what}: pass loss=, or give (inputs, targets).")
@@ -335,9 +331,11 @@ def labelled(batch, model: nn.Module | None = None) -> Call:
 
 def logits_of(output, targets: Tensor | None = None) -> Tensor:
     """The logits (..., C) in what a model returned: a tensor, the entry called `logits`, or else
-    the first tensor. The classes come last, also of (B, C, ...) for targets (B, ...)."""
+    the first tensor. The classes come last, also of (B, C, ...) for targets (B, ...); where both
+    would fit, (B, T, V) are tokens and (B, C, H, W) pixels."""
     named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     logits = tensors_of(output)[0] if named is None else named
-    if targets is None or targets.ndim != logits.ndim - 1 or targets.shape == logits.shape[:-1]:
+    if targets is None or logits.ndim < 3 or targets.shape != (len(logits), *logits.shape[2:]):
         return logits
-    return logits.movedim(1, -1)
+    tokens = logits.ndim == 3 and targets.shape == logits.shape[:-1]
+    return logits if tokens else logits.movedim(1, -1)
