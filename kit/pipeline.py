@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from kit import artifact
 from kit.budget import RateLoss, RateSettings, row_sensitivity, set_rate_formats
 from kit.core.measurement import peak_memory
 from kit.core.protocols import LanguageModel, adapt, bare, tree_map
-from kit.core.store import code_digest, digest, write_json
+from kit.core.settings import Count, Meta, Positive, Seed, Share, checks, settings
+from kit.core.store import code_digest, digest, lock, write_json
 from kit.core.weights import copy_model, materialize, weights
 from kit.distillation import DistillationTrainer
 from kit.models import MoE, recipe
@@ -37,8 +39,10 @@ CODE = (
     "distillation", "pipeline.py",
 )  # fmt: skip
 
+Stages = Annotated[tuple[Literal["qat", "pruning", "distillation"], ...], Meta(min_length=1)]
 
-@dataclass(frozen=True)
+
+@settings
 class PipelineSettings:
     """Constants of the stages, each tuned by experiment on validation text.
 
@@ -55,13 +59,13 @@ class PipelineSettings:
     rate: of training under a rate.
     """
 
-    calibration_batches: int = 8
-    frequent: int = 2048
-    alpha: float = 0.3
-    final_lr: float = 0.0
-    qat_lr: float = 0.1
-    start: float = 2.5
-    pruned: float = 0.25
+    calibration_batches: Count = 8
+    frequent: Count = 2048
+    alpha: Share = 0.3
+    final_lr: Share = 0.0
+    qat_lr: Positive = 0.1
+    start: Positive = 2.5
+    pruned: Share = 0.25
     rate: RateSettings = RateSettings()
 
 
@@ -104,21 +108,19 @@ class CompressionPipeline:
         token_counts: how often each token occurs in the training data (V,): the distillation then
             keeps rows of token tables by falling frequency. Worth it unless the tokenizer numbers
             tokens so.
-    Raises ValueError for a target below 1 or an unknown stage.
+    Raises ValueError for a value out of range.
     """
 
+    @checks
     def __init__(
-        self, model: nn.Module, target_compression: float = 100.0, device: str = "cpu",
-        stages: Sequence[str] = ("qat", "pruning", "distillation"), lr: float = 2e-3, seed: int = 0,
-        log: bool = True, token_parts: np.ndarray | None = None,
-        token_counts: np.ndarray | None = None, settings: PipelineSettings = PipelineSettings(),
+        self, model: nn.Module, target_compression: Annotated[float, Meta(ge=1, le=1e9)] = 100.0,
+        device: str = "cpu", stages: Stages = ("qat", "pruning", "distillation"),
+        lr: Positive = 2e-3, seed: Seed = 0, log: bool = True,
+        token_parts: np.ndarray | None = None, token_counts: np.ndarray | None = None,
+        settings: PipelineSettings = PipelineSettings(),
     ):  # fmt: skip
-        if not target_compression >= 1:
-            raise ValueError(f"target_compression={target_compression} must be at least 1")
-        if unknown := set(stages) - set(STAGES):
-            raise ValueError(f"unknown stage {min(unknown)!r}: choose from {', '.join(STAGES)}")
         self.model, self.target_compression, self.device = adapt(model), target_compression, device
-        self.stages, self.lr, self.seed, self.log = tuple(stages), lr, seed, log
+        self.stages, self.lr, self.seed, self.log = stages, lr, seed, log
         self.settings = settings
         language = isinstance(self.model, LanguageModel)
         self.tables = (token_parts, token_counts) if language else (None, None)
@@ -126,9 +128,10 @@ class CompressionPipeline:
         self.baseline_bytes = artifact.float32_bytes(model)
         self.budget = math.floor(self.baseline_bytes / target_compression)
 
+    @checks
     def run_pipeline(
-        self, train_loader, val_loader, qat_epochs: float = 3, pruning_epochs: float = 3,
-        distillation_epochs: float = 5, save_dir: str | Path = "runs/pipeline",
+        self, train_loader, val_loader, qat_epochs: Positive = 3, pruning_epochs: Positive = 3,
+        distillation_epochs: Positive = 5, save_dir: str | Path = "runs/pipeline",
     ) -> tuple[nn.Module, dict]:  # fmt: skip
         """Runs the stages and returns (compressed model, metrics).
 
@@ -138,9 +141,12 @@ class CompressionPipeline:
         `stage_metrics[stage]` with `bytes`, `ratio`, `final_perplexity` (`final_accuracy` of a
         classifier), `degradation`, `seconds`, `tokens`, `peak_memory` (bytes), `path`.
         """
-        save_dir = Path(save_dir)
         epochs = {"qat": qat_epochs, "pruning": pruning_epochs, "distillation": distillation_epochs}
         steps = {name: max(1, round(epochs[name] * len(train_loader))) for name in self.stages}
+        with lock(save_dir):  # of two processes the second reads what the first made
+            return self._run(train_loader, val_loader, steps, Path(save_dir))
+
+    def _run(self, train_loader, val_loader, steps, save_dir: Path) -> tuple[nn.Module, dict]:
         self._claim(save_dir, steps)
         teacher = materialize(self.model).to(self.device).eval()
         baseline = self._quality(teacher, val_loader)

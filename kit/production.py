@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from kit import artifact
 from kit.core.measurement import Latency, measure
 from kit.core.protocols import Call, call_with
+from kit.core.settings import BelowOne, Positive, Share, settings
 from kit.core.weights import copy_model
 from kit.distillation import DistillationTrainer
 from kit.engines.choice import INTEGER, Choice, batch_size, flat, relative_error
@@ -33,7 +35,7 @@ UNSTRUCTURED |= {"random": "random", "random_unstructured": "random"}
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-@dataclass(frozen=True)
+@settings
 class PruningConfig:
     """How much goes, and what.
 
@@ -42,17 +44,9 @@ class PruningConfig:
     dim: 0 names a layer's outputs, 1 its inputs; a unit that goes takes both: the two are one.
     """
 
-    amount: float = 0.3
-    method: str = "l1"
-    dim: int = 0
-
-    def __post_init__(self):
-        if not 0 <= self.amount < 1:
-            raise ValueError(f"amount={self.amount}, the share to prune, must be in [0, 1)")
-        if self.method not in (known := [*STRUCTURED, *UNSTRUCTURED]):
-            raise ValueError(f"method {self.method!r} is unknown: choose one of {known}")
-        if self.dim not in (0, 1):
-            raise ValueError(f"dim={self.dim} must be 0 (outputs) or 1 (inputs)")
+    amount: BelowOne = 0.3
+    method: Literal[(*STRUCTURED, *UNSTRUCTURED)] = "l1"
+    dim: Literal[0, 1] = 0
 
     def score(self, known: dict[str, str], does: str) -> str:
         """The method's name in the kit. Raises ValueError if it is not among the known."""
@@ -64,19 +58,14 @@ class PruningConfig:
 WEIGHTS = PruningConfig(method="magnitude")
 
 
-@dataclass(frozen=True)
+@settings
 class DistillationConfig:
     """alpha T^2 KL(teacher || student) + (1 - alpha) cross-entropy, at temperature T."""
 
-    temperature: float = 3.0
-    alpha: float = 0.5
-    epochs: float = 10
-    learning_rate: float = 1e-4
-
-    def __post_init__(self):
-        if not (self.epochs > 0 and self.learning_rate > 0):
-            values = f"epochs={self.epochs}, learning_rate={self.learning_rate}"
-            raise ValueError(f"{values}: both must exceed 0")
+    temperature: Positive = 3.0
+    alpha: Share = 0.5
+    epochs: Positive = 10
+    learning_rate: Positive = 1e-4
 
 
 @dataclass(frozen=True, repr=False)

@@ -10,9 +10,9 @@ from kit import artifact
 from kit.lab import baseline
 from kit.lab.baseline import load_or_train
 from kit.lab.records import write_result
-from kit.lab.sampling import continue_text
 from kit.training.evaluation import evaluate
 from notebooks.reference.remeasure import main, remeasure
+from notebooks.reference.sampling import continue_text
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,7 @@ def test_a_failed_write_leaves_nothing(cache):
 
 BAD = [
     ("wikitext-3", {}, "Unknown corpus 'wikitext-3'.*docs, text:, wikitext-2"),
-    (None, {}, "Unknown corpus None"),
+    (None, {}, "name is None; it must be a text"),
     ("docs:pandas", {}, "Unknown corpus 'docs:pandas'"),
     ("text:{folder}/no.txt", {}, "no.txt' matches no file"),
     ("text:{folder}/*.nothing", {}, r"\*.nothing' matches no file"),
@@ -184,13 +184,21 @@ BAD = [
     ("text:{folder}/empty.txt", {}, "empty.txt is empty"),
     ("text:{folder}/short.txt", {}, "split of corpus .*short.txt' is empty"),
     ("text:{folder}/latin.txt", {}, "latin.txt is not UTF-8 .byte 0xe9 at 3."),
-    ("text:{folder}/good.txt", {"vocab_size": 256}, "vocab_size=256 is too small.*257"),
+    (
+        "text:{folder}/good.txt",
+        {"vocab_size": 256},
+        "vocab_size is 256; it must be a whole number from 257",
+    ),
     (
         "text:{folder}/good.txt",
         {"vocab_size": 30000},
         r"vocab_size=30000 is larger.*reaches \d+ tokens",
     ),
-    ("text:{folder}/good.txt", {"train_bytes": 0}, "train_bytes=0 must be 1 or more"),
+    (
+        "text:{folder}/good.txt",
+        {"train_bytes": 0},
+        "train_bytes is 0; it must be a whole number from 1",
+    ),
 ]
 
 

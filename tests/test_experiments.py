@@ -1,5 +1,4 @@
 import itertools
-import os
 import re
 import signal
 import subprocess
@@ -14,8 +13,9 @@ import yaml
 
 import kit
 from kit.core.store import write_json
-from kit.lab import batches
-from kit.lab.batches import Run, main, plan, profile_overrides, run_batch
+from kit.lab import batches, parameters
+from kit.lab.batches import Run, main, plan, run_batch
+from kit.lab.parameters import profile_overrides
 
 PARAMETERS = """\
 steps = 2       # optimizer steps
@@ -119,17 +119,19 @@ def test_what_equals_the_default_is_the_same_run(notebook):
     [
         ({"step": [1]}, r"no parameter 'step'; did you mean 'steps'\?"),
         ({"zzz": [1]}, "no parameter 'zzz'; it has steps, lr"),
-        ({"lr": ["1e-3"]}, "write 1.0e-3"),
-        ({"steps": [1.5]}, "steps is 1.5, expected int"),
-        ({"steps": [True]}, "steps is True, expected int"),
-        ({"flag": [1]}, "flag is 1, expected bool"),
-        ({"name": [3]}, "name is 3, expected str"),
-        ({"widths": [8]}, "expected tuple"),
+        ({"lr": ["1e-3"]}, "lr is .1e-3.; it must be .*write 1.0e-3"),
+        ({"steps": [1.5]}, "steps is 1.5; it must be a whole number from 1"),
+        ({"steps": [True]}, "steps is True; it must be a whole number"),
+        ({"flag": [1]}, "flag is 1; it must be True or False"),
+        ({"name": [3]}, "name is 3; it must be a text"),
+        ({"widths": [8]}, "widths is 8; it must be a tuple"),
+        ({"steps": [-1]}, "steps is -1; it must be"),
+        ({"lr": [float("nan")]}, "lr is nan; it must be a number above 0"),
         ({"out": ["x"]}, "sets 'out' itself"),
-        ({"steps": 3}, "expected a list of values"),
-        ({"steps": []}, "expected a list of values"),
-        ([3], "a mapping of names to lists or a list of mappings"),
-        ([], "a mapping of names to lists or a list of mappings"),
+        ({"steps": 3}, "grid is .*; it must be a dict of which each is a list"),
+        ({"steps": []}, "grid is .*; it must be a dict of which each is a list"),
+        ([3], "or a list of which each is a dict"),
+        ([], "or a list of which each is a dict"),
     ],
 )
 def test_bad_grids_are_one_sentence(notebook, grid, says):
@@ -157,19 +159,19 @@ def test_parameters_are_read_whatever_their_comments_and_values(tmp_path):
     notebook = write_notebook(tmp_path / "b.ipynb", parameters=cell)
     [run] = plan(notebook, [{"tied": False, "low": 2, "free": "anything"}])
     assert run.parameters == {"tied": False, "low": 2, "free": "anything"}
-    with pytest.raises(ValueError, match="tied is 1, expected bool"):
+    with pytest.raises(ValueError, match="tied is 1; it must be True or False"):
         plan(notebook, {"tied": [1]})
 
 
 def test_more_jobs_than_cores_are_refused(notebook):
-    with pytest.raises(ValueError, match="jobs is 9999, expected 1 to"):
+    with pytest.raises(ValueError, match="jobs is 9999; it must be a whole number from 1 to"):
         run_batch(notebook, {"steps": [1]}, jobs=9999)
 
 
 def test_profiles_hold_shared_names_and_apply_to_those_that_exist(notebook, monkeypatch):
     assert profile_overrides({"steps": 1}) == {}
     profiles = {
-        path.stem: yaml.safe_load(path.read_text()) for path in batches.PROFILES.glob("*.yaml")
+        path.stem: yaml.safe_load(path.read_text()) for path in parameters.PROFILES.glob("*.yaml")
     }
     assert set(profiles) == {"smoke", "quick", "reference"}
     assert len({frozenset(profile) for profile in profiles.values()}) == 1
@@ -230,21 +232,26 @@ def test_finished_are_skipped_failed_wait_for_retry_killed_continue(notebook, tm
     assert len(run_batch(**call)[1]) == 1 and tries() == (1, 1)
     run_batch(**call, retry=True)
     assert tries() == (1, 2)
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    write_json(good / "status.json", {"pid": dead.pid, "started": 1.0})
+    write_json(good / "status.json", {"exit_code": -9, "seconds": 1.0})  # killed: cut short
     run_batch(**call)
     assert tries() == (2, 2)
+    (good / "status.json").unlink()  # its batch was killed
+    run_batch(**call)
+    assert tries() == (3, 2)
+    (good / "status.json").write_text('{"exit_code": "0"')
+    with pytest.raises(ValueError, match="status.json is damaged: delete it"):
+        run_batch(**call)
 
 
 def test_a_run_of_another_living_batch_is_left_alone(notebook, tmp_path, script, capsys):
     script("raise SystemExit('must not start')")
-    folder = plan(notebook, [{}], folder=tmp_path)[0].folder
-    status = {"pid": os.getpid(), "started": psutil.Process().create_time()}
-    write_json(folder / "status.json", status)
-    frame, failed = run_batch(notebook, [{}], folder=tmp_path)
-    assert not len(frame) and not failed and not (folder / "log.txt").exists()
-    assert "still being run" in capsys.readouterr().out
+    run = plan(notebook, [{}], folder=tmp_path)[0]
+    run.folder.mkdir()
+    with run.claim():
+        frame, failed = run_batch(notebook, [{}], folder=tmp_path)
+    assert not len(frame) and not failed and not (run.folder / "log.txt").exists()
+    assert run.state() == "new"
+    assert "1 runs, 1 skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -274,16 +281,25 @@ def test_threads_are_shared_out_and_jobs_bounded(notebook, tmp_path, script, mon
     assert frame["at once"].max() <= 3
 
 
-def test_dry_run_prints_commands_and_starts_nothing(notebook, tmp_path, capsys):
+def test_the_status_says_how_far_runs_are_and_starts_nothing(notebook, tmp_path, capsys):
     (tmp_path / "grid.yaml").write_text("grid: {steps: [1, 3]}\nseeds: [0, 1]\n")
     folder = tmp_path / "runs"
-    assert (
-        main([str(notebook), str(tmp_path / "grid.yaml"), "--dry-run", "--folder", str(folder)])
-        == 0
-    )
+    command = [str(notebook), str(tmp_path / "grid.yaml"), "--status", "--folder", str(folder)]
+    assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert sum("-m papermill" in line and "-k python3 -f" in line for line in lines) == 4
+    assert sum(line.startswith("new      tiny-steps=") for line in lines) == 4
     assert not folder.exists()
+    runs = plan(notebook, {"steps": [1, 3]}, seeds=[0, 1], folder=folder)
+    for run, code in zip(runs, (0, 1, -9)):
+        write_json(run.folder / "status.json", {"exit_code": code, "seconds": 1.0})
+        (run.folder / "log.txt").write_text("first\nlast\n")
+        (run.folder / "result.json").write_text("{}")
+    runs[3].folder.mkdir()
+    with runs[3].claim():
+        assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["finished", "failed", "new", "running"]
+    assert lines[1].endswith("  last")
 
 
 def test_the_command_line_reports_and_exits_with_the_outcome(notebook, tmp_path, script, capsys):
@@ -315,13 +331,13 @@ def test_the_command_line_reports_and_exits_with_the_outcome(notebook, tmp_path,
         ("grid: [", "not valid YAML"),
         ("steps: [1]", "expected the key grid"),
         ("grid: {step: [1]}", "did you mean 'steps'"),
-        ("grid: {steps: [1]}\nseeds: 3", "seeds are 3, expected a list"),
+        ("grid: {steps: [1]}\nseeds: 3", "seeds is 3; it must be a list"),
     ],
 )
 def test_bad_grid_files_end_with_one_sentence(notebook, tmp_path, capsys, text, says):
     if text:
         (tmp_path / "grid.yaml").write_text(text)
-    assert main([str(notebook), str(tmp_path / "grid.yaml"), "--dry-run"]) == 2
+    assert main([str(notebook), str(tmp_path / "grid.yaml"), "--status"]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
 

@@ -52,7 +52,7 @@ def test_evaluating_leaves_the_global_generator_alone():
     [
         (1, 1000, "seq_len=1000 is longer than the training text of 'tokens', 1000 tokens"),
         (32, 100, "batch_size=32 is more than the 9 windows of seq_len=100"),
-        (0, 10, "batch_size=0 and seq_len=10 must both be 1 or more"),
+        (0, 10, "batch_size is 0; it must be a whole number from 1"),
     ],
 )
 def test_too_long_a_sequence_is_told(batch_size, seq_len, message):

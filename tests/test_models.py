@@ -208,23 +208,31 @@ def test_cnn_has_batch_norm_to_fold():
     [
         ("GPT", {}, "unknown model 'GPT': choose one of ResNetBK, LSTMLM"),
         ("ResNetBK", {"d_modell": 3}, "ResNetBKConfig has no field d_modell"),
-        ("ResNetBK", {"layers": 0}, "ResNetBKConfig.layers = 0 must be at least 1"),
-        ("ResNetBK", {"channels": [3, 0, 4, 4]}, "channels = .* must be at least 1"),
+        ("ResNetBK", {"layers": 0}, "layers is 0; it must be a whole number from 1"),
+        (
+            "ResNetBK",
+            {"channels": [3, 0, 4, 4]},
+            "channels is .*a tuple of which each is a whole number from 1",
+        ),
         ("ResNetBK", {"experts": [3, 2]}, r"experts = \(3, 2\) has 2 entries for 4 layers"),
         (
             "ResNetBK",
             {"experts": [3, 2, 1, 3], "top_k": 2},
             "top_k = 2 must be between 1 and the number of experts",
         ),
-        ("ResNetBK", {"dropout": 1.0}, "dropout = 1.0 must be in"),
-        ("ResNetBK", {"embedding_rank": 0}, "embedding_rank = 0 must be at least 1"),
+        ("ResNetBK", {"dropout": 1.0}, "dropout is 1.0; it must be a number from 0 and below 1"),
+        (
+            "ResNetBK",
+            {"embedding_rank": 0},
+            "embedding_rank is 0; it must be a whole number from 1 to 1,000,000,000 or None",
+        ),
         (
             "TransformerLM",
             {"d_model": 64, "heads": 5},
             "d_model = 64 must be a multiple of twice .* heads, 5",
         ),
-        ("LSTMLM", {"hidden": -1}, "hidden = -1 must be at least 1"),
-        ("DigitsCNN", {"channels": [0]}, "must be at least 1"),
+        ("LSTMLM", {"hidden": -1}, "hidden is -1; it must be"),
+        ("DigitsCNN", {"channels": [0]}, "channels is .0.; it must be a tuple"),
     ],
 )
 def test_bad_settings(name, config, message):

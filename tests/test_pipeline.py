@@ -210,8 +210,11 @@ def test_distillation_starts_over_from_the_uncompressed_values_where_shapes_allo
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"target_compression": 0.5}, "at least 1"),
-        ({"stages": ("qat", "prune")}, "unknown stage 'prune'"),
+        ({"target_compression": 0.5}, "target_compression is 0.5; it must be a number from 1"),
+        (
+            {"stages": ("qat", "prune")},
+            "stages is .*'prune'.*; it must be a tuple of which each is one of 'qat', 'pruning'",
+        ),
     ],
 )
 def test_bad_settings(trained, settings, message):

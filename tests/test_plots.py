@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 
-from kit.lab import figures, plots
+from notebooks.reference import figures, plots
 
 mpl.use("Agg")
 STAGES = [

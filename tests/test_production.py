@@ -292,13 +292,13 @@ def test_without_anything_to_quantize_there_is_one_clear_sentence():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: QuantizationConfig(backend="tpu"), "backend 'tpu'"),
+        (lambda: QuantizationConfig(backend="tpu"), "backend is 'tpu'"),
         (lambda: QuantizationConfig(dtype="int3"), "int3"),
         (lambda: QuantizationConfig(max_error=0), "max_error"),
-        (lambda: PruningConfig(1.0), "amount=1.0"),
+        (lambda: PruningConfig(1.0), "amount is 1.0"),
         (lambda: PruningConfig(method="l7"), "l7"),
-        (lambda: PruningConfig(dim=2), "dim=2"),
-        (lambda: DistillationConfig(epochs=0), "epochs=0"),
+        (lambda: PruningConfig(dim=2), "dim is 2"),
+        (lambda: DistillationConfig(epochs=0), "epochs is 0; it must be a number above 0"),
     ],
 )
 def test_bad_settings(make, message):

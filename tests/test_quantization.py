@@ -293,10 +293,10 @@ def test_a_plan_takes_the_first_pattern_that_matches():
 @pytest.mark.parametrize(
     "build, text",
     [
-        (lambda: Format(7), "bits=7 is not a format"),
+        (lambda: Format(7), "bits is 7; it must be one of 2, 3, 4, 5, 6, 8, 16, 'ternary'"),
         (
             lambda: Format(4, granularity="group", group_size=0),
-            "group_size=0 must be an integer of at least 1",
+            "group_size is 0; it must be a whole number from 1",
         ),
         (lambda: Format("ternary", symmetric=False), "ternary format is symmetric"),
         (lambda: fake(torch.tensor([[1.0, math.nan]]), Format(8)), "1 NaN or infinite"),

@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import math
 import random
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kit.core.protocols import LanguageModel
 from kit.training import TrainConfig, learning_rate, train
-from kit.training.losses import classification_loss
+from kit.training.losses import classification_loss, next_token_loss
 
 
 class ToyLM(LanguageModel):
@@ -416,8 +417,8 @@ def test_modes_and_global_generators_are_what_they_were_before(fails):
     torch.manual_seed(7), np.random.seed(7), random.seed(7)
     try:
         train(model, [batch], TrainConfig(steps=2, seed=3), loss=loss, log=False)
-    except RuntimeError:
-        assert fails
+    except ValueError as error:
+        assert fails and "RuntimeError: in the loss" in str(error)
     assert draws() == expected
     assert [module.training for module in model] == [True, False, True]
     assert torch.equal(model[1].running_mean, running)
@@ -436,3 +437,69 @@ def test_layers_with_sparse_gradients_are_trained_as_with_dense_ones(layer):
         train(model, [(tokens, labels)], config, loss=classification_loss, log=False)
         trained.append(model[0].weight)
     torch.testing.assert_close(*trained)
+
+
+class Breaking:
+    """A loader whose third batch cannot be read while `broken`."""
+
+    broken = True
+
+    def __iter__(self):
+        for number, batch in enumerate(loader()):
+            if self.broken and number == 2:
+                raise OSError("the disk is gone")
+            yield batch
+
+
+def _float_at_step_three(calls):
+    return lambda model, batch: 1.5 if next(calls) == 2 else next_token_loss(model, batch)
+
+
+@pytest.mark.parametrize("cause", ["loader", "loss"])
+def test_what_was_trained_before_a_failure_is_kept(tmp_path, cause):
+    config, batches, loss = TrainConfig(steps=8), Breaking(), next_token_loss
+    whole, resumed = toy(), toy()
+    train(whole, loader(), config, log=False)
+    if cause == "loss":
+        batches, loss = loader(), _float_at_step_three(itertools.count())
+    says = (
+        "Step 3 of 8 fails .OSError: the disk is gone"
+        if cause == "loader"
+        else "is a float; it must"
+    )
+    with pytest.raises(ValueError, match=says) as error:
+        train(toy(), batches, config, loss=loss, checkpoint=tmp_path / "c", log=False)
+    assert "\n" not in str(error.value)
+    Breaking.broken = False
+    train(resumed, batches, config, checkpoint=tmp_path / "c", log=False)
+    Breaking.broken = True
+    assert same(state(whole), state(resumed))
+
+
+@pytest.mark.parametrize(
+    "loss, says",
+    [
+        (lambda m, b: m.head.weight.sum(0), "a torch.Size.*; it must be a tensor of one number"),
+        (lambda m, b: 2.0, "a float; it must be a tensor"),
+        (lambda m, b: torch.tensor(1.0), "Step 1 of 3 fails .RuntimeError.*labels out of range"),
+        (lambda m, b: m.head.weight[10**6].sum(), "Step 1 of 3 fails .IndexError.*out of range"),
+        (lambda m, b: undefined, "Step 1 of 3 fails .NameError"),  # noqa: F821
+    ],
+)
+def test_losses_that_are_none_are_one_sentence(loss, says):
+    with pytest.raises(ValueError, match=says) as error:
+        train(toy(), loader(), TrainConfig(steps=3), loss=loss, log=False)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0, 3]), torch.tensor([0, -1]), torch.ones(2)])
+def test_labels_that_are_none_are_one_sentence(labels):
+    model = nn.Linear(2, 3)
+    with pytest.raises(ValueError, match="^targets ") as error:
+        train(model, [(torch.randn(2, 2), labels)], TrainConfig(2), loss=classification_loss)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_is_a_folder_is_refused_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match="checkpoint is the folder"):
+        train(toy(), loader(), TrainConfig(steps=3), checkpoint=tmp_path)

@@ -12,7 +12,6 @@ lambda * bits as in Balle et al. 2017 (arXiv:1611.01704) and Oktay et al. 2020 (
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from kit import artifact
 from kit.artifact import layouts
+from kit.core.settings import Count, NotNegative, Positive, Share, settings
 from kit.core.weights import MatrixView, Weight, column_view, gradients, weights
 from kit.quantization import formats
 from kit.quantization.fake import FakeQuantize
@@ -32,7 +32,7 @@ LEAST_SENSITIVITY = 1e-8  # relative to the largest: rows that no gradient reach
 PARTIAL = 0.005  # of log size: closer to its bounds than this, steps are left alone
 
 
-@dataclass(frozen=True)
+@settings
 class RateSettings:
     """Constants of training under a rate, each tuned by experiment on validation text.
 
@@ -48,16 +48,16 @@ class RateSettings:
     ramp: share of the run during which the size falls to the budget.
     """
 
-    exponent: float = 0.42
-    most_rows: int = 128
-    small: int = 256
-    first_step: float = 2.0
-    integral: float = 120.0
-    proportional: float = 10.0
-    most_error: float = 0.175
-    aim: float = 1.012
-    slack: float = 0.08
-    ramp: float = 0.06
+    exponent: NotNegative = 0.42
+    most_rows: Count = 128
+    small: Count = 256
+    first_step: Positive = 2.0
+    integral: NotNegative = 120.0
+    proportional: NotNegative = 10.0
+    most_error: Positive = 0.175
+    aim: Positive = 1.012
+    slack: NotNegative = 0.08
+    ramp: Share = 0.06
 
 
 def geometric_bits(mean: Tensor) -> Tensor:

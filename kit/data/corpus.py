@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from kit.core.settings import Count, checks
 from kit.core.store import atomic, cache_dir, code_digest, digest, lock
-from kit.data.tokenization import BPETokenizer
+from kit.data.tokenization import BPETokenizer, VocabularySize
 
 SPLITS = ("train", "validation", "test")
 Texts = dict[str, str]  # a text a split
@@ -49,8 +50,9 @@ def register_corpus(name: str) -> Callable[[Callable], Callable]:
     return register
 
 
+@checks
 def load_corpus(
-    name: str = "docs", vocab_size: int = 4096, train_bytes: int | None = None
+    name: str = "docs", vocab_size: VocabularySize = 4096, train_bytes: Count | None = None
 ) -> Corpus:
     """Reads, splits and tokenizes a text. The tokenizer learns from the training text alone.
 
@@ -67,9 +69,6 @@ def load_corpus(
     if kind + colon not in CORPORA:
         known = ", ".join(CORPORA)
         raise ValueError(f"Unknown corpus {name!r}: the known ones are {known} (text:<file>).")
-    BPETokenizer.check(vocab_size)
-    if train_bytes is not None and train_bytes < 1:
-        raise ValueError(f"train_bytes={train_bytes} must be 1 or more, or None for all the text.")
     texts = CORPORA[kind + colon](place) if colon else CORPORA[kind]()
     if train_bytes is not None:
         most = {"train": train_bytes, "validation": train_bytes // 8, "test": train_bytes // 8}

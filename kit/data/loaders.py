@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from kit.core.settings import Count, checks
 from kit.data.corpus import Corpus
 
 IGNORED = -100  # target of padding, as in torch.nn.functional.cross_entropy
@@ -50,7 +51,8 @@ class Windows(Dataset):
         return inputs, window.masked_fill(outside, IGNORED)[:, 1:]
 
 
-def token_loaders(corpus: Corpus, batch_size: int, seq_len: int) -> Loaders:
+@checks
+def token_loaders(corpus: Corpus, batch_size: Count, seq_len: Count) -> Loaders:
     """Loaders of (inputs, targets), int64 (B, seq_len), targets one token ahead.
 
     Training windows are shuffled, in an order drawn from torch's global generator; incomplete
@@ -59,8 +61,6 @@ def token_loaders(corpus: Corpus, batch_size: int, seq_len: int) -> Loaders:
     Raises ValueError when the training text is shorter than a window, or than a batch of them.
     """
     name, tokens = corpus.name, len(corpus.train)
-    if batch_size < 1 or seq_len < 1:
-        raise ValueError(f"batch_size={batch_size} and seq_len={seq_len} must both be 1 or more.")
     if tokens <= seq_len:
         text = f"the training text of {name!r}, {tokens} tokens"
         raise ValueError(f"seq_len={seq_len} is longer than {text}: choose less or give more text.")
@@ -75,7 +75,8 @@ def token_loaders(corpus: Corpus, batch_size: int, seq_len: int) -> Loaders:
     return _loaders(splits, batch_size, collate_fn=lambda batch: batch)  # gathered already
 
 
-def load_digits(batch_size: int = 64) -> Loaders:
+@checks
+def load_digits(batch_size: Count = 64) -> Loaders:
     """scikit-learn's handwritten digits: images float32 (B, 1, 8, 8) in 0..1, labels int64 (B,).
 
     1,437 / 180 / 180 images, stratified by digit; training is shuffled by torch's global generator.
@@ -89,7 +90,7 @@ def load_digits(batch_size: int = 64) -> Loaders:
     part = torch.arange(len(labels)) % 10  # along the labels in order: every tenth of each digit
     by_digit = labels.argsort(stable=True)
     rows = [by_digit[chosen] for chosen in (part > 1, part == 1, part == 0)]
-    if not 1 <= batch_size <= (most := len(rows[0])):
+    if batch_size > (most := len(rows[0])):
         raise ValueError(f"batch_size={batch_size} must be between 1 and {most}, the training set.")
     return _loaders([TensorDataset(images[r], labels[r]) for r in rows], batch_size)
 

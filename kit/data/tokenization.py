@@ -5,12 +5,15 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
+from typing import Annotated
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-BYTES = 256  # the alphabet of byte-level BPE
+from kit.core.settings import Meta, checks
+
+VocabularySize = Annotated[int, Meta(ge=257, le=2**24)]  # bytes are 256 of the tokens
 _CUT = re.compile(r"[ \t\n](?=\S)")  # byte-level pre-tokenization always begins a word here
 
 
@@ -31,19 +34,13 @@ class BPETokenizer:
     def __init__(self, backend: tokenizers.Tokenizer):
         self._backend = backend
 
-    @staticmethod
-    def check(vocab_size: int) -> None:
-        """Raises ValueError when vocab_size is under 257."""
-        if vocab_size <= BYTES:
-            raise ValueError(f"vocab_size={vocab_size} is too small: byte-level BPE needs 257.")
-
     @classmethod
-    def train(cls, text: str, vocab_size: int) -> "BPETokenizer":
+    @checks
+    def train(cls, text: str, vocab_size: VocabularySize) -> "BPETokenizer":
         """Learns `vocab_size - 256` merges that occur at least twice in the text.
 
         Raises ValueError when vocab_size is under 257, or over what the text supports.
         """
-        cls.check(vocab_size)
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from kit.core.protocols import Call, adapt, call_of, device_of, tensors_of
+from kit.core.settings import Count, Positive, Seed, checks
 from kit.core.store import digest, lock, write_json
 from kit.distillation.divergences import soft_targets
 from kit.distillation.objective import SparseTarget, output_of
@@ -113,10 +114,11 @@ def _inputs_digest(loader: DataLoader) -> str:
     return name
 
 
+@checks
 @torch.no_grad()
 def build_cache(
-    teacher: nn.Module | Sequence[nn.Module], loader: DataLoader, path: str | Path, k: int = 64,
-    temperature: float = 2.0, seed: int = 0,
+    teacher: nn.Module | Sequence[nn.Module], loader: DataLoader, path: str | Path, k: Count = 64,
+    temperature: Positive = 2.0, seed: Seed = 0,
 ) -> TeacherCache:  # fmt: skip
     """Runs the teacher (or several, for their mean) over `loader.dataset` once and keeps `sparse`
     targets: 4k bytes a token (6k beyond 65,536 classes).
@@ -126,8 +128,6 @@ def build_cache(
     """
     teachers = [teacher] if isinstance(teacher, nn.Module) else teacher
     teachers = [adapt(model) for model in teachers]
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}: it must be positive")
     check_evaluating(teachers)
     path = Path(path)
     work = path.with_name(path.name + ".partial")

@@ -1,13 +1,13 @@
 """The distillation objective as a loss for the one training loop."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kit.core.protocols import Call, LanguageModel, adapt, call_of, device_of, evaluating
+from kit.core.settings import NotNegative, Positive, Share, checked, settings
 from kit.distillation.cache import TeacherCache, check_evaluating
 from kit.distillation.divergences import divergence_of
 from kit.distillation.features import FeatureLoss, capture, feature_pairs
@@ -18,12 +18,12 @@ from kit.training.losses import AUXILIARY_WEIGHT, VocabularySample, labelled
 Schedule = Callable[[float], float]
 
 
-@dataclass(frozen=True)
+@settings
 class LinearSchedule:
     """A schedule for `temperature` or `alpha`: from `start` to `end` over the run."""
 
-    start: float
-    end: float
+    start: NotNegative
+    end: NotNegative
 
     def __call__(self, progress: float) -> float:
         return self.start + (self.end - self.start) * progress
@@ -138,19 +138,14 @@ class DistillationTrainer:
     def _now(self, name: str) -> float:
         value = getattr(self, name)
         value = value(self.progress.item()) if callable(value) else value
-        if name == "temperature" and not 0 < value < float("inf"):
-            raise ValueError(f"temperature is {value}: it must be positive and finite")
-        if name == "alpha" and not 0 <= value <= 1:
-            raise ValueError(f"alpha is {value}: it must lie in [0, 1], from labels to teacher")
-        return value
+        return checked(name, value, Positive if name == "temperature" else Share)
 
     def _check(self) -> None:
         temperature, models = self._now("temperature"), (self.student, *self.teachers)
         language = [model for model in models if isinstance(model, LanguageModel)]
         self._now("alpha")
         divergence_of(self.kind)
-        if not self.feature_weight >= 0:
-            raise ValueError(f"feature_weight is {self.feature_weight}: it must be 0 or positive")
+        checked("feature_weight", self.feature_weight, NotNegative)
         if not self.teachers and self.cache is None:
             raise ValueError("there is no teacher: give a module, some in a list, or a cache")
         if self.sample and (self.cache or len(language) < len(models) or self.temperature != 1):

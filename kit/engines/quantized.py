@@ -3,14 +3,15 @@
 import copy
 import math
 import warnings
-from dataclasses import dataclass
 from os import PathLike
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from kit import artifact
 from kit.core.protocols import Call
+from kit.core.settings import Positive, settings
 from kit.core.weights import copy_model, materialize, weights
 from kit.engines import layers
 from kit.engines.choice import ENGINES, Choice, batch_size, build_engine, choose_engine
@@ -24,7 +25,7 @@ TORCH_BACKENDS = dict.fromkeys(("x86", "fbgemm", "onednn", "qnnpack"), "torch-in
 GROWTH = 8  # batches this much larger than the tuned one are warned of
 
 
-@dataclass(frozen=True)
+@settings
 class QuantizationConfig:
     """How weights are stored, and what computes with them.
 
@@ -35,20 +36,14 @@ class QuantizationConfig:
     max_error: for "auto": the allowed relative error (`kit.engines.choice.relative_error`).
     """
 
-    backend: str = "auto"
-    dtype: str | torch.dtype = "int8"
+    backend: Literal[("auto", *ENGINES, *TORCH_BACKENDS)] = "auto"
+    dtype: Any = "int8"
     per_channel: bool = True
-    max_error: float = 1e-3
+    max_error: Positive = 1e-3
 
     def __post_init__(self):
-        backends = ("auto", *ENGINES)
-        if self.engine not in backends:
-            known = ", ".join(backends)
-            raise ValueError(f"backend {self.backend!r} is unknown: choose from {known}")
         if self.type_name not in FORMATS:
             raise ValueError(f"dtype {self.dtype!r} cannot be stored: choose from {[*FORMATS]}")
-        if not self.max_error > 0:
-            raise ValueError(f"max_error={self.max_error} must be above 0: 1e-3 is 30 dB below")
 
     @property
     def engine(self) -> str:

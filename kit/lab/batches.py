@@ -12,89 +12,121 @@ seeds for each:
 import argparse
 import ast
 import contextlib
-import difflib
+import io
 import itertools
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import pandas as pd
 import psutil
 import yaml
+from filelock import Timeout
 
 import kit
-from kit.core.store import digest, write_json
+from kit.core.settings import Count, Meta, Seed, checked, checks
+from kit.core.store import digest, lock, write_json
+from kit.lab.parameters import assigned, chosen, profile_overrides, unknown
 from kit.lab.records import RESULT, cores, quality_column, read_results
 
 ROOT = Path(kit.__file__).resolve().parents[1]
-PROFILES = ROOT / "notebooks" / "params"
 STATUS, LOG, PARAMETERS = "status.json", "log.txt", "parameters.yaml"
 THREADS = [f"{library}_NUM_THREADS" for library in ("OMP", "MKL", "OPENBLAS", "NUMBA", "RAYON")]
 NO_START = "Address already in use|Kernel died before replying|Kernel didn't respond"
-Grid = Mapping[str, Sequence] | Sequence[Mapping]
+MARK = "KIT_RUN"  # names a run's folder in the environment of its processes
+LOOK = 0.2  # seconds between two looks at a process
+Grid = dict[str, Annotated[list, Meta(min_length=1)]] | Annotated[list[dict], Meta(min_length=1)]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A notebook, the parameters that differ from its own, and the folder for what it writes."""
+    """A notebook, the parameters that differ from its own, the folder for what it writes, and the
+    parameters that the grid gave."""
 
     notebook: Path
     parameters: dict
     folder: Path
+    swept: dict
 
     def command(self) -> list[str]:
         files = [str(self.notebook), str(self.folder / self.notebook.name)]
         options = ["-f", str(self.folder / PARAMETERS), "--log-output", "--no-progress-bar"]
-        return [sys.executable, "-m", "papermill", *files, "-k", "python3", *options]
+        return [sys.executable, "-m", "kit.lab.child", *files, "-k", "python3", *options]
+
+    def claim(self, seconds: float = 0):
+        """The lock of who runs it, gone with its process. Raises Timeout when another has it."""
+        return lock(self.folder / "run").acquire(timeout=seconds)
 
     def state(self) -> str:
-        """One of "new" (also when it was cut short), "running" in a living process, "finished" with
-        exit code 0 and a record, and "failed"."""
-        if not (self.folder / STATUS).exists():
+        """One of "running" (by anybody), "new" (also when it was cut short), "finished" with exit
+        code 0 and a record, and "failed"."""
+        try:
+            with self.claim() if self.folder.exists() else contextlib.nullcontext():
+                return self.outcome()
+        except Timeout:
+            return "running"
+
+    def outcome(self) -> str:
+        """The state of a run that nobody runs. Raises ValueError for a damaged status."""
+        if not (file := self.folder / STATUS).exists():
             return "new"
-        status = json.loads((self.folder / STATUS).read_text(encoding="utf-8"))
-        if "exit_code" not in status:
-            return "running" if _alive(**status) else "new"
-        done = status["exit_code"] == 0 and (self.folder / RESULT).exists()
-        return "finished" if done else "failed"
+        try:
+            code = checked("exit_code", json.loads(file.read_bytes())["exit_code"], int)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(f"{file} is damaged: delete it to run this again.") from None
+        done = code == 0 and (self.folder / RESULT).exists()
+        return "new" if code < 0 else "finished" if done else "failed"
 
     def last_lines(self, count: int = 12) -> str:
         """The end of its log."""
-        text = (self.folder / LOG).read_text(encoding="utf-8", errors="replace")
+        file = self.folder / LOG
+        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
         return "\n".join(text.rstrip().splitlines()[-count:])
 
-    def start(self, threads: int) -> psutil.Popen:
-        """Starts its process. An earlier record goes; what the run can resume from stays."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / RESULT).unlink(missing_ok=True)
+    def execute(self, stopped: Callable[[], bool], threads: int) -> int | None:
+        """Runs the notebook in its folder; the exit code, or None when it was stopped. An earlier
+        record goes; what the run can resume from stays."""
+        _end(self.folder)  # a kernel outlives a killed papermill by a second
+        for file in (RESULT, STATUS):
+            (self.folder / file).unlink(missing_ok=True)
         text = yaml.safe_dump({**self.parameters, "out": str(self.folder)}, sort_keys=False)
         (self.folder / PARAMETERS).write_text(text, encoding="utf-8")
-        environment = {**os.environ, **dict.fromkeys(THREADS, str(threads))}
+        environment = {**os.environ, **dict.fromkeys(THREADS, str(threads)), MARK: str(self.folder)}
         environment.pop("KIT_PROFILE", None)  # its values are among the parameters
-        with open(self.folder / LOG, "w") as log:
-            files = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            options = {"cwd": ROOT, "env": environment, "start_new_session": True}
-            process = psutil.Popen(self.command(), **files, **options)
-        identity = {"pid": process.pid, "started": process.create_time()}
-        write_json(self.folder / STATUS, identity)
-        return process
+        for _ in range(2):  # a kernel that did not start is started once more
+            with open(self.folder / LOG, "w") as log:
+                files = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
+                options = {"cwd": ROOT, "env": environment, "start_new_session": True}
+                process = subprocess.Popen(self.command(), **files, **options)
+            while (code := process.poll()) is None and not stopped():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(LOOK)
+            process.stdin.close()  # which ends it
+            process.wait()
+            if not code or not re.search(NO_START, self.last_lines(50)):
+                break
+        return code
 
 
-def _alive(pid: int, started: float) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        return process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE
-    return False
+def _end(folder: Path) -> None:
+    """Ends the processes of the run in this folder."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == str(folder) and process.pid != os.getpid():
+                process.kill()
 
 
 def plan(notebook: str | Path, grid: Grid, seeds: Sequence[int] = (), folder="runs") -> list[Run]:
@@ -102,9 +134,8 @@ def plan(notebook: str | Path, grid: Grid, seeds: Sequence[int] = (), folder="ru
 
     grid: name -> list of values, of which every combination is run, or a list of dicts; each with
     each of the seeds, after what the profile `$KIT_PROFILE` sets. A run's folder in `folder` is
-    named by what differs from the notebook's own values and a hash of code, these and version.
-    Raises ValueError for a name that is no parameter of the notebook, a value of another type than
-    its default, and a grid or notebook that is none; FileNotFoundError for one that is not there.
+    named by what the grid gave and a hash of code, all parameters and version. Raises ValueError or
+    FileNotFoundError for a notebook, name or value (`parameters.chosen`) that does not fit.
     """
     notebook, runs = Path(notebook).resolve(), {}
     if not notebook.is_file():
@@ -112,157 +143,198 @@ def plan(notebook: str | Path, grid: Grid, seeds: Sequence[int] = (), folder="ru
     defaults = _defaults(notebook)
     if "out" not in defaults:
         raise ValueError(f"{notebook.name} has no parameter 'out', which a batch sets.")
-    for chosen in _combinations(grid, seeds):
-        for name, value in chosen.items():
-            _check(notebook.name, name, value, defaults)
-        values = {**profile_overrides({**defaults, "out": None}), **chosen}
+    for given in _combinations(grid, seeds):
+        if "out" in given:
+            raise ValueError("The batch sets 'out' itself, a folder for each run: remove it.")
+        for name in given.keys() - defaults.keys():
+            raise ValueError(unknown(notebook.name, name, defaults))
+        given = {name: chosen(name, value, defaults[name]) for name, value in given.items()}
+        values = {**profile_overrides({**defaults, "out": None}), **given}
         changed = {name: value for name, value in values.items() if defaults[name] != value}
-        place = Path(folder).resolve() / _name(notebook, changed)
-        runs[place] = Run(notebook, changed, place)
+        name, key = _name(notebook, changed, given)
+        place = next(Path(folder).glob(f"*-{key}"), Path(folder) / f"{name}-{key}").resolve()
+        runs.setdefault(key, Run(notebook, changed, place, given))
     return list(runs.values())
 
 
-def profile_overrides(namespace: Mapping) -> dict:
-    """The values of `notebooks/params/$KIT_PROFILE.yaml` for names in `namespace`; {} without it.
-
-    An `out` under `runs/` goes to `runs-$KIT_PROFILE/`, so that a test never replaces a record.
-    Raises ValueError for a profile that is not there.
-    """
-    name = os.environ.get("KIT_PROFILE")
-    if not name:
-        return {}
-    known = {path.stem: path for path in sorted(PROFILES.glob("*.yaml"))}
-    if name not in known:
-        raise ValueError(f"KIT_PROFILE is {name!r}, expected one of {', '.join(known)}.")
-    profile = yaml.safe_load(known[name].read_text(encoding="utf-8"))
-    if str(namespace.get("out")).startswith("runs/"):
-        profile["out"] = namespace["out"].replace("runs/", f"runs-{name}/", 1)
-    return {key: value for key, value in profile.items() if key in namespace}
-
-
 def _combinations(grid: Grid, seeds: Sequence[int]) -> list[dict]:
-    if isinstance(grid, Mapping):
-        for name, values in grid.items():
-            if not isinstance(values, (list, tuple)) or not values:
-                raise ValueError(f"The grid gives {name} as {values!r}, expected a list of values.")
+    grid = checked("grid", grid, Grid)
+    if isinstance(grid, dict):
         grid = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-    if not (isinstance(grid, list) and grid and all(isinstance(run, Mapping) for run in grid)):
-        need = "a mapping of names to lists or a list of mappings"
-        raise ValueError(f"The grid is {grid!r}, expected {need}.")
-    if not isinstance(seeds, (list, tuple, range)):
-        raise ValueError(f"The seeds are {seeds!r}, expected a list of integers.")
+    seeds = checked("seeds", list(seeds) if isinstance(seeds, range) else seeds, list[Seed])
     return [{**run, **seed} for run in grid for seed in [{"seed": seed} for seed in seeds] or [{}]]
 
 
 def _cells(notebook: Path) -> list[dict]:
     try:
         return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         raise ValueError(f"{notebook} is not a notebook of format 4.") from None
 
 
 def _defaults(notebook: Path) -> dict:
     """Names and values of a notebook's parameters cell; ... for a value that is not a literal."""
     tagged = [cell for cell in _cells(notebook) if "parameters" in cell["metadata"].get("tags", [])]
-    nodes = [node for cell in tagged for node in ast.parse("".join(cell["source"])).body]
-    return {n.targets[0].id: _literal(n.value) for n in nodes if isinstance(n, ast.Assign)}
+    found = {n: node for cell in tagged for n, node in assigned("".join(cell["source"])).items()}
+    values = dict.fromkeys(found, ...)
+    for name, node in found.items():
+        with contextlib.suppress(ValueError):
+            values[name] = ast.literal_eval(node)
+    return values
 
 
-def _literal(node: ast.expr):
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return ...
-
-
-def _check(notebook: str, name: str, value, defaults: Mapping) -> None:
-    """Raises ValueError unless the notebook has this parameter, with a default of the value's type.
-    An integer passes for a float, and anything where the default is None or not a literal."""
-    if name == "out":
-        raise ValueError("The batch sets 'out' itself, a folder for each run: remove it.")
-    if name not in defaults:
-        near = difflib.get_close_matches(str(name), defaults, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(defaults)}."
-        raise ValueError(f"{notebook} has no parameter {name!r}; {hint}")
-    kind, default = type(defaults[name]).__name__, defaults[name]
-    allowed = {"float": ("float", "int"), "tuple": ("tuple", "list")}.get(kind, (kind,))
-    if default not in (None, ...) and type(value).__name__ not in allowed:
-        hint = {"float": "; YAML reads 1e-3 as text, write 1.0e-3"}.get(kind, "")
-        like = f"expected {kind} like the {default!r} of {notebook}"
-        raise ValueError(f"{name} is {value!r}, {like}{hint}.")
-
-
-def _name(notebook: Path, changed: Mapping) -> str:
+def _name(notebook: Path, changed: Mapping, given: Mapping) -> tuple[str, str]:
     """A folder's name: readable beginning, and a hash of code, parameters and version."""
     code = ["".join(cell["source"]) for cell in _cells(notebook) if cell["cell_type"] == "code"]
-    said = [f"{name}={value}" for name, value in changed.items()]
+    said = [f"{name}={value}" for name, value in given.items()]
     readable = re.sub("[^A-Za-z0-9._=-]+", "_", "-".join([notebook.stem, *said]))
-    return f"{readable[:70]}-{digest(code, sorted(said), kit.__version__)[:10]}"
+    every = sorted(f"{name}={value!r}" for name, value in changed.items())
+    return readable[:70], digest(code, every, kit.__version__)[:10]
 
 
-def run_batch(notebook, grid, seeds=(), *, jobs=1, folder="runs", retry=False):
+@checks
+def run_batch(
+    notebook, grid, seeds=(), *, jobs: Count | None = None, folder="runs", retry: bool = False,
+    scheduler: str | None = None,
+) -> tuple[pd.DataFrame, dict[str, str]]:  # fmt: skip
     """Runs a grid of parameters (see `plan`), `jobs` at a time. Returns a table of finished runs,
-    as `read_results` does, and a dict: name of a failed run -> the end of its log.
+    as `read_results` does, with what the grid gave, also written to a CSV file in `folder`; and a
+    dict: name of a failed run -> the end of its log.
 
     Finished runs are skipped and those cut short start again in their folder, so that a second call
-    continues; failed ones start again with `retry`. Each may use cores / jobs threads. Raises
-    ValueError as `plan` does and for more jobs than cores. An interrupt ends the processes first.
+    continues; failed ones start again with `retry`. Two batches on one folder share its runs. Each
+    run may use threads / jobs threads. An interrupt ends the processes first.
+
+    scheduler: None, or the address of a Dask scheduler ("tcp://..."), whose workers can import this
+        kit and need no disk in common: notebook and parameters go there, the folder comes back. A
+        worker that dies costs a retry. With `--resources "threads=8 memory=32e9"` on each worker, a
+        run takes its share of both. `jobs` is by default 1, there the workers' threads. "local": a
+        scheduler in this process, for its dashboard.
+
+    Raises ValueError as `plan` does, for more jobs than cores, and where no scheduler answers.
     """
-    if not 1 <= jobs <= cores():
-        raise ValueError(f"jobs is {jobs}, expected 1 to {cores()}, the cores of this machine.")
-    runs = plan(notebook, grid, seeds, folder)
-    _execute([run for run in runs if _is_due(run, retry)], len(runs), jobs)
+    runs, stop = plan(notebook, grid, seeds, folder), threading.Event()
+    due = [run for run in runs if _is_due(run.state(), retry)]
+    with _machines(scheduler, jobs) as (jobs, execute), ThreadPoolExecutor(jobs) as pool:
+        print(f"{len(runs)} runs, {len(runs) - len(due)} skipped; {jobs} at a time", flush=True)
+        futures = [pool.submit(_attend, run, execute, retry, stop) for run in due]
+        try:
+            for number, future in enumerate(as_completed(futures), len(runs) - len(due) + 1):
+                print(f"[{number}/{len(runs)}] {future.result()}", flush=True)
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
     ended = [(run, run.state()) for run in runs]
-    for run, state in ended:
-        if state == "running":
-            print(f"{run.folder.name} is still being run by another batch; call again after it.")
     failed = {run.folder.name: run.last_lines() for run, state in ended if state == "failed"}
-    return read_results([run.folder for run, state in ended if state == "finished"]), failed
+    return _table([run for run, state in ended if state == "finished"], runs), failed
 
 
-def _is_due(run: Run, retry: bool) -> bool:
-    return run.state() in (("new", "failed") if retry else ("new",))
+def _table(finished: list[Run], runs: list[Run]) -> pd.DataFrame:
+    """Records of the runs, beside what the grid gave; also a CSV file, another for each grid."""
+    frame = read_results([run.folder for run in finished])
+    given = {str(run.folder): run.swept for run in finished}
+    given = pd.DataFrame([given[str(Path(place).resolve())] for place in frame["run"]])
+    frame = frame.drop(columns=given.columns, errors="ignore").join(given)
+    frame = frame[["run", *given, *frame.columns.difference(["run", *given], sort=False)]]
+    if len(frame):
+        folder, grid = runs[0].folder.parent, digest(sorted(run.folder.name for run in runs))[:10]
+        frame.to_csv(folder / f"{runs[0].notebook.stem}-{grid}.csv", index=False)
+    return frame
 
 
-def _execute(runs: list[Run], total: int, jobs: int) -> None:
-    """Runs all of them and prints a line whenever one ends."""
-    print(f"{total} runs, {total - len(runs)} skipped; {jobs} at a time", flush=True)
-    pool, living, stop = ThreadPoolExecutor(jobs), set(), threading.Event()
-    futures = {pool.submit(_attend, run, cores() // jobs, living, stop): run for run in runs}
+def _is_due(state: str, retry: bool) -> bool:
+    return state == "new" or (retry and state == "failed")
+
+
+def _attend(run: Run, execute: Callable, retry: bool, stop: threading.Event) -> str:
+    """Runs what nobody else does; what to say of it."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    begun, name = time.monotonic(), run.folder.name
     try:
-        for number, future in enumerate(as_completed(futures), total - len(runs) + 1):
-            run, seconds = futures[future], future.result()
-            said = f"{run.state()} in {seconds:.0f} s: {run.folder.name}"
-            print(f"[{number}/{total}] {said}", flush=True)
-    finally:
-        stop.set()
-        pool.shutdown(wait=False, cancel_futures=True)
-        while not all(future.done() for future in futures):
-            for process in list(living):
-                _kill(process)
-            time.sleep(0.05)
+        with run.claim(1):  # whoever asks for its state holds it for a moment
+            if not _is_due(run.outcome(), retry):
+                return f"{run.outcome()} by another batch: {name}"
+            code = None if stop.is_set() else execute(run, stop.is_set)
+            seconds = time.monotonic() - begun
+            if code is not None:
+                write_json(run.folder / STATUS, {"exit_code": code, "seconds": seconds})
+            outcome = run.outcome().replace("new", "cut short")
+            return f"{outcome} in {seconds:.0f} s: {name}"
+    except Timeout:
+        return f"still being run by another batch, call again after it: {name}"
 
 
-def _attend(run: Run, threads: int, living: set, stop: threading.Event) -> float:
-    """Starts a run and waits for it; seconds. A kernel that did not start is started once more."""
-    begun = time.monotonic()
-    for _ in range(2):
-        living.add(process := run.start(threads))
-        code = process.wait()
-        living.discard(process)
-        if stop.is_set() or not code or not re.search(NO_START, run.last_lines(50)):
-            break
-    seconds = time.monotonic() - begun
-    if not stop.is_set():  # else it counts as cut short
-        write_json(run.folder / STATUS, {"exit_code": code, "seconds": seconds})
-    return seconds
+@contextlib.contextmanager
+def _machines(scheduler: str | None, jobs: int | None) -> Iterator[tuple[int, Callable]]:
+    """How many runs at a time, and what executes one: (run, stopped) -> exit code."""
+    if scheduler in (None, "local"):
+        jobs = checked("jobs", jobs or 1, Annotated[int, Meta(ge=1, le=cores())])
+    if scheduler is None:
+        yield jobs, partial(Run.execute, threads=cores() // jobs)
+        return
+    import distributed
+
+    with contextlib.ExitStack() as stack:
+        if scheduler == "local":
+            options = {"processes": False, "n_workers": 1, "threads_per_worker": jobs}
+            options |= {"resources": {"threads": cores()}, "dashboard_address": "127.0.0.1:0"}
+            scheduler = stack.enter_context(distributed.LocalCluster(**options, memory_limit=None))
+        try:
+            client = stack.enter_context(distributed.Client(scheduler, timeout=10))
+            client.wait_for_workers(1, timeout=10)
+        except (OSError, ValueError) as error:  # TimeoutError is an OSError
+            raise ValueError(f"No Dask workers answer at {scheduler!r} ({error}).") from None
+        workers = client.scheduler_info(n_workers=-1)["workers"].values()
+        jobs = jobs or sum(worker["nthreads"] for worker in workers)
+        each, needs = -(-jobs // len(workers)), {}  # runs on a worker, and what each takes
+        for name in ("threads", "memory"):
+            if all(name in worker["resources"] for worker in workers):
+                needs[name] = min(worker["resources"][name] for worker in workers) // each
+        threads = needs.get("threads", min(worker["nthreads"] for worker in workers) // each)
+        print(f"Dask: {len(workers)} workers, dashboard {client.dashboard_link}", flush=True)
+        yield jobs, partial(_send, client, max(1, int(threads)), needs)
 
 
-def _kill(process: psutil.Popen) -> None:
-    """Ends a process and the kernel that it started."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for member in [*process.children(recursive=True), process]:
-            member.kill()
+def _send(client, threads: int, needs: dict, run: Run, stopped: Callable[[], bool]) -> int | None:
+    """Executes a run on a worker and unpacks the folder that comes back."""
+    import distributed
+
+    task = run.notebook.name, run.notebook.read_bytes(), run.parameters, threads
+    for _ in range(5):  # times that several workers died under it
+        future = client.submit(_on_worker, *task, pure=False, resources=needs)
+        try:
+            while not future.done():
+                if stopped():
+                    return None
+                time.sleep(LOOK)
+            code, folder = future.result()
+        except (distributed.KilledWorker, distributed.client.FutureCancelledError):
+            continue
+        finally:
+            future.cancel()
+        if code is not None:
+            (run.folder / RESULT).unlink(missing_ok=True)
+            zipfile.ZipFile(io.BytesIO(folder)).extractall(run.folder)
+        return code
+    return None
+
+
+def _on_worker(name: str, notebook: bytes, parameters: dict, threads: int) -> tuple:
+    """Exit code of a run on this worker, in a folder of its own, and the folder as a zip file."""
+    import distributed
+
+    worker = distributed.get_worker()
+    key, tasks = worker.get_current_task(), worker.state.tasks
+    with tempfile.TemporaryDirectory(dir=worker.local_directory) as place:
+        path, folder, packed = Path(place) / name, Path(place) / "run", io.BytesIO()
+        path.write_bytes(notebook)
+        folder.mkdir()
+        run = Run(path, parameters, folder, {})
+        code = run.execute(lambda: key not in tasks or tasks[key].state != "executing", threads)
+        with zipfile.ZipFile(packed, "w") as archive:
+            for file in folder.rglob("*"):
+                archive.write(file, file.relative_to(folder))
+        return code, packed.getvalue()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -270,20 +342,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kit.lab.batches", description="Run a grid.")
     parser.add_argument("notebook", type=Path)
     parser.add_argument("grid", type=Path, help="YAML file with grid and seeds")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
+    parser.add_argument("--jobs", type=int, help="runs at a time (default 1)")
     parser.add_argument("--folder", type=Path, default="runs", help="for all runs (default runs)")
     parser.add_argument("--retry", action="store_true", help="run failed ones again")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands only")
+    parser.add_argument("--scheduler", help="of Dask: local, or an address tcp://...")
+    parser.add_argument("--status", action="store_true", help="print how far the runs are, only")
     options = vars(parser.parse_args(arguments))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
-        options["grid"], options["seeds"] = _read(options["grid"])
-        if not options.pop("dry_run"):
+        options |= _read(options["grid"])
+        if not options.pop("status"):
             return _report(*run_batch(**options))
-        for run in plan(*(options[name] for name in ("notebook", "grid", "seeds", "folder"))):
-            skipped = "" if _is_due(run, options["retry"]) else ", skipped"
-            print(f"# {run.state()}{skipped}: {run.parameters}\n{shlex.join(run.command())}")
+        names = {"notebook", "grid", "seeds", "folder"} & options.keys()
+        for run in plan(**{name: options[name] for name in names}):
+            print(f"{run.state():<9}{run.folder.name}  {run.last_lines(1)[:100]}".rstrip())
         return 0
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
@@ -293,28 +367,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _read(path: Path) -> tuple[Grid, list]:
-    """Grid and seeds of a YAML file."""
+def _read(path: Path) -> dict:
+    """Grid and perhaps seeds of a YAML file."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no grid file {path}.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(content, dict) or "grid" not in content or set(content) - {"grid", "seeds"}:
+    if not isinstance(content, dict) or {"grid"} > set(content) or set(content) - {"grid", "seeds"}:
         raise ValueError(f"{path} holds {content!r}, expected the key grid and, if wanted, seeds.")
-    return content["grid"], content.get("seeds") or []
+    return content
 
 
 def _report(frame: pd.DataFrame, failed: dict[str, str]) -> int:
     """Prints the table and the end of each failed run's log."""
     if len(frame):
-        columns = ["run", "bytes", "ratio", quality_column(frame), "low", "high"]
-        print(frame[columns].to_string(index=False))
+        shown = [*frame.columns[1 : frame.columns.get_loc("notebook")], "bytes", "ratio"]
+        print(frame[[*shown, quality_column(frame), "low", "high", "run"]].to_string(index=False))
     for run, lines in failed.items():
-        print(f"\nFailed: {run}\n{lines}")
-    if failed:
-        print(f"\n{len(failed)} failed; --retry runs them again.")
+        print(f"\nFailed (--retry runs it again): {run}\n{lines}")
     return 1 if failed else 0
 
 

@@ -43,8 +43,7 @@ def build_model(class_name: str, config: dict) -> nn.Module:
     unknown = set(config) - {field.name for field in dataclasses.fields(config_class)}
     if unknown:
         raise ValueError(f"{config_class.__name__} has no field {', '.join(sorted(unknown))}")
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-    return model(config_class(**settings))
+    return model(config_class(**config))
 
 
 def recipe(model: nn.Module) -> dict | None:

@@ -1,22 +1,9 @@
-"""What the models share: configs that check themselves, and the ends of the language models."""
+"""The ends that the language models share."""
 
 import torch
 from torch import Tensor, nn
 
 from kit.core import protocols
-
-
-class Config:
-    """Base of the models' configs. Raises ValueError for integers below 1 and bad dropouts."""
-
-    def __post_init__(self):
-        name = type(self).__name__
-        for field, value in vars(self).items():
-            entries = value if isinstance(value, tuple) else (value,)
-            if any(type(entry) is int and entry < 1 for entry in entries):
-                raise ValueError(f"{name}.{field} = {value!r} must be at least 1")
-        if not 0 <= getattr(self, "dropout", 0.0) < 1:
-            raise ValueError(f"{name}.dropout = {self.dropout!r} must be in [0, 1)")
 
 
 class LanguageModel(protocols.LanguageModel):
@@ -26,7 +13,7 @@ class LanguageModel(protocols.LanguageModel):
     both (V, D) matrices are products (V, r) (r, D).
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config):
         super().__init__()
         self.config = config
         width, size = config.d_model, config.vocab_size

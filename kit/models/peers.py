@@ -1,25 +1,24 @@
 """Models to compare with: an LSTM and a Transformer language model, a CNN and an MLP for digits."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kit.models.base import Config, LanguageModel
+from kit.core.settings import BelowOne, Count, settings
+from kit.models.base import LanguageModel
 
 
-@dataclass(frozen=True)
-class LSTMLMConfig(Config):
+@settings
+class LSTMLMConfig:
     """Shapes of an LSTMLM; `hidden` units a layer, projected back to d_model before the output."""
 
-    vocab_size: int = 30000
-    d_model: int = 64
-    layers: int = 2
-    hidden: int = 128
+    vocab_size: Count = 30000
+    d_model: Count = 64
+    layers: Count = 2
+    hidden: Count = 128
     tied: bool = False
-    embedding_rank: int | None = None
-    dropout: float = 0.0
+    embedding_rank: Count | None = None
+    dropout: BelowOne = 0.0
 
 
 class LSTMLM(LanguageModel):
@@ -37,21 +36,20 @@ class LSTMLM(LanguageModel):
         return self.norm(self.project(self.dropout(self.lstm(x)[0])))
 
 
-@dataclass(frozen=True)
-class TransformerLMConfig(Config):
+@settings
+class TransformerLMConfig:
     """Shapes of a TransformerLM."""
 
-    vocab_size: int = 30000
-    d_model: int = 64
-    layers: int = 4
-    heads: int = 4
-    d_ff: int = 256
+    vocab_size: Count = 30000
+    d_model: Count = 64
+    layers: Count = 4
+    heads: Count = 4
+    d_ff: Count = 256
     tied: bool = False
-    embedding_rank: int | None = None
-    dropout: float = 0.0
+    embedding_rank: Count | None = None
+    dropout: BelowOne = 0.0
 
     def __post_init__(self):
-        super().__post_init__()
         if self.d_model % (2 * self.heads):
             need = f"a multiple of twice the number of heads, {self.heads}"
             raise ValueError(f"d_model = {self.d_model} must be {need}")
@@ -101,12 +99,12 @@ class TransformerLM(LanguageModel):
         return {"d_ff": self.layers[0].ff_in.out_features}
 
 
-@dataclass(frozen=True)
-class DigitsCNNConfig(Config):
+@settings
+class DigitsCNNConfig:
     """Output channels of each 3x3 convolution, and the number of classes."""
 
-    channels: tuple[int, ...] = (16, 32)
-    classes: int = 10
+    channels: tuple[Count, ...] = (16, 32)
+    classes: Count = 10
 
 
 class DigitsCNN(nn.Sequential):
@@ -124,12 +122,12 @@ class DigitsCNN(nn.Sequential):
         return {"channels": tuple(m.out_channels for m in self if isinstance(m, nn.Conv2d))}
 
 
-@dataclass(frozen=True)
-class DigitsMLPConfig(Config):
+@settings
+class DigitsMLPConfig:
     """Widths of the hidden layers, and the number of classes."""
 
-    hidden: tuple[int, ...] = (64, 64)
-    classes: int = 10
+    hidden: tuple[Count, ...] = (64, 64)
+    classes: Count = 10
 
 
 class DigitsMLP(nn.Sequential):

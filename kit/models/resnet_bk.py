@@ -1,39 +1,38 @@
 """ResNet-BK: a causal language model that mixes tokens by tridiagonal resolvents, in O(N)."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kit.core.settings import BelowOne, Count, settings
 from kit.models import bk_core
-from kit.models.base import Config, LanguageModel
+from kit.models.base import LanguageModel
 from kit.models.moe import RESIDUAL_SCALE, MoE
 
 ETA_FLOOR = 1e-3
 
 
-@dataclass(frozen=True)
-class ResNetBKConfig(Config):
+@settings
+class ResNetBKConfig:
     """Shapes of a ResNetBK. `experts`, `d_ff` and `channels` are one integer for all layers or a
     tuple with one each; `conv` is the convolution's taps;
     `embedding_rank` factors the (V, D) matrices."""
 
-    vocab_size: int = 30000
-    d_model: int = 64
-    layers: int = 4
-    experts: int | tuple[int, ...] = 4
-    d_ff: int | tuple[int, ...] = 128
-    channels: int | tuple[int, ...] = 48
-    top_k: int = 1
-    conv: int = 4
+    vocab_size: Count = 30000
+    d_model: Count = 64
+    layers: Count = 4
+    experts: Count | tuple[Count, ...] = 4
+    d_ff: Count | tuple[Count, ...] = 128
+    channels: Count | tuple[Count, ...] = 48
+    top_k: Count = 1
+    conv: Count = 4
     tied: bool = False
-    embedding_rank: int | None = None
-    dropout: float = 0.0
+    embedding_rank: Count | None = None
+    dropout: BelowOne = 0.0
 
     def __post_init__(self):
-        super().__post_init__()
         for name in ("experts", "d_ff", "channels"):
             value, count = getattr(self, name), len(self.per_layer(name))
             if count != self.layers:

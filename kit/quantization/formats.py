@@ -9,26 +9,21 @@ point of shape (blocks, 1). x = scale * (code - zero): Jacob et al. 2018 (arXiv:
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kit.core.settings import Count, settings
 from kit.quantization import kernels
 
-CHOICES = {
-    "bits": (2, 3, 4, 5, 6, 8, 16, "ternary"),
-    "granularity": ("tensor", "channel", "group", "rows"),
-    "range": ("minmax", "percentile", "mse"),
-    "scale": ("float32", "float16", "log8"),
-}
 SMALLEST_SCALE = {"float32": 1e-30, "float16": 2.0**-24, "log8": 1e-30}
 SHRINKAGES = 65  # ranges that "mse" tries
 
 
-@dataclass(frozen=True)
+@settings
 class Format:
     """How numbers are stored.
 
@@ -43,20 +38,14 @@ class Format:
     7
     """
 
-    bits: int | str = 8
+    bits: Literal[2, 3, 4, 5, 6, 8, 16, "ternary"] = 8
     symmetric: bool = True
-    granularity: str = "channel"
-    group_size: int = 128
-    range: str = "minmax"
-    scale: str = "float16"
+    granularity: Literal["tensor", "channel", "group", "rows"] = "channel"
+    group_size: Count = 128
+    range: Literal["minmax", "percentile", "mse"] = "minmax"
+    scale: Literal["float32", "float16", "log8"] = "float16"
 
     def __post_init__(self):
-        for field, allowed in CHOICES.items():
-            value = getattr(self, field)
-            if isinstance(value, bool) or value not in allowed:
-                raise ValueError(f"{field}={value!r} is not a format: choose one of {allowed}")
-        if type(self.group_size) is not int or self.group_size < 1:
-            raise ValueError(f"group_size={self.group_size!r} must be an integer of at least 1")
         if self.bits == "ternary" and not self.symmetric:
             raise ValueError("a ternary format is symmetric by definition: drop symmetric=False")
 

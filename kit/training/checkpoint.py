@@ -95,8 +95,8 @@ def set_rng_state(states: dict[str, Tensor]) -> None:
 
 class Batches:
     """The loader's batches, epoch after epoch. A place in them is the generators' state at the
-    start of the epoch, from which a shuffling loader draws its order, and the batches taken
-    since."""
+    start of the epoch, from which a shuffling loader draws its order, and the batches trained
+    on since."""
 
     def __init__(self, loader):
         self.loader, self.iterator, self.epoch_rng, self.position = loader, None, {}, 0
@@ -110,7 +110,6 @@ class Batches:
             if self.iterator is None:
                 self._start()
             for batch in self.iterator:
-                self.position += 1
                 return batch
             self.iterator = None
         advice = "give more data, or a smaller batch_size or seq_len."
@@ -121,3 +120,4 @@ class Batches:
         self._start()
         for _ in range(position):
             self.next()
+        self.position = position

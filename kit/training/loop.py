@@ -7,8 +7,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from numbers import Integral, Real
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -16,28 +16,15 @@ from torch import Tensor, nn
 
 from kit.core.measurement import oversubscribed
 from kit.core.protocols import call_of, tensors_of, tree_map
+from kit.core.settings import Count, Meta, NotNegative, Positive, Seed, Share, settings
 from kit.training import checkpoint as files
 from kit.training.losses import IGNORED, next_token_loss
 
 LOG_SECONDS = 20  # between two lines of the log
 SAVE_SECONDS = 120  # between two checkpoints, when evaluations are further apart
 
-_COUNT = (Integral, type(None))
-RULES = {  # of TrainConfig's fields: type, test, and what to say of a value that fails
-    "steps": (Integral, lambda x: x >= 1, "a whole number, at least 1"),
-    "lr": (Real, lambda x: 0 < x < math.inf, "a finite number above 0"),
-    "weight_decay": (Real, lambda x: 0 <= x < math.inf, "a finite number, 0 or above"),
-    "warmup": (Real, lambda x: 0 <= x <= 1, "a fraction of the steps, 0 to 1"),
-    "final_lr": (Real, lambda x: 0 <= x <= 1, "a fraction of lr, 0 to 1"),
-    "clip": (Real, lambda x: x > 0, "a number above 0"),
-    "eval_every": (_COUNT, lambda x: x is None or x >= 1, "None or a whole number, at least 1"),
-    "patience": (_COUNT, lambda x: x is None or x >= 1, "None or a whole number, at least 1"),
-    "precision": (str, lambda x: x in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
-    "seed": (Integral, lambda x: abs(x) < 2**63, "a whole number below 2^63"),
-}
 
-
-@dataclass(frozen=True)
+@settings
 class TrainConfig:
     """AdamW (Loshchilov & Hutter 2019) with linear warm-up, cosine decay and clipping.
 
@@ -47,22 +34,16 @@ class TrainConfig:
     "bfloat16" the loss is computed under autocast.
     """
 
-    steps: int
-    lr: float = 3e-3
-    weight_decay: float = 0.01
-    warmup: float = 0.05
-    final_lr: float = 0.05
-    clip: float = 1.0
-    eval_every: int | None = None
-    patience: int | None = None
-    precision: str = "float32"
-    seed: int = 0
-
-    def __post_init__(self):
-        for name, (kind, test, expected) in RULES.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, kind) or not test(value):
-                raise ValueError(f"{name} is {value!r}; it must be {expected}.")
+    steps: Count
+    lr: Positive = 3e-3
+    weight_decay: NotNegative = 0.01
+    warmup: Share = 0.05
+    final_lr: Share = 0.05
+    clip: Annotated[float, Meta(gt=0)] = 1.0
+    eval_every: Count | None = None
+    patience: Count | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -114,6 +95,8 @@ def train(
     run = _Run(model, loader, config, extra_parameters)
     if config.patience and validate is None:
         raise ValueError(f"patience is {config.patience}, which needs validation: pass validate=.")
+    if checkpoint and Path(checkpoint).is_dir():
+        raise ValueError(f"checkpoint is the folder {checkpoint}: give the path of a file.")
     if checkpoint and Path(checkpoint).exists():
         run.restore(Path(checkpoint))
     else:
@@ -124,7 +107,19 @@ def train(
     every, record_every = config.eval_every or max(1, steps // 10), max(1, steps // 100)
     try:
         while not run.finished:
-            run.advance(loss, hooks)
+            try:
+                value = run.gradients(loss)
+            except Exception as error:
+                if checkpoint and run.step:
+                    run.save(Path(checkpoint))
+                if isinstance(error, (ValueError, MemoryError, torch.OutOfMemoryError)):
+                    raise
+                what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                advice = "look for inputs or labels out of range, or of another type or shape"
+                raise ValueError(
+                    f"Step {run.step + 1} of {steps} fails ({what}): {advice}."
+                ) from error
+            run.advance(value, hooks)
             milestone = run.step % every == 0 or run.step == steps
             if milestone or run.step % record_every == 0:
                 run.record(validate if milestone else None)
@@ -182,10 +177,10 @@ class _Run:
         kept = {p: old[p] for p in parameters if p in old and old[p]["exp_avg"].shape == p.shape}
         self.optimizer.state.update(kept)
 
-    def advance(self, loss, hooks) -> None:
-        """One optimizer step on the next batch."""
-        start = time.perf_counter()
-        batch = tree_map(lambda t: t.to(self.device, non_blocking=True), self.batches.next())
+    def gradients(self, loss) -> float:
+        """Gradients of the loss on the next batch, and its value; what a checkpoint holds stays."""
+        self.started, batch = time.perf_counter(), self.batches.next()
+        self.batch = tree_map(lambda t: t.to(self.device, non_blocking=True), batch)
         self.model.train()
         for module in self.frozen:
             module.training = False
@@ -193,7 +188,10 @@ class _Run:
             group["lr"] = learning_rate(self.step, self.config)
         half = self.config.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            loss_now = loss(self.model, batch)
+            loss_now = loss(self.model, self.batch)
+        if not isinstance(loss_now, Tensor) or loss_now.numel() != 1:
+            said = getattr(loss_now, "shape", type(loss_now).__name__)
+            raise ValueError(f"The loss is a {said}; it must be a tensor of one number.")
         loss_now.backward()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for p in parameters:
@@ -201,14 +199,19 @@ class _Run:
                 p.grad = p.grad.to_dense()
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
         self._check(value := loss_now.item(), norm.item())
+        return value
+
+    def advance(self, value: float, hooks) -> None:
+        """One optimizer step with the gradients that are there."""
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.step, self.tokens = self.step + 1, self.tokens + _count_targets(batch)
+        self.step, self.tokens = self.step + 1, self.tokens + _count_targets(self.batch)
+        self.batches.position += 1
         self.loss_sum, self.loss_steps = self.loss_sum + value, self.loss_steps + 1
         if any([hook(self.step, self.config.steps, self.model) is True for hook in hooks]):
             self.build_optimizer()
             self.best, self.best_validation, self.best_step, self.stale = {}, None, 0, 0
-        self.seconds += time.perf_counter() - start
+        self.seconds += time.perf_counter() - self.started
 
     def _check(self, loss: float, norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -7,7 +7,7 @@ pass, while its logits are in cache, and the backward pass only multiplies by th
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kit.core.protocols import TARGETS, Call, LanguageModel, adapt, call_of, tensors_of
+from kit.core.settings import Count, settings
 
 IGNORED = -100  # as a target: this token does not count
 AUXILIARY_WEIGHT = 0.01  # of the load-balancing loss: Fedus et al. 2021, "Switch Transformers", 2.2
@@ -216,7 +217,7 @@ def check_range(targets: Tensor, classes: int) -> None:
         raise ValueError(f"targets span {span}: use its own, {IGNORED} for what does not count.")
 
 
-@dataclass(frozen=True)
+@settings
 class VocabularySample:
     """A part of a large vocabulary that stands for the whole in one training step.
 
@@ -226,8 +227,8 @@ class VocabularySample:
     softmax's denominator is estimated without bias (importance sampling, Bengio & Senecal 2008).
     """
 
-    frequent: int = 4096
-    every: int = 16
+    frequent: Count = 4096
+    every: Count = 16
 
     def draw(self, targets: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
         """Tokens (n,) int64, ascending, and (n,) the log of how often each counts."""

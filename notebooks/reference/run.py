@@ -30,12 +30,12 @@ from kit.core.weights import weight_of
 from kit.data import token_loaders
 from kit.lab.baseline import Baseline, load_or_train
 from kit.lab.records import write_result
-from kit.lab.sampling import continue_text
 from kit.pipeline import STAGES, CompressionPipeline
 from kit.quantization.fake import FakeQuantize
 from notebooks.reference import frontier
 from notebooks.reference.ngram import KneserNey
 from notebooks.reference.pointer import fit_pointer
+from notebooks.reference.sampling import continue_text
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE.parents[1] / "runs"

@@ -20,8 +20,7 @@ def continue_text(
             logits = model(torch.tensor([ids[-window:]], device=device))[0, -1].cpu()
             drawn = logits.argmax()
             if temperature:
-                drawn = torch.multinomial(
-                    (logits / temperature).softmax(-1), 1, generator=generator
-                )
+                p = (logits / temperature).softmax(-1)
+                drawn = torch.multinomial(p, 1, generator=generator)
             ids.append(int(drawn))
     return tokenizer.decode(ids)

@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from kit.lab import figures
-from kit.lab.figures import COLOURS, GREY, MARKERS, MUTED, new_axes, row_axes, styled
-from kit.lab.figures import save as save
 from kit.lab.records import pareto_front, quality_column
+from notebooks.reference import figures
+from notebooks.reference.figures import COLOURS, GREY, MARKERS, MUTED, new_axes, row_axes, styled
+from notebooks.reference.figures import save as save
 
 AXIS = {"bytes": "bytes of the file", "bits_per_byte": "test bits per byte"}
 AXIS |= {"perplexity": "test perplexity", "accuracy": "test accuracy", "ratio": "compression ratio"}
