@@ -355,7 +355,7 @@ def test_targets_that_are_no_classes_are_refused_in_one_sentence():
         with pytest.raises(ValueError, match=message):
             classification_loss(model, batch)
     with pytest.raises(ValueError, match="a loss of your own"):  # would be 0 whatever is predicted
-        classification_loss(nn.Linear(3, 1), (x, torch.randn(2, 1)))
+        classification_loss(nn.Linear(3, 1), (x, torch.ones(2, 1)))
     with pytest.raises(ValueError, match="Linear is no LanguageModel: adapt it"):
         next_token_loss(model, (x, x))
 
