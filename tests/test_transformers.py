@@ -11,11 +11,12 @@ from torch import nn
 from transformers import BatchEncoding
 
 from kit import CompressionPipeline, artifact
+from kit.core.calibration import input_grams
 from kit.core.protocols import Call, LanguageModel, adapt, bare, call_of
 from kit.core.weights import copy_model, weights
 from kit.distillation import DistillationTrainer
 from kit.distillation.cache import build_cache
-from kit.quantization import Format, quantize_weights
+from kit.quantization import FakeQuantize, Format, quantize_weights
 from kit.training import TrainConfig, train
 from kit.training.evaluation import evaluate
 from kit.training.losses import next_token_loss, training_loss
@@ -168,3 +169,73 @@ def test_generation_after_compression_and_from_a_file(name, tmp_path):
         greedy = torch.cat([greedy, logits[:, -1:].argmax(-1)], 1)
     assert name == "t5" or torch.equal(greedy[:, : tokens.shape[1]], tokens)
     assert all(weight.steps for weight in weights(model, matrices=True))
+
+
+def experts(kind):
+    """(module, call(x, chosen, gates), the tensors' names) of stacked experts, as each is held."""
+    torch.manual_seed(0)
+    if kind == "mixtral":
+        module = CASES["mixtral"].model().model.layers[0].mlp.experts
+    else:
+        config = transformers.GptOssConfig(**GEMMA, num_local_experts=4)
+        module = transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts(config).eval()
+        for p in module.parameters():
+            nn.init.normal_(p, std=0.3)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_a_row_of_stacked_experts_is_one_output_of_one_expert(kind):
+    module = experts(kind)
+    width = module.down_proj.shape[2 if kind == "gpt_oss" else 1]
+    x, chosen = torch.randn(5, width), torch.tensor([[0], [1], [1], [2], [3]])
+    (weight,) = weights(module, "down_proj")
+    assert weight.view.rows == 4 * width
+    before = module(x, chosen, torch.ones(5, 1)).detach()
+    matrix = weight.view.matrix(weight.original.detach()).clone()
+    matrix[width + 3] = 0  # output 3 of expert 1
+    weight.assign(weight.view.tensor(matrix))
+    changed = (module(x, chosen, torch.ones(5, 1)).detach() != before).nonzero().tolist()
+    assert changed == [[1, 3], [2, 3]]
+
+
+@pytest.mark.parametrize("how", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_inputs_of_stacked_experts_are_those_of_the_tokens_routed_to_them(how, quantized):
+    model = CASES["mixtral"].model()
+    if quantized:
+        quantize_weights(model, Format(4))
+    model.set_experts_implementation(how)
+    batch, seen = CASES["mixtral"].inputs(3, 8), []
+    module = model.model.layers[0].mlp.experts
+    handle = module.register_forward_pre_hook(lambda m, args: seen.append(args))
+    grams = input_grams(model, [batch], "*.layers.0.mlp.experts.*", strict=False)
+    handle.remove()
+    if how == "batched_mm":  # each token has its own copy of a weight: not reached, and named
+        assert not grams
+        return
+    x, chosen, _ = seen[0]
+    for expert in range(4):
+        rows = x[(chosen == expert).any(1)].double()
+        assert torch.allclose(
+            grams["model.layers.0.mlp.experts.gate_up_proj"][expert], rows.T @ rows
+        )
+        gate, up = (rows.float() @ module.gate_up_proj[expert].T).chunk(2, -1)
+        inner = (F.silu(gate) * up).double()
+        down = grams["model.layers.0.mlp.experts.down_proj"][expert]
+        assert torch.allclose(down, inner.T @ inner, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_inputs_of_conv1d(quantized):
+    model = CASES["gpt2"].model()
+    if quantized:
+        quantize_weights(model, Format(4))
+    batch, seen = CASES["gpt2"].inputs(3, 8), []
+    layer = model.transformer.h[1].mlp.c_proj
+    handle = layer.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, 1)))
+    (gram,) = input_grams(model, [batch], "transformer.h.1.mlp.c_proj.weight").values()
+    handle.remove()
+    assert torch.allclose(gram[0], seen[0].double().T @ seen[0].double())
+    scale = weights(quantize_weights(model, Format(4)), "transformer.h.1.mlp.c_fc.weight")[0]
+    assert len(scale.find(FakeQuantize).grid(scale.original)[0]) == 128  # one an output

@@ -1,39 +1,56 @@
 """What a weight sees: second moments of its inputs, from one pass over calibration batches."""
 
-from collections import defaultdict
+import itertools
 from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
 from kit.core.protocols import LanguageModel, run
 from kit.core.weights import Weight, weights
 
-READERS: dict[type, Callable] = {}
+PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "_grouped_mm", "grouped_mm"}
 
 
-def register_inputs(*kinds: type) -> Callable:
-    """Decorator for reader(module, attribute, x), which says what multiplies a weight when a module
-    of these classes is called with x: a list of (rows, columns), one a group; None for others."""
+class _Products(TorchFunctionMode):
+    """Calls collect(weight, group, rows) with what is multiplied by weights or parts of them,
+    whatever code does it: x w^T, or x w for those held transposed, of one expert, of all, or of
+    rows sorted by expert."""
 
-    def register(reader: Callable) -> Callable:
-        READERS.update(dict.fromkeys(kinds, reader))
-        return reader
+    def __init__(self, found: list[Weight], collect: Callable):
+        super().__init__()
+        held, self.collect = [(weight, weight.value) for weight in found], collect
+        self.found = {pair[1].untyped_storage().data_ptr(): pair for pair in held}
 
-    return register
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(function, "__name__", "")
+        if name in PRODUCTS:
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            for x, w, *rest in (tensors[i:] for i in range(len(tensors) - 1)):
+                if w.ndim > 1 and (held := self.found.get(w.untyped_storage().data_ptr())):
+                    self._see(*held, x, w, w.stride(-1 if name == "linear" else -2), rest)
+        return function(*args, **kwargs)
+
+    def _see(self, weight: Weight, value: Tensor, x: Tensor, w: Tensor, stride: int, rest) -> None:
+        inputs = -2 if weight.view.transposed else -1
+        if stride != value.stride(inputs) or x.shape[-1] != value.shape[inputs]:
+            return
+        if w.ndim == 2:
+            offset = w.storage_offset() - value.storage_offset()
+            group = offset // value.stride(0) if value.ndim == 3 else 0
+            self.collect(weight, group, x.reshape(-1, x.shape[-1]))
+        elif x.ndim == 3 or rest:
+            parts = x if x.ndim == 3 else x.tensor_split(rest[0].tolist()[:-1])
+            for group, rows in enumerate(parts):
+                self.collect(weight, group, rows)
 
 
-@register_inputs(nn.Linear)
-def _linear(module: nn.Module, attribute: str, x: Tensor) -> list[Tensor] | None:
-    return [x.reshape(-1, x.shape[-1])] if attribute == "weight" else None
-
-
-@register_inputs(nn.Conv1d, nn.Conv2d)
-def _convolution(module: nn.Conv1d | nn.Conv2d, attribute: str, x: Tensor) -> list[Tensor] | None:
-    if attribute != "weight" or module.padding_mode != "zeros":
-        return None
+def _patches(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> list[Tensor]:
+    """What multiplies the weight of each group of a convolution, (positions, columns)."""
     spatial = len(module.kernel_size)
     if x.dim() == spatial + 1:
         x = x.unsqueeze(0)
@@ -43,12 +60,6 @@ def _convolution(module: nn.Conv1d | nn.Conv2d, attribute: str, x: Tensor) -> li
         x = x.unfold(2 + axis, window, module.stride[axis])[..., :: module.dilation[axis]]
     columns = x.movedim(1, 1 + spatial).flatten(0, spatial)  # (positions, channels, *kernel)
     return [part.flatten(1) for part in columns.chunk(module.groups, 1)]
-
-
-def _reader(weight: Weight) -> Callable | None:
-    if weight.view.transposed and weight.original.ndim == 2:
-        return _linear
-    return next((READERS[kind] for kind in type(weight.module).__mro__ if kind in READERS), None)
 
 
 def _is_output(weight: Weight) -> bool:
@@ -75,28 +86,35 @@ def input_grams(
     """
     grams: dict[str, Tensor] = {}
 
-    def collect(pairs: list[tuple[Weight, Callable]], x: Tensor, output: Tensor | None) -> None:
-        for weight, reader in pairs:
-            rows = reader(weight.module, weight.attribute, x)
-            if rows is not None:
-                gram = torch.stack([part.double().T @ part.double() for part in rows])
-                grams[weight.name] = grams.get(weight.name, 0) + gram
+    def collect(weight: Weight, group: int, rows: Tensor) -> None:
+        if weight.name not in grams:
+            shape = weight.view.split[0], weight.view.columns, weight.view.columns
+            grams[weight.name] = torch.zeros(shape, dtype=torch.float64, device=rows.device)
+        grams[weight.name][group] += rows.double().T @ rows.double()
 
-    found, outputs, called = weights(model, select, matrices=True), [], defaultdict(list)
+    def convolved(weight: Weight, x: Tensor, output: Tensor) -> None:
+        for group, rows in enumerate(_patches(weight.module, x)):
+            collect(weight, group, rows)
+
+    found, outputs, multiplied, watch = weights(model, select, matrices=True), [], [], {}
     for weight in found:
         if _is_output(weight):
-            outputs.append((weight, _linear))
-        elif reader := _reader(weight):
-            called[weight.name.rpartition(".")[0]].append((weight, reader))
-    watch = {path: partial(collect, pairs) for path, pairs in called.items()}
-    for x in run(model, batches, watch):
-        collect(outputs, x, None)
+            outputs.append(weight)
+        elif isinstance(weight.module, (nn.Conv1d, nn.Conv2d)):
+            if weight.module.padding_mode == "zeros" and weight.attribute == "weight":
+                watch[weight.name.rpartition(".")[0]] = partial(convolved, weight)
+        elif not isinstance(weight.module, nn.Embedding):
+            multiplied.append(weight)
+    with parametrize.cached(), _Products(multiplied, collect):
+        states = run(model, batches, watch)
+    for weight, x in itertools.product(outputs, states):
+        collect(weight, 0, x.flatten(0, -2))
     for weight in found:
         if strict and weight.name not in grams:
             kind = type(weight.module).__name__
             raise ValueError(
                 f"the inputs of {weight.name!r} ({kind}) cannot be collected: select weights of "
-                "linear, convolution or mixture-of-experts layers that the model calls"
+                "matrices that inputs are multiplied with, in layers that the model calls"
             )
         if weight.name in grams and not torch.isfinite(grams[weight.name]).all():
             raise ValueError(f"the inputs of {weight.name!r} hold NaN or infinite values")

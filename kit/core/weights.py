@@ -87,11 +87,15 @@ def matrix_view(shape: Sequence[int], module: nn.Module | None = None) -> Matrix
     if isinstance(module, _ConvNd):
         split = (module.groups, shape[0] // module.groups, *shape[1:])
         return MatrixView(shape, split, isinstance(module, _ConvTransposeNd))
-    return MatrixView(shape, (math.prod(shape[:-2]), *shape[-2:]), _holds_transposed(module))
+    return MatrixView(shape, (math.prod(shape[:-2]), *shape[-2:]), _holds_transposed(module, shape))
 
 
-def _holds_transposed(module: nn.Module | None) -> bool:
-    """transformers' Conv1D is a linear layer that keeps its weight as (inputs, outputs)."""
+def _holds_transposed(module: nn.Module | None, shape: tuple[int, ...]) -> bool:
+    """Whether a weight is kept as (inputs, outputs): transformers' Conv1D, and stacked experts that
+    say so or whose first product ends in twice what the second one begins with."""
+    if len(shape) == 3 and hasattr(module, "gate_up_proj"):
+        first, second = (original_of(module, name) for name in ("gate_up_proj", "down_proj"))
+        return first.shape[2] == 2 * second.shape[1]
     names = [(cls.__name__, cls.__module__) for cls in type(module).__mro__]
     return any(name == "Conv1D" and home.startswith("transformers") for name, home in names)
 

@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kit.core.calibration import register_inputs
-
 RESIDUAL_SCALE = 0.25  # of a block's first output weights: it begins close to the identity
 ExpertRows = namedtuple("ExpertRows", "rows inputs hidden gates")
 
@@ -113,9 +111,3 @@ def expert_rows(moe: MoE, x: Tensor) -> Iterator[ExpertRows]:
         token, choice = (chosen == expert).nonzero(as_tuple=True)
         hidden = F.gelu(F.linear(rows[token], weight, bias))
         yield ExpertRows(token, rows[token], hidden, gates[token, choice])
-
-
-@register_inputs(MoE)
-def _expert_inputs(moe: MoE, attribute: str, x: Tensor) -> list[Tensor] | None:
-    part = {"w_in": "inputs", "w_out": "hidden"}.get(attribute)
-    return None if part is None else [getattr(seen, part) for seen in expert_rows(moe, x)]
