@@ -376,3 +376,63 @@ def test_errors_of_other_shapes_and_nan_are_infinite():
     assert relative_error(torch.tensor([float("nan")]), torch.ones(1)) == float("inf")
     swapped = (torch.ones(2), torch.zeros(1)), (torch.zeros(2), torch.ones(1))
     assert relative_error(*swapped) == pytest.approx(3.0)
+
+
+class Stateful(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm, self.state = nn.Linear(16, 16), nn.BatchNorm1d(16), 0.0
+
+    def forward(self, x):
+        self.state = self.norm(self.layer(x + self.state)).tanh()
+        return self.state
+
+
+class Answer:
+    def __init__(self, values):
+        self.values = values
+
+
+class Answers(nn.Module):
+    """Its output is no nest of tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return Answer(self.layer(x))
+
+
+def test_models_that_no_measurement_can_judge_are_computed_in_float32():
+    torch.manual_seed(0)
+    model, x = quantized(Stateful()), torch.randn(4, 16)
+    choice = choose_engine(model, x, seconds=0.01)
+    assert choice.name == "float32" and "a state" in choice.table["why not"].iloc[-1]
+    with torch.no_grad():  # the engine begins as the model does
+        for _ in range(2):
+            assert relative_error(choice.engine(x), model(x)) < 1e-9
+    choice = choose_engine(quantized(Answers()), x, seconds=0.01)
+    assert choice.name == "float32" and "no tensor" in choice.table["why not"].iloc[-1]
+
+
+def test_what_an_optional_argument_may_skip_is_not_folded():
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = nn.Linear(4, 6), nn.BatchNorm1d(6)
+
+        def forward(self, x, plain=None):
+            y = self.layer(x)
+            return self.norm(y) if plain is not None else y
+
+    assert batch_norm_pairs(Optional().eval()) == []
+
+
+def test_layers_whose_weight_a_hook_computes_are_left_alone():
+    layers = nn.Sequential(nn.utils.weight_norm(nn.Linear(16, 16)), nn.ReLU(), nn.Linear(16, 4))
+    model, x = quantize_weights(layers.eval(), Format(8)), torch.randn(8, 16)
+    integer = int8_model(model)
+    assert isinstance(integer[2], Int8Linear) and not isinstance(integer[0], Int8Linear)
+    with torch.no_grad():
+        assert relative_error(integer(x), model(x)) < 1e-3

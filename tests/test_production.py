@@ -494,3 +494,25 @@ def test_a_loader_without_a_length_is_refused():
     batches = ((torch.randn(2, 4), torch.tensor([0, 1])) for _ in range(2))
     with pytest.raises(ValueError, match="a generator has no length: give a DataLoader"):
         ProductionModelOptimizer().retrain(nn.Linear(4, 2), batches)
+
+
+def cnn():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 4)).eval()
+
+
+def test_models_are_compiled_in_fake_quantization():
+    x, optimizer = torch.randn(4, 3, 8, 8), ProductionModelOptimizer()
+    quantized = quick_quantize(cnn(), backend="torch-int8")
+    trained = optimizer.prepare_qat_model(cnn().train())
+    compiled = torch.compile(trained, backend="eager")
+    with torch.no_grad():
+        compiled_result = torch.compile(quantized, backend="eager")(x)
+        assert relative_error(compiled_result, quantized.model(x)) < 1e-9
+    compiled(x).sum().backward()
+    gradients = [p.grad.clone() for p in trained.parameters()]
+    trained.zero_grad()
+    trained(x).sum().backward()
+    for parameter, expected in zip(trained.parameters(), gradients):
+        torch.testing.assert_close(parameter.grad, expected)

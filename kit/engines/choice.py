@@ -18,6 +18,7 @@ INTEGER = ("torch-int8", "onnx-int8", "onnx-static", "onnx-blocks")
 ENGINES = FLOAT + INTEGER
 PROBED_BATCHES = (256, 64, 16, 4)
 MARGIN = 1.05  # an engine must be this much faster than float32 to be preferred to it
+ROUNDING = 1e-6  # relative error of the same floats, computed in another order
 COLUMNS = ("engine", "ms", "low", "high", "speedup", "error", "why not")
 
 
@@ -132,15 +133,22 @@ def choose_engine(
 
     float32 is always among them, and wins if nothing beats it by 5 %. Measuring takes about
     `seconds`, plus the time to export. An engine that cannot compute the model is in the table with
-    the reason.
+    the reason; so is every engine, and float32 taken, where outputs cannot be compared.
 
     Args:
         inputs: how the model is called (`kit.core.protocols.call_with`).
         reference: a module, by default the model as it is. names: the engines to be measured.
     """
     call, rows, engines = call_with(inputs), {}, {}
-    expected, builder = call(model if reference is None else reference), _Builder(model, call)
-    for name in dict.fromkeys(("float32", *names)):
+    reference, builder = model if reference is None else reference, _Builder(model, call)
+    expected, names = call(reference), dict.fromkeys(("float32", *names))
+    why = "" if tensors_of(expected) else "the output holds no tensor to be compared"
+    if relative_error(call(reference), expected) > ROUNDING:
+        why = "two calls of the model differ: it keeps a state, or draws random numbers"
+    if why:
+        rows = [{"engine": name, "why not": why} for name in names]
+        return Choice("float32", builder.build("float32"), pd.DataFrame(rows, columns=COLUMNS))
+    for name in names:
         row = rows[name] = {"engine": name, "why not": ""}
         try:
             engine = builder.build(name)

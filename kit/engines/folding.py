@@ -4,7 +4,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from kit.core.weights import is_plain
+from kit.core.weights import copy_model, is_plain
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -13,10 +13,14 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def batch_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
     """Names (layer, batch norm) where the norm alone reads the layer's output and both are called
     once. Found by tracing; empty for models that torch.fx cannot trace."""
+    if not any(isinstance(module, NORMS) for module in model.modules()):
+        return []
     try:
-        graph = fx.symbolic_trace(model).graph
+        graph = fx.symbolic_trace(copy_model(model)).graph  # which modules may note what they see
     except Exception:  # control flow on values, unusual arguments: then nothing is folded
         return []
+    if any(node.op == "placeholder" and node.args for node in graph.nodes):
+        return []  # tracing takes an optional argument for given
     nodes = [node for node in graph.nodes if node.op == "call_module"]
     modules, pairs = {node: model.get_submodule(node.target) for node in nodes}, []
     calls = list(modules.values())

@@ -178,7 +178,7 @@ class _Graph:
 
     def _constant(self, value) -> str:
         """The name of a constant, which is in the graph once."""
-        value = np.array(value, order="C")
+        value = np.array(np.asarray(value), order="C")
         name = digest(value, str(value.dtype), value.shape)
         if name not in self.values:
             self.values[name] = value

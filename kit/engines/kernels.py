@@ -97,7 +97,8 @@ def int8_layer(layer: nn.Module, floats: nn.Module | None = None) -> nn.Module |
 
     floats: the layer in floats, with a batch norm folded into it or not.
     """
-    weight = integer_weight(weight_of(layer)) if isinstance(layer, (nn.Linear, nn.Conv2d)) else None
+    known = isinstance(layer, (nn.Linear, nn.Conv2d)) and "weight" not in vars(layer)
+    weight = integer_weight(weight_of(layer)) if known else None
     if weight is None or not weight.per_row:
         return None
     floats = float_copy(layer) if floats is None else floats  # without the hooks that round inputs

@@ -83,6 +83,9 @@ class QuantizedModel(nn.Module):
         self._watched, self._built = [], None  # dicts of tensors, and their state in the engines
 
     def forward(self, *args, **kwargs):
+        if torch.compiler.is_compiling():  # the network itself is: it computes in fake quantization
+            args, kwargs = cast((args, kwargs), torch.float32)
+            return cast(self.model(*args, **kwargs), self.dtype)
         call = Call(args, kwargs)
         if self.dtype == torch.float32:
             return self._run(call)
