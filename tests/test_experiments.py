@@ -1,8 +1,10 @@
 import itertools
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -342,29 +344,69 @@ def test_bad_grid_files_end_with_one_sentence(notebook, tmp_path, capsys, text, 
     assert says in error and error.count("\n") == 1
 
 
-def test_an_interrupt_ends_the_kernels_and_the_run_can_continue(notebook, tmp_path):
-    (tmp_path / "grid.yaml").write_text("grid: {name: [hang]}\n")
-    command = [
-        sys.executable,
-        "-m",
-        "kit.lab.batches",
-        str(notebook),
-        str(tmp_path / "grid.yaml"),
-        "--folder",
-        str(tmp_path / "runs"),
-    ]
-    batch = psutil.Popen(
-        command, cwd=batches.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    [run] = plan(notebook, {"name": ["hang"]}, folder=tmp_path / "runs")
-    deadline = time.monotonic() + 60
-    while (
-        not (run.folder / "started").exists() and time.monotonic() < deadline and batch.is_running()
-    ):
+@pytest.mark.parametrize("number", ["SIGINT", "SIGHUP", "SIGKILL"])
+def test_whatever_ends_a_batch_ends_its_kernels_and_the_run_can_continue(
+    notebook, tmp_path, number
+):
+    grid, folder = tmp_path / "grid.yaml", tmp_path / "runs"
+    grid.write_text("grid: {name: [hang]}\n")
+    arguments = [str(notebook), str(grid), "--folder", str(folder)]
+    command = [sys.executable, "-m", "kit.lab.batches", *arguments]
+    files = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    batch = psutil.Popen(command, cwd=batches.ROOT, **files)
+    [run] = plan(notebook, {"name": ["hang"]}, folder=folder)
+    deadline = time.monotonic() + 120
+    while not (run.folder / "started").exists() and time.monotonic() < deadline:
+        assert batch.is_running()
         time.sleep(0.05)
     assert run.state() == "running"
     family = batch.children(recursive=True)
-    batch.send_signal(signal.SIGINT)
-    assert batch.wait(30) == 130 and len(family) >= 2
-    assert not psutil.wait_procs(family, timeout=10)[1]
+    batch.send_signal(getattr(signal, number))
+    assert batch.wait(60) == (-9 if number == "SIGKILL" else 130) and len(family) >= 2
+    assert not psutil.wait_procs(family, timeout=20)[1]
     assert run.state() == "new"
+
+
+def test_a_killed_papermill_is_cut_short_and_its_kernel_ends(notebook, tmp_path, script):
+    script("import os; os.kill(os.getpid(), 9)")
+    [run] = plan(notebook, {"steps": [3]}, folder=tmp_path)
+    orphan = {**os.environ, batches.MARK: str(run.folder)}
+    orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env=orphan)
+    _, failed = run_batch(notebook, {"steps": [3]}, folder=tmp_path)
+    assert not failed and run.state() == "new" and orphan.wait(20) == -9
+
+
+def test_what_another_batch_runs_or_ran_is_left_alone(notebook, tmp_path, script):
+    script("raise SystemExit('must not start')")
+    [run] = plan(notebook, {"steps": [3]}, folder=tmp_path)
+    attend = run, Run.execute, False, threading.Event()
+    run.folder.mkdir()
+    with run.claim():
+        assert batches._attend(*attend).startswith("still being run by another batch")
+    write_json(run.folder / "status.json", {"exit_code": 0, "seconds": 1.0})
+    write_json(run.folder / "result.json", {})
+    assert batches._attend(*attend).startswith("finished by another batch")
+
+
+def test_rows_show_what_was_swept_and_grids_have_files_of_their_own(notebook, tmp_path, script):
+    record = {"notebook": "tiny", "bytes": 5, "perplexity": 2}
+    script(f"import sys, json; json.dump({record}, open(sys.argv[1] + '/result.json', 'w'))")
+    frame, _ = run_batch(notebook, {"steps": [2, 3], "lr": [0.5]}, folder=tmp_path)
+    assert list(frame.columns[:3]) == ["run", "steps", "lr"] and list(frame["steps"]) == [2, 3]
+    run_batch(notebook, {"steps": [2]}, folder=tmp_path)
+    assert len(list(tmp_path.glob("tiny-*.csv"))) == 2
+
+
+@pytest.mark.parametrize("scheduler", ["local", "tcp://127.0.0.1:1"])
+def test_a_batch_on_dask(notebook, tmp_path, scheduler, capsys):
+    call = {"folder": tmp_path / "runs", "scheduler": scheduler}
+    if scheduler != "local":
+        with pytest.raises(ValueError, match="No Dask workers answer at 'tcp://127.0.0.1:1'"):
+            run_batch(notebook, {"steps": [3]}, **call)
+        return
+    frame, failed = run_batch(notebook, {"steps": [3]}, **call)
+    [run] = plan(notebook, {"steps": [3]}, folder=tmp_path / "runs")
+    assert not failed and list(frame["steps"]) == [3] and run.state() == "finished"
+    assert (run.folder / "tiny.ipynb").exists() and (run.folder / "started").exists()
+    assert "dashboard http://127.0.0.1:" in capsys.readouterr().out
+    assert list(run_batch(notebook, {"steps": [3]}, **call)[0]["steps"]) == [3]

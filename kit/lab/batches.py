@@ -278,6 +278,7 @@ def _machines(scheduler: str | None, jobs: int | None) -> Iterator[tuple[int, Ca
         if scheduler == "local":
             options = {"processes": False, "n_workers": 1, "threads_per_worker": jobs}
             options |= {"resources": {"threads": cores()}, "dashboard_address": "127.0.0.1:0"}
+            options |= {"host": "127.0.0.1", "protocol": "tcp://"}
             scheduler = stack.enter_context(distributed.LocalCluster(**options, memory_limit=None))
         try:
             client = stack.enter_context(distributed.Client(scheduler, timeout=10))
