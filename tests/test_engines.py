@@ -436,3 +436,9 @@ def test_layers_whose_weight_a_hook_computes_are_left_alone():
     assert isinstance(integer[2], Int8Linear) and not isinstance(integer[0], Int8Linear)
     with torch.no_grad():
         assert relative_error(integer(x), model(x)) < 1e-3
+
+
+def test_a_graph_that_gives_other_values_is_not_taken(monkeypatch):
+    monkeypatch.setattr(engines.graph, "relative_error", lambda y, r: 1e-3)
+    with pytest.raises(ValueError, match="other values than the model"):
+        build_engine(nn.Linear(4, 3), "onnx-float32", torch.randn(2, 4))

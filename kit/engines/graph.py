@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kit.core.measurement import measure
 from kit.core.protocols import Call, call_with, tensors_of
 from kit.core.store import digest
-from kit.engines.choice import flat, reason_of, relative_error
+from kit.engines.choice import ROUNDING, flat, reason_of, relative_error
 from kit.engines.layers import IntegerWeight, cast, float_copy, integer_weights
 from kit.engines.runtime import OnnxEngine
 
@@ -80,8 +80,8 @@ def export_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> ModelProto:
     """The float graph of a model in evaluation mode, quantized weights multiplied out.
 
     The first dimension of inputs is free, and the second one of sequences (integers (B, T), floats
-    (B, T, D)), where the exporter can keep it so. Its outputs are the tensors of the model's output
-    in order. Raises ValueError if the model cannot be exported.
+    (B, T, D)), where the graph gives what the model gives at twice the size. Its outputs are the
+    tensors of the model's output in order. Raises ValueError if the model cannot be exported.
     """
     model, name, reasons = float_copy(model), type(model).__name__, []
     model.forward = _tensors_only(model.forward)
@@ -93,7 +93,13 @@ def export_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> ModelProto:
         try:
             with quiet(), torch.no_grad():
                 program = torch.onnx.export(model, example if any(free) else inputs, **settings)
-                return _tidy(program.model_proto)
+                proto = _tidy(program.model_proto)
+                larger = [_twice(x, dims) for x, dims in zip(inputs, free)]
+                expected = model(*larger)
+                engine = OnnxEngine(proto.SerializeToString(), expected)
+                if relative_error(engine(*larger), expected) < ROUNDING:
+                    return proto
+                reasons.append("the graph gives other values than the model")
         except Exception as error:  # the exporter raises anything, of any type
             reasons.append(reason_of(error))
     raise ValueError(f"{name} cannot be exported to ONNX: {reasons[-1]}")
@@ -113,6 +119,12 @@ def _free(x: Tensor, first: Tensor, sequences: bool | None) -> tuple[int, ...]:
         return ()
     sequence = x.ndim == 3 or (x.ndim == 2 and not x.is_floating_point())
     return (0,) * (len(x) == len(first)) + (1,) * (sequences and sequence)
+
+
+def _twice(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    for dim in dims:
+        x = torch.cat([x, x], dim)
+    return x
 
 
 def _tidy(proto: ModelProto) -> ModelProto:
