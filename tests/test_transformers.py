@@ -239,3 +239,29 @@ def test_inputs_of_conv1d(quantized):
     assert torch.allclose(gram[0], seen[0].double().T @ seen[0].double())
     scale = weights(quantize_weights(model, Format(4)), "transformer.h.1.mlp.c_fc.weight")[0]
     assert len(scale.find(FakeQuantize).grid(scale.original)[0]) == 128  # one an output
+
+
+def test_trainer_of_transformers_trains_a_fake_quantized_model(tmp_path):
+    pytest.importorskip("accelerate")
+    case = CASES["gpt2"]
+    model, loader = quantize_weights(case.model(), Format(4)), case.loader()
+    before = evaluate(model, loader).loss
+    settings = {"max_steps": 10, "learning_rate": 1e-2, "use_cpu": True, "report_to": []}
+    settings |= {"output_dir": str(tmp_path), "save_strategy": "no", "disable_tqdm": True}
+    arguments = transformers.TrainingArguments(**settings)
+    transformers.Trainer(model, arguments, train_dataset=loader.dataset).train()
+    assert evaluate(model, loader).loss < before
+    assert all(len(w.value.unique()) <= 16 * w.view.rows for w in weights(model, "*.c_fc.weight"))
+
+
+def test_lora_learns_beside_a_fake_quantized_model():
+    peft = pytest.importorskip("peft")
+    case = CASES["llama"]
+    model, loader = quantize_weights(case.model(), Format(4)), case.loader()
+    frozen = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    before = evaluate(lora, loader).loss
+    train(lora, loader, TrainConfig(steps=10, lr=1e-2), loss=training_loss(lora), log=False)
+    assert evaluate(lora, loader).loss < before
+    base = lora.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+    assert torch.equal(base.weight, frozen)

@@ -90,11 +90,9 @@ def adapt(
     """
     if hidden is not None:
         return Adapted(model, hidden, output, auxiliary_loss)
-    if isinstance(model, LanguageModel):
-        return model
-    if model not in _LINEAR:
+    if not isinstance(model, LanguageModel) and model not in _LINEAR:
         _LINEAR[model] = _has_linear_logits(model)
-    return Transformers(model, _before_head, _head, None) if _LINEAR[model] else model
+    return Transformers(model, _before_head, _head, None) if _LINEAR.get(model) else model
 
 
 def bare(model: nn.Module) -> nn.Module:
