@@ -5,6 +5,7 @@ import importlib
 __version__ = "0.1.0"
 
 _HOMES = {  # imported when first asked for, so that `import kit` stays light
+    "kit.budget.rounding": ("RoundingSettings", "SampledLoss", "round_to_budget"),
     "kit.pipeline": ("CompressionPipeline",),
     "kit.production": (
         "DistillationConfig",

@@ -1,16 +1,21 @@
 """Rounding to a number of bytes: the budget holds, the file is exact, and errors are spread as the
 theory says."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from kit import artifact
 from kit.budget.rounding import RoundingSettings, SampledLoss, curvature, round_to_budget
+from kit.budget.rounding import _sweep as sweep
+from kit.core.obs import column_sweep, inverse_factor
 from kit.core.weights import copy_model, weights
 from kit.quantization import Format, quantize_weights
 from kit.quantization.column_scale import ColumnScale
 from kit.quantization.fake import FakeQuantize
+from kit.training import TrainConfig
+from notebooks.reference.pretrained import train_to_budget
 
 
 class Tagger(nn.Module):
@@ -143,6 +148,32 @@ def test_what_cannot_be_rounded_is_refused_and_nothing_changes():
     quantize_weights(model, Format(4))
     with pytest.raises(ValueError, match="carries steps"):
         round_to_budget(model, batches(2), 30_000)
+
+
+def test_training_to_the_same_bytes_is_better_than_rounding():
+    dense, held_out = tagger(), batches(20, seed=2)
+    target = artifact.float32_bytes(dense) // 16
+    rounded = round_to_budget(copy_model(dense), batches(), target)
+    trained = train_to_budget(copy_model(dense), batches(20), target, TrainConfig(40, lr=3e-3))
+    assert artifact.nbytes(trained) <= target
+    before, after = (divergence(m, dense, held_out) for m in (rounded, trained))
+    assert after < 0.85 * before
+
+
+def test_codes_with_feedback_are_those_of_the_column_sweep():
+    torch.manual_seed(0)
+    x, matrix = torch.randn(400, 150) @ torch.randn(150, 150), torch.randn(600, 150)
+    upper = inverse_factor((x.T @ x).double()[None], 0.01)[0].float()
+    step, zone = torch.rand(600) + 0.3, 0.2 * torch.rand(600)
+
+    def choose(j, rest):
+        size = torch.floor((rest[0, :, j] / step).abs() + 0.5 - zone).clamp(max=7)
+        return (torch.copysign(size, rest[0, :, j]) * step)[None]
+
+    wanted = column_sweep(matrix[None], upper[None], choose)[0] / step[:, None]
+    found = matrix.clone()
+    sweep(*(t.numpy() for t in (found, step, zone, upper)), np.float32(7))
+    assert (found == wanted.round()).float().mean() > 0.995  # but for ties of float32
 
 
 def test_factors_of_columns_are_stored_and_go_with_their_columns(tmp_path):

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 CELLS = 1 << 20  # slices of the budget; up to so many bytes the solution is exact
-
-
 Options = Mapping[str, Sequence[tuple[int, float]]]
 
 

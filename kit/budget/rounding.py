@@ -14,20 +14,23 @@ every code costs the same, so that
     step_rc = k / sqrt(s_r d_c)
 
 with one k for the whole model, found from the bytes. Codes fall to the smaller neighbour where that
-saves more than it costs: a bit is worth ln(2) / 6 squared steps (the slope of rate and distortion
-at fine steps), and in a geometric distribution each unit of |code| takes log2(1 / theta) bits.
+saves more than it costs: each unit of |code| takes log2(1 / theta) bits in a geometric distribution
+(a bit is worth ln(2) / 6 squared steps at fine steps; less where errors are made up for).
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kit import artifact
 from kit.core import ans
-from kit.core.obs import column_sweep, inverse_factor
+from kit.core.compiled import compiled, in_threads
+from kit.core.obs import inverse_factor
 from kit.core.protocols import call_of, tensors_of
 from kit.core.weights import Weight, gradients, weights
 from kit.quantization import formats
@@ -37,6 +40,8 @@ from kit.quantization.formats import HALF, Format
 
 TRIALS = 6  # of k, after the first guess
 CLOSE = 0.997  # of the bytes asked for: near enough
+PIECE = 256  # rows that a thread rounds at once
+SAMPLE = 1 << 19  # codes of a weight from which the first k is guessed
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ class RoundingSettings:
     of fewer values are kept in half precision.
     """
 
-    bit_value: float = math.log(2) / 6
-    prior: float = 0.05
+    bit_value: float = 0.04
+    prior: float = 0.2
     damping: float = 0.01
     most_blocks: int = 4096
     small: int = 1024
@@ -79,9 +84,7 @@ class SampledLoss:
         return -log_p.gather(1, drawn.to(log_p.device)).sum()
 
 
-def curvature(
-    model: nn.Module, batches: Iterable, loss: Callable
-) -> dict[str, tuple[Tensor, Tensor]]:
+def curvature(model: nn.Module, batches: Iterable, loss: Callable) -> dict[str, tuple]:
     """Factors of the Fisher information of each weight matrix: s (R,), and H (C, C) with a mean
     diagonal of 1; of those that `loss` reaches. Raises ValueError without a batch."""
     views = {weight.name: weight.view for weight in weights(model, matrices=True)}
@@ -91,7 +94,8 @@ def curvature(
         for name in views.keys() & grads.keys():
             grad = views[name].matrix(grads[name].detach()).float()
             rows, columns = sums.get(name, (0.0, 0.0))
-            sums[name] = rows + grad.square().mean(1), columns + grad.T @ grad
+            reached = grad[grad.any(1)]  # few rows of an embedding
+            sums[name] = rows + grad.square().mean(1), columns + reached.T @ reached
     if not count:
         raise ValueError("rounding got no batch: give at least one")
     for name, (rows, columns) in sums.items():
@@ -111,7 +115,7 @@ class Rounded:
         mean = cost.log().mean().exp()
         self.columns = ColumnScale.nearest((mean / cost).sqrt(), view)
         self.matrix = view.matrix(weight.value.detach()).float() / self.columns.scale
-        self.upper = (upper / self.columns.scale)[None].float()
+        self.upper = (upper / self.columns.scale).float().contiguous()
         size = -(-view.rows // settings.most_blocks)
         self.format = Format(8, granularity="rows", group_size=size, scale="log8")
         s = formats.to_blocks((s + settings.prior * s.mean())[:, None], self.format, math.nan)
@@ -131,29 +135,46 @@ class Rounded:
         theta = (torch.sqrt(1 + size * size) - 1) / size
         return step, (-torch.log2(theta) * self.settings.bit_value / 2).clamp(max=0.5)
 
-    def _nearest(self, x: Tensor, zone: Tensor) -> Tensor:
-        size = torch.floor(x.abs() + 0.5 - zone).clamp(0, self.format.qmax)
-        return torch.copysign(size, x)
-
     def estimate(self, k: float) -> float:
-        """Bytes of the codes, without feedback of errors, which changes them little."""
-        step, zone = (part[:, None] for part in self._rows(k))
-        return ans.estimate(self._nearest(self.matrix / step, zone).int().cpu().numpy())
+        """Bytes of the codes, from some rows and without feedback, which changes them little."""
+        every = max(1, self.matrix.numel() // SAMPLE)
+        x, step, zone = (part[::every] for part in (self.matrix, *self._rows(k)))
+        size = torch.floor((x / step[:, None]).abs() + 0.5 - zone[:, None])
+        codes = torch.copysign(size.clamp(0, self.format.qmax), x).int().cpu().numpy()
+        return ans.estimate(codes) * len(self.matrix) / len(codes)
 
     def put(self, k: float) -> None:
         """Rounds the weight with the errors made up for, and puts the steps on it."""
         step, zone = self._rows(k)
+        codes = self.matrix.cpu().clone(memory_format=torch.contiguous_format)
+        pieces = zip(*(part.cpu().split(PIECE) for part in (codes, step, zone)))
+        upper, most = self.upper.cpu().numpy(), np.float32(self.format.qmax)
 
-        def choose(j: int, rest: Tensor) -> Tensor:
-            return self._nearest(rest[:, :, j] / step, zone) * step
+        def work():
+            for piece in pieces:
+                _sweep(*(part.numpy() for part in piece), upper, most)
 
-        values = column_sweep(self.matrix[None], self.upper, choose)[0] + 0.0
-        tensor = self.weight.view.tensor(values)
+        in_threads(work, min(torch.get_num_threads(), -(-len(codes) // PIECE)))
+        tensor = self.weight.view.tensor(codes.to(step) * step[:, None] + 0.0)
         self.weight.set_steps([])
         self.weight.assign(tensor)
         grid = self.steps(k), None
         self.weight.put(FakeQuantize(tensor, self.format, self.weight.view, grid=grid))
         self.weight.put(self.columns)
+
+
+@compiled(fastmath={"contract", "reassoc", "nsz"})
+def _sweep(rest, step, zone, upper, most):
+    """`kit.core.obs.column_sweep` row by row; in place of `rest` (R, C) come its codes."""
+    for r in range(len(rest)):
+        row, least = rest[r], np.float32(0.5) - zone[r]
+        for j in range(len(row)):
+            size = min(max(np.floor(abs(row[j] / step[r]) + least), np.float32(0)), most)
+            code = np.float32(math.copysign(size, row[j]))
+            error = (row[j] - code * step[r]) / upper[j, j]
+            row[j] = code
+            for c in range(j + 1, len(row)):
+                row[c] -= error * upper[j, c]
 
 
 def round_to_budget(
@@ -162,8 +183,7 @@ def round_to_budget(
 ) -> nn.Module:  # fmt: skip
     """Rounds a trained model, in place, to a file of at most `target_bytes`; returns the model.
 
-    Steps of quantization and codes follow from what an error costs the model's own answers, see
-    above. Small tensors become half precision.
+    Steps and codes follow from what errors cost, see above; small tensors become half precision.
 
     Args:
         batches: calibration inputs (`kit.core.protocols.call_of`); some hundred samples in small
@@ -184,43 +204,32 @@ def round_to_budget(
         if weight.name not in large:
             weight.put(FakeQuantize(weight.original.detach(), HALF, weight.view))
     log_k, slope = _first_guess(rounded, target_bytes)
-    best = 0, log_k
+    best, last = (0, log_k), (math.nan, math.nan)
     for _ in range(TRIALS):
-        size = _put(rounded, log_k)
+        for one in rounded:
+            one.put(2.0**log_k)
+        size = artifact.nbytes(model)
         if size <= target_bytes:
             best = max(best, (size, log_k))
-            if size >= CLOSE * target_bytes:
+            if size >= CLOSE * target_bytes or size == last[1]:  # as fine as steps become
                 return model
+        seen = (last[1] - size) / (log_k - last[0]) if log_k != last[0] else 0.0
+        slope, last = seen if seen > slope / 20 else slope, (log_k, size)
         log_k += (size - (1 + CLOSE) / 2 * target_bytes) / slope
     if not best[0]:
         for weight, value in zip(found, kept):
             weight.set_steps([])
             weight.assign(value)
-        raise ValueError(
-            f"{target_bytes} bytes are too few: the file takes {size} where most codes are zero"
-        )
-    _put(rounded, best[1])
-    return model
-
-
-def _put(rounded: list[Rounded], log_k: float) -> int:
-    """Bytes of the file with every weight rounded at k = 2**log_k."""
+        what = f"the file takes {size} where most codes are zero"
+        raise ValueError(f"{target_bytes} bytes are too few: {what}")
     for one in rounded:
-        one.put(2.0**log_k)
-    return artifact.nbytes(rounded[0].weight.model)
+        one.put(2.0 ** best[1])
+    return model
 
 
 def _first_guess(rounded: list[Rounded], target: float) -> tuple[float, float]:
     """log2 k at which the codes are estimated at `target` bytes, and how many bytes fewer they are
     an octave of k further."""
-
-    def estimate(log_k: float) -> float:
-        return sum(one.estimate(2.0**log_k) for one in rounded)
-
-    steps = [one.steps(1.0).mean() / one.matrix.abs().mean().clamp(min=1e-20) for one in rounded]
-    middle = -math.log2(torch.stack(steps).median())  # where a step is a typical weight
-    low, high = middle - 12, middle + 6
-    while high - low > 0.1:
-        middle = (low + high) / 2
-        low, high = (middle, high) if estimate(middle) > target else (low, middle)
-    return middle, max(4 * (estimate(middle) - estimate(middle + 0.25)), 1.0)
+    estimate = lambda log_k: sum(one.estimate(2.0**log_k) for one in rounded)  # noqa: E731
+    at = bisect_left(range(-320, 320), -target, key=lambda i: -estimate(i / 8)) / 8 - 40
+    return at, max(4 * (estimate(at) - estimate(at + 0.25)), 1.0)

@@ -33,7 +33,7 @@ SHARED = [  # kinds, and the names of what is of that kind in any notebook
     (list[Ratio], "frontier rounding"),
     (Seed, "seed"),
     (list[Seed], "long_seeds digits_seeds"),
-    (bool, "tied"),
+    (bool, "tied measure"),
 ]
 KINDS = {name: kind for kind, names in SHARED for name in names.split()}
 
