@@ -4,18 +4,26 @@ damage."""
 import copy
 import hashlib
 import json
+import math
 import os
+import re
 import struct
+import subprocess
+import sys
+import time
 import zlib
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from kit import artifact
+from kit.artifact.header import sealed, unsealed
 from kit.artifact.layouts import LAYOUTS, Reader, Writer
+from kit.core.steps import STEPS, Step, register_step
 from kit.core.weights import copy_model, materialize, weight_of, weights
 from kit.models import build_model
 from kit.pruning.mask import Mask, set_mask
@@ -68,6 +76,7 @@ def rounded(weight, format, layout):
     quantizer = FakeQuantize(weight, format)
     write = Writer((layout,) if layout else tuple(LAYOUTS))
     entry = json.loads(json.dumps(quantizer.encode(weight, quantizer(weight), write)))
+    entry = msgspec.convert(entry, FakeQuantize.settings)
     step, value = FakeQuantize.decode(
         entry, Reader(write.letters, write.blobs), weight_of(module), None, None
     )
@@ -108,10 +117,10 @@ def test_plain_tensors_are_exact_in_every_dtype(dtype, layout, shape):
     assert torch.equal(y, x) and y.dtype == dtype and y.shape == x.shape
 
 
-def returned(x, layout):
+def returned(x, layout, like=None):
     write = Writer((layout,))
     write.tensor(x)
-    return Reader(write.letters, write.blobs).tensor(x.shape, x.dtype)
+    return Reader(write.letters, write.blobs).tensor(x.shape, x.dtype, like)
 
 
 def test_special_floats_come_back_to_the_bit():
@@ -133,7 +142,9 @@ def test_special_floats_come_back_to_the_bit():
         ]
     )
     for layout in ("dense", "bitmap", "gaps"):
-        assert np.array_equal(bits(returned(x, layout)), bits(x))
+        assert np.array_equal(bits(returned(x, layout, like=x)), bits(x))
+        with pytest.raises(artifact.ArtifactError, match="NaN or infinite"):
+            returned(x, layout)
 
 
 def test_the_smallest_layout_is_taken():
@@ -342,6 +353,147 @@ def test_a_header_that_contradicts_itself_is_refused(saved, change):
         artifact.load(saved)
 
 
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda h: h["model"]["config"].update(layers=10**12), "its config has layers"),
+        (lambda h: h["model"]["config"].update(layers=700), "more layers than"),
+        (lambda h: h["model"]["config"].update(vocab_size=2**40), "its config has vocab_size"),
+        (lambda h: h["model"]["config"].update(d_model="16"), "d_model"),
+        (lambda h: h["model"].update(more=1), "unknown field `more`"),
+        (lambda h: h["tensors"][0].update(shape=[2**47, 2**47]), "hardly a model"),
+        (lambda h: h["tensors"][0].update(shape=[-1, 16]), "int` >= 0"),
+        (lambda h: h["tensors"][0].update(shape=16), "Expected `array`"),
+        (lambda h: h["tensors"][0].update(dtype="float16"), "as float16 of shape"),
+        (lambda h: h["tensors"][1].update(name=h["tensors"][0]["name"]), "two tensors of one name"),
+        (lambda h: h["tensors"][0].update({"in": "zz"}), "layout"),
+        (lambda h: h["tensors"][0].update(steps=[["=", 7]]), "shares step 7"),
+        (lambda h: h["tensors"][0].update(steps=[["=", None]]), "Expected `int | object`"),
+        (lambda h: h["tensors"][0]["steps"].append(["mask", {}]), "not in their order"),
+        (lambda h: h["tensors"][0]["steps"][0][1].update(more=1), "unknown field `more`"),
+        (lambda h: h["tensors"][0]["steps"][0][1].update(rows=7), "cannot be seen as 7 rows"),
+        (lambda h: h.update(extra={"layers.0": 1}), "extra state of 'layers.0'"),
+        (lambda h: h.update(modules={"layers.0": QUANTIZER}), "no place for a quantizer"),
+        (lambda h: h.update(modules={"norm.quantize": QUANTIZER}), "not in the file"),
+        (lambda h: h.update(modules={"": QUANTIZER}), "no place for a quantizer"),
+    ],
+)
+def test_what_a_header_may_not_state_is_refused_before_anything_is_made(saved, change, says):
+    rewrite(saved, change)
+    for trainable in (False, True):
+        start = time.process_time()
+        with pytest.raises(artifact.ArtifactError, match=re.escape(says)) as error:
+            artifact.load(saved, trainable=trainable)
+        assert "\n" not in str(error.value) and str(saved) in str(error.value)
+        assert time.process_time() - start < 2
+
+
+QUANTIZER = {"class": "ActivationQuantizer", "bits": 8, "symmetric": True}
+QUANTIZER |= {"channels": None, "bounds": None}
+
+
+def test_a_header_that_unpacks_to_more_than_it_may_is_refused(saved):
+    data = saved.read_bytes()
+    bomb = zlib.compress(b" " * 2**27)
+    body = data[:4] + struct.pack("<I", len(bomb)) + bomb
+    saved.write_bytes(body + hashlib.sha256(body).digest())
+    with pytest.raises(artifact.ArtifactError, match="longer or shorter"):
+        artifact.load(saved)
+
+
+def resealed(path, name, part, change):
+    """The file with one part of one tensor changed, and a checksum that fits."""
+    header, blobs = unsealed(memoryview(path.read_bytes()), path)
+    at = 0
+    for entry in header["tensors"]:
+        if entry["name"] == name:
+            blobs[at + part] = change(bytes(blobs[at + part]))
+            entry["sizes"][part] = len(blobs[at + part])
+        at += len(entry["sizes"])
+    path.write_bytes(sealed(header, blobs))
+
+
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_refused_unless_the_model_has_them(special, tmp_path):
+    class Net(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 2)
+            self.register_buffer("causal", torch.full((2, 2), special))
+
+    path = tmp_path / "a"
+    artifact.save(Net(), path)
+    assert artifact.load(path, Net()).causal.isfinite().sum() == 0
+    finite = Net()
+    finite.causal.zero_()
+    with pytest.raises(artifact.ArtifactError, match="'causal': it holds NaN or infinite"):
+        artifact.load(path, finite)
+    resealed(path, "weight", 0, lambda data: np.full(6, special, "f4").tobytes())
+    with pytest.raises(artifact.ArtifactError, match="'weight': it holds NaN or infinite"):
+        artifact.load(path, Net())
+    with torch.no_grad():
+        finite.weight[0, 0] = special
+    with pytest.raises(ValueError, match="'weight' holds NaN or infinities"):
+        artifact.save(finite, path)
+
+
+def test_parts_that_contradict_their_step_are_refused(tmp_path):
+    torch.manual_seed(0)
+    path, model = tmp_path / "a", nn.Linear(40, 30)
+    set_mask(model, "weight", torch.rand(30, 40) > 0.5)
+    quantize_weights(model, Format(4, False, scale="float32", range="mse"))
+    artifact.save(model, path, ("dense", "entropy"))
+    good = path.read_bytes()
+    header, blobs = unsealed(memoryview(good), path)
+    entry = next(entry for entry in header["tensors"] if entry["name"] == "weight")
+    assert entry["in"] == "dded"  # scales, zero points, codes, mask
+    wrong = {
+        0: [b"", lambda d: d[:-1], lambda d: b"\0" * len(d), lambda d: b"\xff" * len(d)],
+        1: [lambda d: b"\x7f" * len(d), lambda d: d + b"1"],
+        2: [lambda d: d[:-2], lambda d: d + b"1", lambda d: bytes([d[0]]) + d[2:]],
+    }
+    for part, changes in wrong.items():
+        for change in changes:
+            path.write_bytes(good)
+            resealed(path, "weight", part, change if callable(change) else lambda d: b"")
+            for trainable in (False, True):
+                with pytest.raises(artifact.ArtifactError, match="'weight': "):
+                    artifact.load(path, nn.Linear(40, 30), trainable)
+
+
+def test_steps_of_anybody_are_told_of_alike(tmp_path, monkeypatch):
+    @register_step("odd")
+    class Odd(Step):
+        rank, how = 50, None
+
+        def forward(self, x):
+            return x * math.inf if self.how == "inf" else x[:1] if self.how == "shape" else x
+
+        def encode(self, x, stored, write):
+            write.tensor(torch.ones(3))
+            return {"a": 1}
+
+        @classmethod
+        def decode(cls, entry, read, weight, stored, parts):
+            if cls.how == "large":
+                read.tensor((10**12,), torch.float32)
+            if cls.how != "unread":
+                read.tensor((3,), torch.float16 if cls.how == "dtype" else torch.float32)
+            return [cls(), None] if cls.how != "key" else entry["b"]
+
+    monkeypatch.delitem(STEPS, "odd")
+    monkeypatch.setitem(STEPS, "odd", Odd)
+    model = quantize_weights(nn.Linear(4, 3), Format(4))
+    weight_of(model).put(Odd())
+    artifact.save(model, tmp_path / "a")
+    for trainable in (False, True):
+        artifact.load(tmp_path / "a", nn.Linear(4, 3), trainable)
+        for how in ("inf", "shape", "large", "unread", "dtype", "key"):
+            Odd.how = how
+            with pytest.raises(artifact.ArtifactError, match="'weight': "):
+                artifact.load(tmp_path / "a", nn.Linear(4, 3), trainable)
+        Odd.how = None
+
+
 def test_a_file_for_another_model_names_what_differs(saved):
     with pytest.raises(artifact.ArtifactError, match="shape"):
         artifact.load(saved, small_lm(vocab_size=51))
@@ -367,23 +519,25 @@ DATA = Path(__file__).parent / "data"
 
 
 @pytest.mark.parametrize("name", ["tables", "formats"])
-def test_files_of_the_version_before_still_load(name, tmp_path):
+def test_files_of_the_version_before_are_converted(name, tmp_path):
     """Written by the code of KIT3, with the logits that it computed; every format, mask, layout and
     transform."""
-    before = np.load(DATA / "kit3.npz")
-    tokens, path = torch.arange(24)[None], DATA / f"kit3_{name}.kit"
+    before, old = np.load(DATA / "kit3.npz"), DATA / f"kit3_{name}.kit"
+    tokens, path = torch.arange(24)[None], tmp_path / "new"
+    with pytest.raises(artifact.ArtifactError, match="notebooks.reference.kit3"):
+        artifact.load(old, parts=before["parts"])
+    run = [sys.executable, "-m", "notebooks.reference.kit3", str(old), str(path)]
+    subprocess.run(run, check=True, timeout=120, cwd=Path(__file__).parents[1])
     for trainable in (False, True):
         model = artifact.load(path, trainable=trainable, parts=before["parts"])
         assert np.allclose(model(tokens).detach().numpy(), before[name], rtol=1e-5, atol=1e-5)
-    assert (
-        artifact.save(model, tmp_path / "a") <= path.stat().st_size + 16
-    )  # a header tells steps in full
+    assert artifact.save(model, tmp_path / "a") <= old.stat().st_size + 16  # steps told in full
     again = artifact.load(tmp_path / "a", parts=before["parts"])
     assert torch.equal(again(tokens), model(tokens))
 
 
 def test_range_coded_files_of_the_first_versions_are_refused(tmp_path):
-    body = b"KIT2" + (DATA / "kit3_tables.kit").read_bytes()[4 : -artifact.file.CHECKSUM]
+    body = b"KIT2" + (DATA / "kit3_tables.kit").read_bytes()[4 : -artifact.header.CHECKSUM]
     (tmp_path / "a").write_bytes(body + hashlib.sha256(body).digest())
     with pytest.raises(artifact.ArtifactError, match="earlier version"):
         artifact.load(tmp_path / "a", parts=np.load(DATA / "kit3.npz")["parts"])

@@ -60,7 +60,8 @@ def test_adversarial_streams(name):
 def test_carries_run_through_long_chains_of_bytes(byte):
     """Streams found by search: encode what the decoder reads from constant bytes, which keeps
     carries pending."""
-    codes = coding.decode(bytes([byte]) * 400, (30, 30))
+    codes = np.empty((30, 30), np.int32)
+    coding._decode(np.full(400, byte, np.uint8), codes)
     assert np.array_equal(coding.decode(coding.encode(codes), codes.shape), codes)
 
 
@@ -89,6 +90,29 @@ def test_rows_and_columns_of_different_spread_are_told_apart():
     codes = np.round(rng.laplace(size=(400, 64)) * scale).astype(np.int64)
     mixed = rng.permutation(codes.reshape(-1)).reshape(codes.shape)
     assert len(round_trip(codes)) < 0.95 * len(round_trip(mixed))
+
+
+def test_other_bytes_than_the_encoder_s_are_refused():
+    """Whatever is changed, cut off or added; zeros at the end are what it leaves away."""
+    rng = np.random.default_rng(0)
+    codes = np.round(rng.laplace(size=(40, 30)) * 3).astype(np.int64)
+    data = coding.encode(codes)
+    for place in [0, *rng.integers(1, len(data), 200)]:
+        wrong = bytearray(data)
+        wrong[place] ^= 1 << rng.integers(8)
+        for stream in (wrong, data[:place] or b"1", data[:place] + data[place + 1 :]):
+            with pytest.raises(ValueError, match="no range-coded stream of 1200 integers"):
+                coding.decode(bytes(stream), codes.shape)
+    more = np.pad(codes, ((0, 1), (0, 0)))  # zeros at the end take no bytes
+    assert coding.encode(more) == data and np.array_equal(coding.decode(data, more.shape), more)
+    for shape in ((39, 30), (30, 40)):
+        with pytest.raises(ValueError, match="no range-coded stream"):
+            coding.decode(data, shape)
+    with pytest.raises(ValueError, match="no range-coded stream"):
+        coding.decode(data + b"\1", codes.shape)
+    for noise in (bytes([255]) * 4000, rng.bytes(4000)):
+        with pytest.raises(ValueError, match="no range-coded stream"):
+            coding.decode(noise, (100, 100))
 
 
 def test_zeros_take_almost_nothing():

@@ -3,6 +3,7 @@ a step."""
 
 import math
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -56,7 +57,7 @@ def coded(order):
 
 def classes_of(order, parts=None):
     entry, write = written(order)
-    stored = torch.zeros(len(order.classes))
+    entry, stored = msgspec.convert(entry, RowOrder.settings), torch.zeros(len(order.classes))
     return RowOrder.decode(entry, Reader(write.letters, write.blobs), None, stored, parts)[
         0
     ].classes

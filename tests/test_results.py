@@ -77,7 +77,7 @@ def test_values_that_json_lacks_are_converted(tmp_path):
 def test_a_failed_write_leaves_the_old_record_alone(tmp_path, monkeypatch):
     path = write_result(tmp_path, record(bytes=1))
     before = path.read_bytes()
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="object has no JSON form"):
         write_result(tmp_path, record(bytes=object()))
     monkeypatch.setattr(store.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -88,9 +88,9 @@ def test_a_failed_write_leaves_the_old_record_alone(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "broken, says",
     [
-        ({"notebook": "05", "parameters": {}}, "lacks seed"),
-        (record(corpus={"name": "docs"}), "expected its name and sha256"),
-        (record(stages=[{"bytes": 3}]), "has no name"),
+        ({"notebook": "05", "parameters": {}}, "missing required field `seed`"),
+        (record(corpus={"name": "docs"}), r"missing required field `sha256` - at `\$.corpus`"),
+        (record(stages=[{"bytes": 3}]), r"missing required field `name` - at `\$.stages"),
     ],
 )
 def test_incomplete_records_are_refused(tmp_path, broken, says):

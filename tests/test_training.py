@@ -1,11 +1,12 @@
 import io
 import itertools
-import json
 import math
 import random
 import re
+import resource
 from contextlib import redirect_stdout
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kit.core.protocols import LanguageModel
 from kit.training import TrainConfig, learning_rate, train
+from kit.training.checkpoint import read_checkpoint, write_checkpoint
 from kit.training.losses import classification_loss, next_token_loss
 
 
@@ -378,22 +380,69 @@ def test_bad_checkpoints_are_refused_in_one_sentence(tmp_path):
     for damaged in (good[: len(good) // 2], good[:20], b"", b"\x80\x02pickle"):
         path.write_bytes(damaged)
         refused("is damaged")
-    path.write_bytes(good)
-    tensors = load_file(path)
-    tensors["model/head.weight"][0, 0] = math.nan
-    header_size = int.from_bytes(good[:8], "little")
-    save_file(tensors, path, metadata=json.loads(good[8 : 8 + header_size])["__metadata__"])
-    refused("NaN in 'model/head.weight'")
-    save_file(tensors, path)
+    clean = load_file(written)
+    save_file(clean, path)
     refused("not a training checkpoint")
-    metadata, clean = json.loads(good[8 : 8 + header_size])["__metadata__"], load_file(written)
+    groups, state = read_checkpoint(written)
+
+    def edited(group, name, tensor, **changes):
+        tensors = {**groups[group], name: tensor}
+        changed = {**groups, group: {k: t for k, t in tensors.items() if t is not None}}
+        other = msgspec.structs.replace(state)
+        for field, value in changes.items():
+            setattr(other, field, value)
+        write_checkpoint(path, changed, other)
+
+    weight = groups["model"]["head.weight"]
+    edited("model", "head.weight", weight.clone().fill_(math.nan))
+    refused("NaN in 'model/head.weight'")
     for name in ("exp_avg", "exp_avg_sq", "step"):
-        for bad in (torch.zeros(3), None):
-            tensors = {**clean, f"optimizer/head.weight/{name}": bad}
-            save_file(
-                {key: t for key, t in tensors.items() if t is not None}, path, metadata=metadata
-            )
+        for bad in (torch.zeros(3), None, torch.zeros_like(weight).double()):
+            edited("optimizer", f"head.weight/{name}", bad)
             refused(f"'head.weight/{name}' is ")
+    edited("best", "head.weight", torch.zeros(3))
+    refused("'embedding.weight' is absent")
+    edited("model", "head.weight", weight, step=4, position=4)
+    refused("step 4 of 3")
+    edited("model", "head.weight", weight, position=10**12)
+    refused("at batch 1000000000000 and step 3")
+    numpy = groups["rng.now"]["numpy"]
+    for place, value in ((0, -1.0), (3, math.nan), (624, 10.0**6), (624, 3.5)):
+        wrong = numpy.clone()
+        wrong[place] = value
+        edited("rng.now", "numpy", wrong)
+        refused("is damaged")
+    edited("rng.epoch", "torch", groups["rng.now"]["torch"][:-1])
+    refused("is damaged")
+    edited("other", "head.weight", weight)
+    refused("it holds {'other'}")
+
+
+def test_every_flipped_byte_of_a_checkpoint_is_found(tmp_path):
+    path, config = tmp_path / "c", TrainConfig(steps=2)
+    train(toy(), loader(), config, checkpoint=path, log=False)
+    good = path.read_bytes()
+    for place in np.random.default_rng(0).integers(0, len(good), 40):
+        damaged = bytearray(good)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=str(path)):
+            train(toy(), loader(), config, checkpoint=path, log=False)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "c"
+    train(toy(), loader(), TrainConfig(steps=1), checkpoint=path, log=False)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # as if the disk were full
+    try:
+        with pytest.raises(OSError, match=str(path)) as error:
+            write_checkpoint(path, *read_checkpoint(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -3,13 +3,5 @@
 from kit.artifact.file import describe, float32_bytes, load, nbytes, save, tensor_bytes
 from kit.artifact.layouts import LAYOUTS, ArtifactError
 
-__all__ = [
-    "LAYOUTS",
-    "ArtifactError",
-    "describe",
-    "float32_bytes",
-    "load",
-    "nbytes",
-    "save",
-    "tensor_bytes",
-]
+__all__ = ["LAYOUTS", "ArtifactError", "describe", "float32_bytes", "load", "nbytes", "save"]
+__all__ += ["tensor_bytes"]

@@ -7,22 +7,22 @@ whatever they are (kit.core.steps); each tensor takes whichever layout of kit.ar
 smallest.
 """
 
-import hashlib
 import json
 import math
 import os
-import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from kit.artifact import kit3
-from kit.artifact.layouts import INTEGERS, LAYOUTS, ArtifactError, Reader, Writer
+from kit.artifact.header import SAME, Entry, Header, sealed, unsealed
+from kit.artifact.layouts import INTEGERS, LAYOUTS, MOST, ArtifactError, Reader, Writer, is_finite
 from kit.core.protocols import bare
 from kit.core.steps import STEPS, Step
 from kit.core.store import atomic
@@ -32,9 +32,7 @@ from kit.pruning import mask  # noqa: F401 registers its step
 from kit.quantization import fake, token_tables  # noqa: F401 register their steps
 from kit.quantization.activations import ACTIVATION_MODULES
 
-MAGIC, EARLIER, OTHER_CODERS = b"KIT4", b"KIT3", (b"KIT1", b"KIT2")
-CHECKSUM = 32
-SAME = "="  # in place of a step: the one that was written as the n-th
+SPARSEST = 2**10  # entries a byte of a file, beyond MOST in all: larger ones need `load(model=)`
 
 
 def save(model: nn.Module, path: str | os.PathLike, layouts: Sequence[str] = tuple(LAYOUTS)) -> int:
@@ -77,33 +75,33 @@ def load(
     Its outputs equal those of the model that was saved, to the last bit.
 
     Args:
-        model: an instance to fill, for models that are not the kit's own; it is changed and
-            returned.
+        model: an instance to fill and return, for models that are not the kit's own.
         trainable: put the steps of the saved model back on, so that training can go on.
-        parts: (V, 2), what each token was merged from (`BPETokenizer.parts`), for files whose token
-            tables were composed of them.
-    Raises ArtifactError: the file is not an artifact, was cut or edited, or has other tensors than
-        the model.
+        parts: (V, 2), what each token was merged from, for tables composed of them.
+    Raises ArtifactError: the file is no artifact, was cut or edited, contradicts itself, has other
+        tensors than the model, or NaN or infinities where that has none. Nothing is allocated that
+        the model or the file's bytes do not justify.
     """
     header, blobs = _read(path)
-    if model is None:
-        model = _rebuild(header, path)
-    _restore_modules(bare(model), header, path)
-    targets = _targets(bare(model))
-    _check_names(header, targets, path)
-    made: list[Step] = []
-    with torch.no_grad():
-        for entry in header["tensors"]:
-            read = Reader(entry.get("in", "d"), [next(blobs) for _ in entry["sizes"]])
-            target = targets[entry["name"]]
-            try:
+    what = "its header"
+    try:
+        filled = _prepared(header, None if model is None else bare(model), sum(map(len, blobs)))
+        targets, made, rest = _targets(filled), [], iter(blobs)
+        for entry in header.tensors:
+            what, target = repr(entry.name), targets[entry.name]
+            original = target.original if isinstance(target, Weight) else target
+            read = Reader(entry.letters, [next(rest) for _ in entry.sizes], original.numel())
+            with torch.no_grad():
                 if isinstance(target, Weight):
                     _decode(entry, target, read, made, trainable, parts)
                 else:
-                    target.copy_(read.tensor(target.shape, _dtype(entry)))
-            except (ValueError, KeyError, TypeError, RuntimeError) as error:
-                raise ArtifactError(f"{path} cannot be read, {entry['name']!r}: {error}") from None
-    return model.eval()
+                    target.copy_(read.tensor(target.shape, target.dtype, like=target))
+            if read.left:
+                raise ArtifactError("it has more parts than its steps need")
+    except Exception as error:  # steps and models may be anybody's: what they raise is told alike
+        why = str(error).partition("\n")[0][:500] or type(error).__name__
+        raise ArtifactError(f"{path} cannot be read, {what}: {why}") from error
+    return (filled if model is None else model).eval()
 
 
 def describe(path: str | os.PathLike):
@@ -116,15 +114,15 @@ def describe(path: str | os.PathLike):
 
     header, _ = _read(path)
     rows = []
-    for entry in header["tensors"]:
-        sizes, letters = np.array(entry["sizes"]), np.array(list(entry.get("in", "d")))
-        formats = [s.get("format", {}) for kind, s in entry.get("steps", ())
+    for entry in header.tensors:
+        sizes, letters = np.array(entry.sizes), np.array(list(entry.letters))
+        formats = [getattr(s, "format", {}) for kind, s in entry.steps
                    if kind in STEPS and STEPS[kind].carries]  # fmt: skip
-        bits = formats[0].get("bits", 8) if formats else entry.get("dtype", "float32")
+        bits = formats[0].get("bits", 8) if formats else entry.dtype or "float32"
         main = letters[sizes.argmax()]
         layout = next((name for name, made in LAYOUTS.items() if made.letter == main), "entropy")
-        order, shape = sizes[letters == INTEGERS].sum(), tuple(entry["shape"])
-        rows.append((entry["name"], shape, bits, layout, math.prod(shape), sizes.sum() - order))
+        order, shape = sizes[letters == INTEGERS].sum(), tuple(entry.shape)
+        rows.append((entry.name, shape, bits, layout, math.prod(shape), sizes.sum() - order))
         if order:
             rows.append(("(order of tokens)", shape[:1], "", "entropy", shape[0], order))
     overhead = os.path.getsize(path) - sum(row[-1] for row in rows)
@@ -150,19 +148,13 @@ def serialized(model: nn.Module, layouts: Sequence[str] = tuple(LAYOUTS)) -> byt
             with torch.no_grad():
                 entry = _encode(target, write, written)
         else:
-            entry = _plain(target, write)
+            write.tensor(target)
+            entry = _kind(target)
         entry |= {"in": write.letters} if write.letters != "d" else {}
         sizes = [len(blob) for blob in write.blobs]
         header["tensors"].append({"name": name, **entry, "sizes": sizes})
         blobs += write.blobs
     return sealed(header, blobs)
-
-
-def sealed(header: dict, blobs: Sequence[bytes]) -> bytes:
-    """A file of this header and these blobs."""
-    text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    body = MAGIC + struct.pack("<I", len(text)) + text + b"".join(blobs)
-    return body + hashlib.sha256(body).digest()
 
 
 def _encode(weight: Weight, write: Writer, written: dict[Step, int]) -> dict:
@@ -176,9 +168,8 @@ def _encode(weight: Weight, write: Writer, written: dict[Step, int]) -> dict:
         x = step(x)
     carrier, leading = _leading(steps, weight.name)
     stored = [*seen, x][leading]
-    entry: dict = {"shape": list(weight.original.shape)}
-    if weight.original.dtype != torch.float32:
-        entry["dtype"] = _name(weight.original.dtype)
+    if not is_finite(stored):
+        raise ValueError(f"{weight.name!r} holds NaN or infinities, which `load` would refuse")
     if carrier is None:
         if leading < len(steps):  # transforms of floats save no bytes: what they compute is stored
             steps, stored = [], x
@@ -190,7 +181,7 @@ def _encode(weight: Weight, write: Writer, written: dict[Step, int]) -> dict:
         else:
             entries[i] = [steps[i].kind, steps[i].encode(seen[i], stored, write)]
             written[steps[i]] = len(written)
-    return {**entry, "steps": entries} if entries else entry
+    return _kind(weight.original) | ({"steps": entries} if entries else {})
 
 
 def _leading(steps: Sequence[Step | type[Step]], name: str) -> tuple[int | None, int]:
@@ -206,18 +197,13 @@ def _leading(steps: Sequence[Step | type[Step]], name: str) -> tuple[int | None,
     return carrier, carrier + 1
 
 
-def _plain(tensor: Tensor, write: Writer) -> dict:
-    write.tensor(tensor)
+def _kind(tensor: Tensor) -> dict:
     dtype = {} if tensor.dtype == torch.float32 else {"dtype": _name(tensor.dtype)}
     return {"shape": list(tensor.shape), **dtype}
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _dtype(entry: dict) -> torch.dtype:
-    return getattr(torch, entry.get("dtype", "float32"))
 
 
 def _targets(model: nn.Module) -> dict[str, Weight | Tensor]:
@@ -247,8 +233,8 @@ def _extra_state(model: nn.Module) -> dict:
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             found[path] = module.get_extra_state()
             try:
-                json.dumps(found[path])
-            except TypeError:
+                json.dumps(found[path], allow_nan=False)
+            except (TypeError, ValueError):
                 raise ValueError(
                     f"the extra state of {path!r} is no plain JSON, all that a file holds"
                 ) from None
@@ -258,96 +244,153 @@ def _extra_state(model: nn.Module) -> dict:
 # Reading
 
 
-def _read(path: str | os.PathLike) -> tuple[dict, Iterator[bytes]]:
-    """Header and an iterator over the blobs of a file that is whole."""
-    data = Path(path).read_bytes()
-    magic = data[:4]
-    if magic not in (MAGIC, EARLIER, *OTHER_CODERS):
-        raise ArtifactError(f"{path} is not a kit artifact: it begins with {magic!r}")
-    if len(data) < 8 + CHECKSUM or hashlib.sha256(data[:-CHECKSUM]).digest() != data[-CHECKSUM:]:
-        raise ArtifactError(f"{path} is damaged (its checksum differs): copy or write it again")
-    length = struct.unpack("<I", data[4:8])[0]
+def _read(path: str | os.PathLike) -> tuple[Header, list]:
+    """Header and blobs of a file that is whole."""
+    data = memoryview(Path(path).read_bytes())
     try:
-        header = json.loads(zlib.decompress(data[8 : 8 + length]))
-        sizes = [size for entry in header["tensors"] for size in entry["sizes"]]
-        header["model"], header["modules"]
-        other_coder = magic in OTHER_CODERS and kit3.is_range_coded(header)
-    except (zlib.error, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} has no readable header ({error}): write it again") from None
-    if other_coder:
-        raise ArtifactError(f"{path} is range-coded by an earlier version: make it again")
-    held = len(data) - 8 - length - CHECKSUM
-    if sum(sizes) != held or any(size < 0 for size in sizes):
-        raise ArtifactError(f"{path} announces {sum(sizes)} bytes of tensors but holds {held}")
-    offsets = np.cumsum([8 + length, *sizes]).tolist()
-    blobs = [data[a:b] for a, b in zip(offsets, offsets[1:])]
-    if magic != MAGIC:
-        header, blobs = kit3.upgraded(header, blobs)
-    return header, iter(blobs)
+        header, blobs = unsealed(data, path)
+        header = msgspec.convert(header, Header)
+        for entry in header.tensors:
+            kinds = [STEPS[kind].settings if kind in STEPS else Any for kind, _ in entry.steps]
+            entry.steps = [(kind, msgspec.convert(stated, known))
+                           for (kind, stated), known in zip(entry.steps, kinds)]  # fmt: skip
+    except Exception as error:  # it may be any JSON
+        if isinstance(error, ArtifactError):
+            raise
+        why = f"{type(error).__name__}: {error}".partition("\n")[0][:500]
+        raise ArtifactError(f"{path} has no readable header ({why}): write it again") from None
+    return header, blobs
 
 
-def _decode(entry: dict, weight: Weight, read: Reader, made: list, trainable: bool, parts) -> None:
+def _prepared(header: Header, model: nn.Module | None, held: int) -> nn.Module:
+    """The model to fill, with modules and extra state, after all that the header says was held
+    against it, or against a skeleton that takes no memory. held: bytes of the file's tensors."""
+    shown = _skeleton(header, held) if model is None else model
+    with torch.device("meta"):
+        modules = {name: _quantizer(stated) for name, stated in header.modules.items()}
+    kinds = (nn.Identity, *ACTIVATION_MODULES.values())
+    for name in modules:
+        path, _, leaf = name.rpartition(".")
+        holder = shown.get_submodule(path)
+        if not isinstance(holder._modules.get(leaf), kinds) and (not leaf or hasattr(holder, leaf)):
+            raise ArtifactError(f"the model has no place for a quantizer at {name!r}")
+    for name in header.extra.keys() ^ _extra_state(shown).keys():
+        raise ArtifactError(f"extra state of {name!r} is in one of file and model only")
+    _check_tensors(header, shown, modules)
+    if model is None:
+        with torch.random.fork_rng(devices=[]):
+            model = build_model(header.model.kind, header.model.config)
+    for name, stated in header.modules.items():
+        model.set_submodule(name, _quantizer(stated))
+    for name, state in header.extra.items():
+        model.get_submodule(name).set_extra_state(state)
+    return model
+
+
+def _quantizer(stated: dict) -> nn.Module:
+    """The activation quantizer that the header states: a class of the kit's and its settings."""
+    made = ACTIVATION_MODULES[stated["class"]](**{k: v for k, v in stated.items() if k != "class"})
+    if json.dumps({"class": stated["class"], **made.settings()}) != json.dumps(stated):
+        raise ArtifactError(f"{stated} are not the settings of a {stated['class']}")
+    return made
+
+
+class _Calls(TorchFunctionMode):
+    """Ends the building of a model that calls torch more often than its tensors can need, and
+    writes to none of them, as a skeleton holds no values."""
+
+    def __init__(self, left: int):
+        super().__init__()
+        self.left = left
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        self.left -= 1
+        if self.left < 0:
+            raise ArtifactError("its config describes more layers than it holds tensors of")
+        name, options = getattr(function, "__name__", ""), options or {}
+        if name.endswith("_") and not name.endswith("__"):
+            return (*arguments, *options.values())[0]
+        return function(*arguments, **options)
+
+
+def _skeleton(header: Header, held: int) -> nn.Module:
+    """The kit's own model of the header, on the meta device. No size in its config can exceed the
+    entries of its tensors, and these not by far the bytes that are there."""
+    if header.model is None:
+        raise ArtifactError("it holds a model that is not the kit's: pass load(path, model=...)")
+    entries = sum(math.prod(entry.shape) for entry in header.tensors)
+    if entries > MOST + SPARSEST * held:
+        much = f"{entries:,} entries in {held:,} bytes"
+        raise ArtifactError(f"{much} are hardly a model: pass load(path, model=...) if they are")
+    for name, value in header.model.config.items():
+        for size in value if isinstance(value, list) else [value]:
+            if isinstance(size, int) and size > entries:
+                raise ArtifactError(f"its config has {name} = {value} for {entries:,} entries")
+    with torch.device("meta"), _Calls(100 * (len(header.tensors) + 10)):
+        return build_model(header.model.kind, header.model.config)
+
+
+def _check_tensors(header: Header, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Raises ArtifactError unless the file has the tensors of the model and these modules."""
+    inside = tuple(f"{name}." for name in modules)
+    targets = {k: v for k, v in _targets(model).items() if not k.startswith(inside)}
+    targets |= {f"{k}.{name}": b for k, m in modules.items() for name, b in m.named_buffers()}
+    stored = {entry.name: entry for entry in header.tensors}
+    if len(stored) < len(header.tensors):
+        raise ArtifactError("it has two tensors of one name")
+    for name in stored.keys() ^ targets.keys():
+        here, there = ("file", "model") if name in stored else ("model", "file")
+        where = f"in the {here} but not in the {there}"
+        raise ArtifactError(f"it does not fit: {name!r} is {where}; use the same config")
+    for name, target in targets.items():
+        tensor, entry = target.original if isinstance(target, Weight) else target, stored[name]
+        ours = _name(tensor.dtype), list(tensor.shape)
+        theirs = entry.dtype or ours[0], entry.shape
+        if ours != theirs:
+            kinds = "{} of shape {}, the model expects {} of shape {}".format(*theirs, *ours)
+            raise ArtifactError(f"it holds {name!r} as {kinds}: convert it first")
+
+
+def _decode(entry: Entry, weight: Weight, read: Reader, made: list, trainable: bool, parts) -> None:
     """Fills a weight with its stored value and puts its steps on, or what they compute in place."""
-    entries = entry.get("steps", [])
-    for kind, _ in entries:
+    kinds, original = [], weight.original
+    for kind, settings in entry.steps:
+        if kind == SAME and not 0 <= settings < len(made):
+            raise ArtifactError(f"it shares step {settings} of {len(made)} before it")
         if kind != SAME and kind not in STEPS:
-            raise ValueError(f"no step {kind!r} is known: import the file that registers it first")
-    kinds = [made[settings] if kind == SAME else STEPS[kind] for kind, settings in entries]
+            raise ArtifactError(f"no step {kind!r} is known: import the file that registers it")
+        kinds.append(made[settings] if kind == SAME else STEPS[kind])
+    ranks = [kind.rank for kind in kinds]
+    if ranks != sorted(set(ranks)):
+        raise ArtifactError("its steps are not in their order, one of each")
     carrier, leading = _leading(kinds, weight.name)
-    stored = read.tensor(weight.original.shape, _dtype(entry)) if carrier is None else None
-    steps: list = [None] * len(entries)
-    for i in sorted(range(len(entries)), key=lambda i: i != carrier):
-        kind, settings = entries[i]
+    stored = None
+    if carrier is None:
+        stored = read.tensor(original.shape, original.dtype, like=original)
+    steps: list = [None] * len(kinds)
+    for i in sorted(range(len(kinds)), key=lambda i: i != carrier):
+        kind, settings = entry.steps[i]
         if kind == SAME:
             steps[i] = made[settings]
             continue
         steps[i], value = STEPS[kind].decode(settings, read, weight, stored, parts)
-        stored = value if i == carrier else stored
+        if i == carrier:
+            stored = _checked(value, original)
         made.append(steps[i])
-    for step in [] if trainable else steps[leading:]:
-        stored = step(stored)
-    weight.assign(stored)
+    value = stored
+    for i, (kind, _) in enumerate(entry.steps):
+        if i >= leading or kind == SAME:
+            value = _checked(steps[i](value), original)
+        if i < leading and value is not stored and not torch.equal(value, stored):
+            raise ArtifactError("a step that it shares changes its stored value")
+    weight.assign(stored if trainable else value)
     if trainable and steps:
         weight.set_steps(steps)
 
 
-def _rebuild(header: dict, path) -> nn.Module:
-    stated = header["model"]
-    if stated is None:
-        raise ArtifactError(f"{path} holds a model that is not ours: pass load(path, model=...)")
-    with torch.device("meta"):
-        skeleton = build_model(stated["class"], stated["config"])
-    shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
-    stored = {entry["name"]: tuple(entry["shape"]) for entry in header["tensors"]}
-    if any(stored.get(name, shape) != shape for name, shape in shapes.items()):
-        raise ArtifactError(f"{path} contradicts itself: config and tensors differ in shape")
-    with torch.random.fork_rng(devices=[]):
-        return build_model(stated["class"], stated["config"])
-
-
-def _restore_modules(model: nn.Module, header: dict, path) -> None:
-    for name, settings in header["modules"].items():
-        kind = settings.pop("class")
-        if kind not in ACTIVATION_MODULES:
-            raise ArtifactError(f"{path} needs a module {kind!r}, which the kit lacks")
-        model.set_submodule(name, ACTIVATION_MODULES[kind](**settings))
-    for name, state in header.get("extra", {}).items():
-        model.get_submodule(name).set_extra_state(state)
-
-
-def _check_names(header: dict, targets: dict[str, Weight | Tensor], path) -> None:
-    stored = {entry["name"]: tuple(entry["shape"]) for entry in header["tensors"]}
-    for name in stored.keys() ^ targets.keys():
-        here, there = ("file", "model") if name in stored else ("model", "file")
-        where = f"in the {here} but not in the {there}"
-        raise ArtifactError(f"{path} does not fit: {name!r} is {where}; use the same config")
-    for entry in header["tensors"]:
-        target = targets[entry["name"]]
-        tensor = target.original if isinstance(target, Weight) else target
-        ours, theirs = tuple(tensor.shape), tuple(entry["shape"])
-        if ours != theirs:
-            shapes = f"shape {theirs}, the model expects {ours}"
-            raise ArtifactError(f"{path} holds {entry['name']!r} with {shapes}")
-        if _dtype(entry) != tensor.dtype and not header.get("earlier"):
-            dtypes = f"{_dtype(entry)}, the model expects {tensor.dtype}"
-            raise ArtifactError(f"{path} holds {entry['name']!r} as {dtypes}: convert it first")
+def _checked(value: Tensor, original: Tensor) -> Tensor:
+    """What a step gave, if it can be the weight's value."""
+    if value.shape != original.shape or value.dtype != original.dtype or not is_finite(value):
+        found = f"{value.dtype} of shape {tuple(value.shape)}"
+        raise ArtifactError(f"its steps give {found}, or NaN or infinities, which it cannot hold")
+    return value

@@ -11,7 +11,7 @@ All of them work on a flat array of integers: codes, or the bits of a float (so 
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,8 +30,7 @@ class ArtifactError(ValueError):
 class Entries:
     """What a tensor's entries are.
 
-    bits: of a code ("ternary" for three of them); None for entries as they are in memory, of
-        `dtype`.
+    bits: of a code, or "ternary"; None for entries as they are in memory, of `dtype`.
     origin: int array, the code of each entry that means zero; None where that is 0.
     """
 
@@ -100,6 +99,7 @@ class Bitmap:
 
     def decode(self, kind: Entries, data: bytes) -> np.ndarray:
         length, values = -(-kind.count // 8), kind.zeros()
+        _expect(min(len(data), length), length)
         bits = np.unpackbits(np.frombuffer(data[:length], np.uint8))[: kind.count].astype(bool)
         _expect(len(data), length + kind.nbytes(int(bits.sum())))
         values[bits] = kind.unpack(data[length:], int(bits.sum()))
@@ -122,41 +122,40 @@ class Gaps:
         values = kind.zeros()
         if not data:
             return values
-        (count,) = struct.unpack("<I", data[:4].ljust(4, b"\0"))
+        count = int.from_bytes(data[:4], "little")
         end = 4 + kind.nbytes(count)
         _expect(min(len(data), end), end)
-        gaps = range_coder.decode(data[end:], (1, min(count, kind.count)))[0].astype(np.int64)
+        if not 1 <= count <= kind.count:
+            raise ArtifactError(f"it holds {count} sparse entries where {kind.count} belong")
+        gaps = range_coder.decode(data[end:], (1, count))[0].astype(np.int64)
         at = np.cumsum(gaps + 1) - 1
-        if count > kind.count or not 0 <= at.min() <= at.max() < kind.count:
+        if gaps.min() < 0 or at[-1] >= kind.count:
             raise ArtifactError("its sparse entries lie outside their tensor")
         values[at] = kind.unpack(data[4:end], count)
         return values
 
 
-class Entropy:
-    letter = "e"
+class Coded:
+    """All codes by a coder, where it `takes` them."""
+
+    def __init__(self, letter: str, coder, takes: Callable[[np.ndarray], bool]):
+        self.letter, self.coder, self.takes = letter, coder, takes
 
     def encode(self, kind: Entries, values: np.ndarray) -> bytes | None:
         if kind.bits is None:
             return None
         codes = (values - kind.zeros()).reshape(kind.shape)
-        return None if _slow(codes) else range_coder.encode(codes)
+        return self.coder.encode(codes) if self.takes(codes) else None
 
     def decode(self, kind: Entries, data: bytes) -> np.ndarray:
-        return range_coder.decode(data, kind.shape).reshape(-1) + kind.zeros()
-
-
-class Streams:
-    letter = "s"
-
-    def encode(self, kind: Entries, values: np.ndarray) -> bytes | None:
         if kind.bits is None:
-            return None
-        codes = (values - kind.zeros()).reshape(kind.shape)
-        return ans.encode(codes) if ans.fits(codes) else None
-
-    def decode(self, kind: Entries, data: bytes) -> np.ndarray:
-        return ans.decode(data, kind.shape).reshape(-1) + kind.zeros()
+            raise ArtifactError("its layout is for codes, which it does not hold")
+        codes = self.coder.decode(data, kind.shape).reshape(-1) + kind.zeros()
+        half = 1 if kind.bits == "ternary" else 2 ** (kind.bits - 1)
+        top = 1 if kind.bits == "ternary" else half - 1
+        if codes.size and not -half <= codes.min() <= codes.max() <= top:
+            raise ArtifactError(f"its codes leave the range of {kind.bits} bits")
+        return codes
 
 
 def _slow(codes: np.ndarray) -> bool:
@@ -173,12 +172,13 @@ LAYOUTS = {
     "dense": Dense(),
     "bitmap": Bitmap(),
     "gaps": Gaps(),
-    "entropy": Entropy(),
-    "streams": Streams(),
+    "entropy": Coded("e", range_coder, lambda codes: not _slow(codes)),
+    "streams": Coded("s", ans, ans.fits),
 }
 LETTERS = {layout.letter: layout for layout in LAYOUTS.values()}
 MANY = 1 << 20  # numbers that take the adaptive coder too long
 INTEGERS = "i"  # range-coded numbers of no particular width
+MOST = 2**24  # entries that anything may have; more only what is no larger than its weight
 
 
 def _expect(found: int, expected: int) -> None:
@@ -234,15 +234,34 @@ class Writer:
         self.blobs.append(data)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN and no infinity, in one pass and without a copy for most dtypes."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if not (tensor.is_floating_point() and tensor.numel()):
+        return True
+    small = tensor.dtype.itemsize == 1  # eight-bit floats know no order
+    return torch.stack(torch.aminmax(tensor.float() if small else tensor)).isfinite().all().item()
+
+
 class Reader:
-    """Gives the tensors back in the order in which a Writer took them."""
+    """Gives the tensors back in the order in which a Writer took them, whatever the bytes are: of
+    the shape and dtype asked for, codes within their bits, floats finite, and nothing is allocated
+    that is larger than the weight (`size` entries) or 2**24 entries; or it raises ArtifactError."""
 
-    def __init__(self, letters: str, blobs: Sequence[bytes]):
-        self._left = list(zip(letters, blobs, strict=True))
+    def __init__(self, letters: str, blobs: Sequence[bytes], size: int = 0):
+        self.left, self._most = list(zip(letters, blobs, strict=True)), max(size, MOST)
 
-    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype, like: Tensor | None = None):
+        """like: a tensor that may hold NaN or infinities where the file has them."""
         found = self._read(_entries(shape, dtype))
-        return (found != 0).reshape(tuple(shape)) if dtype == torch.bool else found
+        if dtype == torch.bool:
+            return (found != 0).reshape(tuple(shape))
+        if not is_finite(found) and (
+            like is None or not (found.isfinite() | found.isclose(like, 0, 0, True)).all()
+        ):
+            raise ArtifactError("it holds NaN or infinite values")
+        return found
 
     def codes(
         self, shape: tuple[int, int], bits: int | str, origin: Tensor | None = None
@@ -250,16 +269,19 @@ class Reader:
         return self._read(_codes(shape, bits, origin))
 
     def integers(self, count: int) -> np.ndarray:
-        _, data = self._next()
-        return range_coder.decode(data, (count, 1))[:, 0].astype(np.int64)
+        return range_coder.decode(self._next(INTEGERS, count), (count, 1))[:, 0].astype(np.int64)
 
     def _read(self, kind: Entries) -> Tensor:
-        letter, data = self._next()
-        if letter not in LETTERS:
-            raise ArtifactError(f"its layout {letter!r} is unknown")
+        letter = self.left[0][0] if self.left else ""
+        data = self._next("".join(LETTERS), kind.count)
         return kind.tensor(LETTERS[letter].decode(kind, data))
 
-    def _next(self) -> tuple[str, bytes]:
-        if not self._left:
-            raise ArtifactError("a tensor has fewer parts than its steps need")
-        return self._left.pop(0)
+    def _next(self, layouts: str, count: int) -> bytes:
+        if not self.left:
+            raise ArtifactError("it has fewer parts than its steps need")
+        letter, data = self.left.pop(0)
+        if letter not in layouts:
+            raise ArtifactError(f"its layout {letter!r} is none of {layouts!r}")
+        if count > self._most:
+            raise ArtifactError(f"a part of {count:,} entries is larger than the weight itself")
+        return data

@@ -1,6 +1,5 @@
 """What pruning or rounding one weight costs in loss, and the best choice within some bytes."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from torch import nn
 
 from kit import artifact
 from kit.budget.allocation import allocate
-from kit.core.store import digest, write_json
+from kit.core.store import digest, read_json, write_json
 from kit.core.weights import copy_model, materialize, weights
 from kit.pruning.criteria import check_sparsity
 from kit.pruning.magnitude import MagnitudePruner
@@ -45,7 +44,7 @@ def scan(
         settings = [list(choices), formats, [weight.name for weight in found]]
         file = Path(cache) / f"scan-{digest(model, list(batches), settings)}.json"
         if file.exists():
-            return pd.DataFrame(json.loads(file.read_text()))
+            return pd.DataFrame(read_json(file, list[dict]))
     untouched, rows = evaluate(model, batches).loss, []
     for weight in found:
         steps, value = weight.steps, weight.value.detach().clone()

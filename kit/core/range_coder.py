@@ -33,6 +33,7 @@ START = ONE // 4  # of an average
 TOP = np.uint64(1 << 24)
 MASK = np.uint64(0xFFFFFFFF)
 BYTE = np.uint64(8)
+LARGEST = 2**31 - 1  # code
 MOST = 128  # bytes that one code can take: 80 decisions of at most 12 bits each, and the flush
 
 
@@ -203,7 +204,7 @@ def _pass(codes, buffer, coder, reads):
     column_recent = np.full(columns, START, np.int64)
     column_mean = column_recent.copy()
     recent_level, mean_level = np.zeros(columns, np.int64), np.zeros(columns, np.int64)
-    recent, row_mean, level, row = START, START, 0, 0
+    recent, row_mean, level, row, fits = START, START, 0, 0, True
     for r in range(rows):
         row_sum = 0
         for c in range(columns):
@@ -226,6 +227,8 @@ def _pass(codes, buffer, coder, reads):
             if size == UNARY:
                 tail = 0 if reads else known - UNARY + 1
                 size += _code_tail(buffer, coder, tails, tail_counts, tail) - 1
+                if size > LARGEST:
+                    fits = False
             if size:
                 bit = -1 if reads else int(codes[r, c] < 0)
                 bit = _code_alone(buffer, coder, signs, sign_counts, c, bit)
@@ -238,7 +241,7 @@ def _pass(codes, buffer, coder, reads):
             column_recent[c] += (size - column_recent[c]) >> 4
             column_mean[c] += (size - column_mean[c]) >> 7
         row_mean += (row_sum // max(columns, 1) - row_mean) >> 3
-    return True
+    return fits
 
 
 @compiled()
@@ -256,7 +259,8 @@ def _decode(data, codes):
     coder = np.array([0, 0xFFFFFFFF, 0, 0, 5], np.uint64)
     for i in range(5):
         coder[0] = ((coder[0] << BYTE) | _byte(data, np.uint64(i))) & MASK
-    _pass(codes, data, coder, True)
+    read = _pass(codes, data, coder, True)
+    return read and _byte(data, np.uint64(0)) == coder[0] == 0 and coder[4] >= len(data)
 
 
 def encode(codes: np.ndarray) -> bytes:
@@ -276,7 +280,9 @@ def encode(codes: np.ndarray) -> bytes:
 
 
 def decode(data: bytes, shape: tuple[int, int]) -> np.ndarray:
-    """The int32 matrix that `encode` wrote. Any bytes decode to something: check a sum first."""
+    """The int32 matrix that `encode` wrote. Raises ValueError for other bytes: they must end with
+    the last code, in the state that `encode` leaves, which by chance one in 2**32 does."""
     codes = np.empty(shape, np.int32)
-    _decode(np.frombuffer(bytearray(data), np.uint8), codes)
+    if not _decode(np.frombuffer(bytearray(data), np.uint8), codes):
+        raise ValueError(f"{len(data)} bytes are no range-coded stream of {codes.size} integers")
     return codes

@@ -9,10 +9,15 @@ they change nothing) come first, and what comes out of them is stored; what stan
 from collections.abc import Callable
 from typing import ClassVar
 
+import msgspec
 import torch.nn as nn
 from torch import Tensor
 
 STEPS: dict[str, type["Step"]] = {}
+
+
+class Stored(msgspec.Struct, forbid_unknown_fields=True):
+    """Base of what a file states in JSON: fields of stated types and ranges, and no others."""
 
 
 class Step(nn.Module):
@@ -22,12 +27,14 @@ class Step(nn.Module):
         0, quantizers 10, transforms of what is stored 20 and above).
     projection: whether step(step(x)) == step(x), so that its output can be stored in place of its
         input. carries: whether `encode` writes the stored value itself, as a quantizer's codes.
+    settings: what `encode` returns, as a type that msgspec checks files by (a `Stored` has fields).
     """
 
     kind: ClassVar[str]
     rank: ClassVar[int]
     projection: ClassVar[bool] = False
     carries: ClassVar[bool] = False
+    settings: ClassVar[type] = dict
 
     def encode(self, x: Tensor, stored: Tensor, write) -> dict:
         """Writes what the file needs to rebuild this step and returns the rest as plain JSON.
@@ -46,8 +53,10 @@ class Step(nn.Module):
         """The step that was encoded, and the stored value if the step carries it, else None.
 
         Args:
-            entry: from `encode`. read: as `write`, with shapes. weight: the `Weight` to be filled.
-            stored: the value in the file; None where the step carries it. parts: merges, or None.
+            entry: from `encode`, as `settings`. read: as `write`, with shapes; it refuses what does
+                not fit them, and NaN. weight: the `Weight` to be filled. stored: the value in the
+                file; None where the step carries it. parts: merges, or None.
+        What is raised becomes the ArtifactError of `load`.
         """
         raise NotImplementedError
 

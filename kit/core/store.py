@@ -1,16 +1,15 @@
 """Files that appear whole or not at all, names for what they hold, and locks on them."""
 
 import ast
-import dataclasses
 import hashlib
-import json
-import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from filelock import FileLock
@@ -18,10 +17,13 @@ from torch import nn
 
 
 def cache_dir() -> Path:
-    """Folder of all that can be rebuilt: ``$KIT_CACHE``, else ``~/.cache/kit``; made when
-    missing."""
-    folder = Path(os.environ.get("KIT_CACHE") or Path.home() / ".cache" / "kit").expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    """Folder of all that can be rebuilt: ``$KIT_CACHE``, else ``~/.cache/kit``; made when missing.
+    Raises OSError when there is no place for it."""
+    try:
+        folder = Path(os.environ.get("KIT_CACHE") or "~/.cache/kit").expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        raise OSError(f"there is no folder for the cache ({error}): set KIT_CACHE to one") from None
     return folder
 
 
@@ -29,20 +31,28 @@ def cache_dir() -> Path:
 def atomic(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path beside `path`, which takes its place on success and is removed on failure.
 
-    The file has the permissions that `open` would give it.
+    The file has the permissions that `open` would give it. Raises OSError, which names the path,
+    when it cannot be written; a file that was there is whole then.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
+    path, name = Path(path), None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{path.stem[:50]}-"
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
+        os.close(handle)
         yield Path(name)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)
         os.replace(name, path)
+    except OSError as error:
+        if not error.errno or error.filename not in (None, name):
+            raise  # it tells of another file itself
+        why = f"could not be written: {error.strerror}"
+        raise type(error)(error.errno, why, str(path)) from None
     finally:
-        Path(name).unlink(missing_ok=True)
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
 
 
 def lock(path: str | os.PathLike) -> FileLock:
@@ -52,35 +62,57 @@ def lock(path: str | os.PathLike) -> FileLock:
     return FileLock(path.with_name(f".{path.name}.lock"))
 
 
-def write_json(path: str | os.PathLike, value) -> Path:
-    """Writes `value` as JSON, whole or not at all. NaN and infinities become null.
+def read_json(path: str | os.PathLike, kind=dict):
+    """The JSON value in a file, checked by msgspec against a type.
 
-    Numpy scalars and arrays, paths and dataclasses are converted. Raises TypeError for a value that
-    has no JSON form.
+    Raises ValueError, which names the file and the field, for what is no JSON or of another type.
     """
-    text = json.dumps(_plain(value), indent=1, allow_nan=False) + "\n"
-    with atomic(path) as partial, open(partial, "w", encoding="utf-8") as file:
+    try:
+        return msgspec.json.decode(Path(path).read_bytes(), type=kind)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): make it again, or delete it") from None
+
+
+def cached(path: Path, build: Callable[[Path], object], read: Callable[[Path], object]):
+    """read(path), of a file that `build(temporary path)` writes unless it is there; one that
+    cannot be read is made again, with a warning. Of several processes one builds, others wait."""
+    if path.exists():
+        try:
+            return read(path)
+        except Exception as error:
+            warnings.warn(f"{path} cannot be read and is made again ({error})")
+            path.unlink(missing_ok=True)
+    with lock(path):
+        if not path.exists():
+            with atomic(path) as temporary:
+                build(temporary)
+    return read(path)
+
+
+def write_json(path: str | os.PathLike, value) -> Path:
+    """Writes `value` as JSON, whole or not at all; NaN and infinities become null.
+
+    Raises TypeError for a value that has no JSON form, as NumPy's values, paths and dataclasses do.
+    """
+    text = msgspec.json.format(to_json(value), indent=1) + b"\n"
+    with atomic(path) as partial, open(partial, "wb") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     return Path(path)
 
 
+def to_json(value, order=None) -> bytes:
+    """`value` as JSON in one line; keys by `order` of msgspec."""
+    return msgspec.json.encode(value, enc_hook=_plain, order=order)
+
+
 def _plain(value):
-    """`value` in JSON's own types."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
     if isinstance(value, (np.ndarray, np.generic)):
-        return _plain(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return value.tolist()
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
 def digest(*values, **settings) -> str:
@@ -102,7 +134,7 @@ def _feed(sha, value) -> None:
         for item in value:
             _feed(sha, item)
     else:
-        sha.update(json.dumps(_plain(value), sort_keys=True).encode())
+        sha.update(to_json(value, "sorted"))
 
 
 def code_digest(names: Sequence[str]) -> str:

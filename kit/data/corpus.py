@@ -10,7 +10,7 @@ import numpy as np
 import tokenizers
 
 from kit.core.settings import Count, checks
-from kit.core.store import atomic, cache_dir, code_digest, digest, lock
+from kit.core.store import cache_dir, cached, code_digest, digest
 from kit.data.tokenization import BPETokenizer, VocabularySize
 
 SPLITS = ("train", "validation", "test")
@@ -83,17 +83,6 @@ def load_corpus(
     return Corpus(name, tokenizer, **tokens, utf8_bytes=utf8_bytes, sha256=sha256)
 
 
-def built(path: Path, build: Callable[[Path], object]) -> Path:
-    """The path of a file that `build(temporary path)` writes unless it is there already. Of several
-    processes one builds and the others wait."""
-    if not path.exists():
-        with lock(path):
-            if not path.exists():
-                with atomic(path) as temporary:
-                    build(temporary)
-    return path
-
-
 def _tokens(texts: Texts, sha256: str, vocab_size: int) -> tuple[BPETokenizer, dict]:
     """The tokenizer and each split's tokens: learned and encoded, or from the cache in one file."""
 
@@ -103,8 +92,16 @@ def _tokens(texts: Texts, sha256: str, vocab_size: int) -> tuple[BPETokenizer, d
         arrays["tokenizer"] = np.frombuffer(tokenizer.to_json().encode(), np.uint8)
         np.savez(temporary, **arrays)
 
+    def read(path: Path) -> tuple[BPETokenizer, dict]:
+        with np.load(path) as arrays:
+            tokenizer = BPETokenizer.from_json(arrays["tokenizer"].tobytes().decode())
+            tokens = {split: arrays[split] for split in SPLITS}
+        for ids in tokens.values():
+            right = ids.dtype == np.int32 and ids.ndim == 1 and tokenizer.vocab_size == vocab_size
+            if not right or ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+                raise ValueError(f"its tokens are not of a vocabulary of {vocab_size}")
+        return tokenizer, tokens
+
     recipe = code_digest(["data/tokenization.py"]), tokenizers.__version__
     path = cache_dir() / "tokens" / f"{digest(sha256, vocab_size, *recipe)}.npz"
-    with np.load(built(path, build)) as arrays:
-        tokenizer = BPETokenizer.from_json(arrays["tokenizer"].tobytes().decode())
-        return tokenizer, {split: arrays[split] for split in SPLITS}
+    return cached(path, build, read)

@@ -9,15 +9,15 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
-import json
 import platform
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
-from kit.core.store import cache_dir, code_digest, digest
-from kit.data.corpus import SPLITS, Texts, built, register_corpus
+from kit.core.store import cache_dir, cached, code_digest, digest, read_json, write_json
+from kit.data.corpus import SPLITS, Texts, register_corpus
 
 PACKAGES = ("torch", "numpy", "pandas", "matplotlib")
 TOPICS = "pydoc_data.topics"
@@ -36,8 +36,8 @@ def texts() -> Texts:
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if _origin(name)}
     key = digest(platform.python_version(), code_digest(["data/docs.py"]), **versions)
     path = cache_dir() / "texts" / f"docs-{key}.json"
-    built(path, lambda temporary: temporary.write_text(json.dumps(build()), encoding="utf-8"))
-    return json.loads(path.read_text(encoding="utf-8"))
+    read = partial(read_json, kind=dict[str, str])
+    return cached(path, lambda file: write_json(file, build()), read)
 
 
 def build() -> Texts:

@@ -4,8 +4,8 @@ import hashlib
 import urllib.request
 from pathlib import Path
 
-from kit.core.store import cache_dir
-from kit.data.corpus import Texts, built, register_corpus
+from kit.core.store import cache_dir, cached
+from kit.data.corpus import Texts, register_corpus
 
 REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 HUB = "https://huggingface.co/datasets/Salesforce/wikitext/resolve"
@@ -41,7 +41,7 @@ def _fetched(split: str) -> Path:
             temporary.write_bytes(response.read())
 
     try:
-        built(path, fetch)
+        cached(path, fetch, Path.stat)
     except OSError as error:
         fix = f"put the file {url} at {path}"
         raise FileNotFoundError(f"wikitext-2 could not be fetched ({error}): {fix}.") from error

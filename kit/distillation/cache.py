@@ -5,13 +5,14 @@ vocabulary. The k largest probabilities would say nothing about the rest, a quar
 a small teacher: likely tokens are kept and a sample stands for the others (Anshumann et al. 2025).
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from kit.core.protocols import Call, adapt, call_of, device_of, tensors_of
 from kit.core.settings import Count, Positive, Seed, checks
-from kit.core.store import digest, lock, write_json
+from kit.core.store import digest, lock, read_json, write_json
 from kit.distillation.divergences import soft_targets
 from kit.distillation.objective import SparseTarget, output_of
 from kit.training.losses import FUNCTION_BLOCK
 
 ARRAYS = ("indices", "log_p")
-HEADER = ("temperature", "k", "vocabulary", "examples", "inputs", "sampled", "rounding")
+KINDS = {"temperature": float, "inputs": str, "sampled": float, "rounding": float}
+KINDS |= dict.fromkeys(("k", "vocabulary", "examples"), Annotated[int, msgspec.Meta(ge=1)])
+Header = msgspec.defstruct("Header", KINDS.items(), forbid_unknown_fields=True)
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,18 @@ class TeacherCache:
         if not (self.path / "cache.json").exists():
             raise FileNotFoundError(f"no teacher cache at {self.path}: make one with build_cache")
         try:
-            header = json.loads((self.path / "cache.json").read_text())
-            vars(self).update({name: header[name] for name in HEADER})
+            header = read_json(self.path / "cache.json", Header)
+            vars(self).update(msgspec.structs.asdict(header))
             files = {name: self.path / f"{name}.npy" for name in ARRAYS}
-            self.arrays = {name: np.load(file, mmap_mode="r") for name, file in files.items()}
-            if any(len(array) != self.examples for array in self.arrays.values()):
-                raise ValueError("lengths differ")
-        except (OSError, ValueError, KeyError) as error:
+            self.arrays = {n: np.lib.format.open_memmap(f, mode="r") for n, f in files.items()}
+            indices, log_p = (self.arrays[name] for name in ARRAYS)
+            kind = np.uint16 if self.vocabulary <= 2**16 else np.uint32
+            if indices.dtype != kind or log_p.dtype != np.float16:
+                raise ValueError(f"its arrays are {indices.dtype} and {log_p.dtype}")
+            ends = self.examples, self.k
+            if indices.shape != log_p.shape or (indices.shape[0], indices.shape[-1]) != ends:
+                raise ValueError(f"its arrays are {indices.shape} and {log_p.shape}, not {ends}")
+        except Exception as error:  # NumPy's parser of headers raises whatever Python's own does
             what = f"the teacher cache at {self.path} is damaged ({error})"
             raise ValueError(f"{what}: build it again") from error
 
@@ -66,9 +74,14 @@ class TeacherCache:
         return self.examples
 
     def __getitem__(self, rows: Sequence[int]) -> SparseTarget:
-        """Targets of examples `rows`; their probabilities sum to 1."""
-        indices, log_p = (torch.from_numpy(self.arrays[name][np.asarray(rows)]) for name in ARRAYS)
-        return SparseTarget(indices.long(), log_p.float().log_softmax(-1))
+        """Targets of examples `rows`; their probabilities sum to 1. Raises ValueError for targets
+        that are damaged."""
+        found = (torch.from_numpy(self.arrays[name][np.asarray(rows)]) for name in ARRAYS)
+        indices, log_p = (x.to(kind) for x, kind in zip(found, (torch.int64, torch.float32)))
+        if indices.numel() and indices.max() >= self.vocabulary or not log_p.isfinite().all():
+            what = f"the teacher cache at {self.path} holds classes or probabilities that are none"
+            raise ValueError(f"{what}: build it again")
+        return SparseTarget(indices, log_p.log_softmax(-1))
 
     def wrap(self, loader: DataLoader) -> DataLoader:
         """The same batches in the same order, as `CachedCall`s.

@@ -1,7 +1,6 @@
 """Distillation in a cascade: each student becomes the next one's teacher."""
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import nn
 
 from kit import artifact
 from kit.core.protocols import device_of
-from kit.core.store import digest, write_json
+from kit.core.store import digest, read_json, write_json
 from kit.core.weights import materialize
 from kit.distillation.students import student_like
 from kit.distillation.trainer import DistillationTrainer
@@ -62,7 +61,7 @@ class ProgressiveDistillation:
                 record = self._train(teacher, student, loader, file, training)
                 write_json(done, record | {"size": size, "key": key})
                 file.with_suffix(".ckpt").unlink(missing_ok=True)
-            record = json.loads(done.read_text())
+            record = read_json(done)
             if record.pop("key", None) != key:
                 what = f"{done} was made by another teacher or other settings"
                 raise ValueError(f"{what}: choose another folder, or delete it")

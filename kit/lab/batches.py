@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypedDict
 
 import pandas as pd
 import psutil
@@ -38,7 +38,7 @@ from filelock import Timeout
 
 import kit
 from kit.core.settings import Count, Meta, Seed, checked, checks
-from kit.core.store import digest, lock, write_json
+from kit.core.store import digest, lock, read_json, write_json
 from kit.lab.parameters import assigned, chosen, profile_overrides, unknown
 from kit.lab.records import RESULT, cores, quality_column, read_results
 
@@ -49,6 +49,20 @@ NO_START = "Address already in use|Kernel died before replying|Kernel didn't res
 MARK = "KIT_RUN"  # names a run's folder in the environment of its processes
 LOOK = 0.2  # seconds between two looks at a process
 Grid = dict[str, Annotated[list, Meta(min_length=1)]] | Annotated[list[dict], Meta(min_length=1)]
+
+
+class Tags(TypedDict, total=False):
+    tags: list[str]
+
+
+class Cell(TypedDict):
+    cell_type: str
+    source: str | list[str]
+    metadata: Tags
+
+
+class Notebook(TypedDict):
+    cells: list[Cell]
 
 
 @dataclass(frozen=True)
@@ -167,15 +181,18 @@ def _combinations(grid: Grid, seeds: Sequence[int]) -> list[dict]:
 
 def _cells(notebook: Path) -> list[dict]:
     try:
-        return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{notebook} is not a notebook of format 4.") from None
+        return read_json(notebook, Notebook)["cells"]
+    except ValueError as error:
+        raise ValueError(f"{notebook} is not a notebook of format 4 ({error}).") from None
 
 
 def _defaults(notebook: Path) -> dict:
     """Names and values of a notebook's parameters cell; ... for a value that is not a literal."""
     tagged = [cell for cell in _cells(notebook) if "parameters" in cell["metadata"].get("tags", [])]
-    found = {n: node for cell in tagged for n, node in assigned("".join(cell["source"])).items()}
+    try:
+        found = {n: x for cell in tagged for n, x in assigned("".join(cell["source"])).items()}
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise ValueError(f"the parameters of {notebook} are not Python ({error}).") from None
     values = dict.fromkeys(found, ...)
     for name, node in found.items():
         with contextlib.suppress(ValueError):
@@ -376,8 +393,10 @@ def _read(path: Path) -> dict:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(content, dict) or {"grid"} > set(content) or set(content) - {"grid", "seeds"}:
-        raise ValueError(f"{path} holds {content!r}, expected the key grid and, if wanted, seeds.")
+    if not isinstance(content, dict) or "grid" not in content or set(content) - {"grid", "seeds"}:
+        raise ValueError(
+            f"{path} holds {content!r:.200}, expected the key grid and, if wanted, seeds."
+        )
     return content
 
 

@@ -2,23 +2,38 @@
 
 import glob
 import importlib.metadata
-import json
 import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pandas as pd
 import torch
 
 import kit
-from kit.core.store import write_json
+from kit.core.store import read_json, to_json, write_json
 
 RESULT = "result.json"
 FIGURES = ["bytes", "ratio", "perplexity", "low", "high", "bits_per_byte", "accuracy"]
 PACKAGES = "torch numpy numba tokenizers safetensors scikit-learn pandas papermill".split()
 Places = str | Path | Iterable[str | Path]
+Figures = msgspec.defstruct("Figures", [(f, float | None, None) for f in FIGURES], kw_only=True)
+
+
+class Stage(Figures, kw_only=True):
+    name: str
+
+
+class Record(Figures, kw_only=True):
+    """What tables and plots rely on in a record; other fields are its notebook's own."""
+
+    notebook: str
+    parameters: dict
+    seed: int | None
+    corpus: msgspec.defstruct("Corpus", [("name", str), ("sha256", str)]) | None = None
+    stages: list[Stage] = []
 
 
 def write_result(folder: str | Path, record: dict) -> Path:
@@ -26,16 +41,9 @@ def write_result(folder: str | Path, record: dict) -> Path:
 
     A record needs `notebook`, `parameters` (dict) and `seed`. Tables and plots read `corpus` {name,
     sha256}, `stages` (a list of {name, seconds, tokens} and FIGURES) and the run's own FIGURES.
-    Anything else is kept; `environment` is added. Raises ValueError for what is missing.
+    Anything else is kept; `environment` is added. Raises ValueError as `checked`.
     """
-    missing = [key for key in ("notebook", "parameters", "seed") if key not in record]
-    if missing:
-        raise ValueError(f"The record of {folder} lacks {', '.join(missing)}: add it.")
-    corpus = record.get("corpus", {"name": "", "sha256": ""})
-    if not {"name", "sha256"} <= set(corpus):
-        raise ValueError(f"The corpus of {folder} is {corpus!r}, expected its name and sha256.")
-    if any("name" not in stage for stage in record.get("stages", [])):
-        raise ValueError(f"A stage of {folder} has no name: give each one a name.")
+    checked(msgspec.json.decode(to_json(record)), folder)
     return write_json(Path(folder) / RESULT, {**environment(), **record})
 
 
@@ -106,12 +114,15 @@ def _records(where: Places) -> list[tuple[str, dict]]:
 
 
 def _read(file: Path) -> dict:
+    return checked(read_json(file), file)
+
+
+def checked(record: dict, where) -> dict:
+    """The record. Raises ValueError, which names the field, for one that tables could not read."""
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        msgspec.convert(record, Record)
     except ValueError as error:
-        record = error
-    if not isinstance(record, dict):
-        raise ValueError(f"{file} holds no record ({record}): run its notebook again.")
+        raise ValueError(f"{where} holds no record ({error}): run its notebook again.") from None
     return record
 
 

@@ -35,7 +35,8 @@ __all__ += ["recipe", "refresh_config", *(cls.__name__ for pair in MODELS.values
 def build_model(class_name: str, config: dict) -> nn.Module:
     """Model from its name and `dataclasses.asdict(model.config)`; lists (from JSON) become tuples.
 
-    Raises ValueError for an unknown name or field, or a value that the config rejects.
+    Raises ValueError for an unknown name or field, a value of another type than the field's, or one
+    that the config rejects.
     """
     if class_name not in MODELS:
         raise ValueError(f"unknown model {class_name!r}: choose one of {', '.join(MODELS)}")

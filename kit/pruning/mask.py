@@ -7,13 +7,16 @@ is masked, and a quantizer on the same tensor sees the masked weight.
 import torch
 from torch import Tensor, nn
 
-from kit.core.steps import Step, register_step
+from kit.core.steps import Step, Stored, register_step
 from kit.core.weights import Weight, weight_of
 
 
 @register_step("mask")
 class Mask(Step):
     """Keeps the entries of a weight where `mask` (bool, shape of the weight) is true."""
+
+    class settings(Stored):
+        explicit: int = 0  # 1 in files: the mask is stored, as zeros do not tell it
 
     rank, projection = 0, True
 
@@ -32,8 +35,11 @@ class Mask(Step):
 
     @classmethod
     def decode(cls, entry: dict, read, weight: Weight, stored: Tensor, parts) -> tuple:
-        explicit = "explicit" in entry
-        return cls(read.tensor(stored.shape, torch.bool) if explicit else stored != 0), None
+        mask = read.tensor(stored.shape, torch.bool) if entry.explicit else stored != 0
+        rest = stored[~mask]
+        if (rest != 0).any() or (rest.is_floating_point() and rest.signbit().any()):
+            raise ValueError("entries that are masked are not zero")
+        return cls(mask), None
 
     def resized(self, select, before: Tensor) -> "Mask":
         return Mask(select(self.mask))

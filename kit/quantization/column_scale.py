@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from kit.core.steps import Step, register_step
+from kit.core.steps import Step, Stored, register_step
 from kit.core.weights import MatrixView
 
 OCTAVE = 8  # factors an octave that can be stored
@@ -17,7 +17,7 @@ class ColumnScale(Step):
     codes: int (C,), from -127 to 127.
     """
 
-    rank = 40
+    rank, settings = 40, Stored
 
     def __init__(self, codes: Tensor, view: MatrixView):
         super().__init__()

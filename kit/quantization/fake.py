@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from kit.core.steps import Step, register_step
+from kit.core.steps import Step, Stored, register_step
 from kit.core.weights import MatrixView, Weight, column_view, matrix_view, weights
 from kit.quantization import formats
 from kit.quantization.formats import DEFAULT, Format
@@ -32,6 +32,12 @@ class FakeQuantize(Step):
         grid: scale and zero point (blocks, 1), to be kept instead of finding a range.
     Raises ValueError when the weight is complex, NaN or infinite.
     """
+
+    class settings(Stored):
+        format: dict = {}  # the fields that are not the default's
+        rows: int = 0  # of the view, negative if transposed; 0 for the natural one
+        learned: float = 0  # first_step
+        fixed: int = 0  # 1: a range that does not follow the weight
 
     rank, projection, carries = 10, True, True
 
@@ -134,9 +140,9 @@ class FakeQuantize(Step):
 
     @classmethod
     def decode(
-        cls, entry: dict, read, weight: Weight, stored: None, parts
+        cls, entry, read, weight: Weight, stored: None, parts
     ) -> tuple["FakeQuantize", Tensor]:
-        format, view = Format(**entry.get("format", {})), _stored_view(entry, weight)
+        format, view = Format(**entry.format), _stored_view(entry.rows, weight)
         dtype = weight.original.dtype
         if format.bits == 16:
             value = read.tensor(view.shape, torch.float16).to(dtype)
@@ -146,14 +152,17 @@ class FakeQuantize(Step):
         scale, zero = formats.restored_scale(parts, format.scale), None
         if not format.symmetric:
             zero = read.tensor((count,), torch.int8).float()[:, None]
-        learned = entry.get("learned", 0)
+        learned = entry.learned
         first = learned or FIRST_STEP
         made = cls(torch.zeros(()), format, view, bool(learned), first, (scale, zero))
+        inside = zero is None or torch.equal(zero.clamp(format.qmin, format.qmax), zero)
+        if not inside or not torch.equal(made.grid(scale)[0], scale):
+            raise ValueError(f"its scales or zero points are none of {format}")
         origin = None if zero is None else made.spread(zero).to(torch.int32)
         codes = read.codes(made.shape, format.bits, origin)
         blocks = formats.dequantize(formats.to_blocks(codes, format), scale, zero)
         value = view.tensor(formats.from_blocks(blocks, made.shape, format)).to(dtype)
-        if format.range == "minmax" and not learned and "fixed" not in entry:
+        if format.range == "minmax" and not learned and not entry.fixed:
             made.scale = made.zero = None
             if not made._follows(value, (scale, zero)):
                 made.scale, made.zero = scale, zero
@@ -189,10 +198,10 @@ class FakeQuantize(Step):
         return made
 
 
-def _stored_view(entry: dict, weight: Weight) -> MatrixView:
+def _stored_view(stated: int, weight: Weight) -> MatrixView:
     """The view that a file means by its number of rows, negative for a transposed weight."""
     shape = tuple(weight.original.shape)
-    rows, transposed = abs(entry.get("rows", 0)), entry.get("rows", 0) < 0
+    rows, transposed = abs(stated), stated < 0
     flat = MatrixView(shape, (1, *shape)) if len(shape) > 1 else column_view(shape)
     if not rows:
         return matrix_view(shape)

@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from kit.core.steps import Step, register_step
+from kit.core.steps import Step, Stored, register_step
 from kit.core.weights import Weight, gradients, weights
 from kit.models.moe import Permute
 from kit.quantization import kernels
@@ -67,10 +67,10 @@ def checksum(parts: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(parts, np.int32).tobytes())
 
 
-def _check_parts(entry: dict, parts: np.ndarray | None) -> None:
+def _check_parts(stated: int, parts: np.ndarray | None, rows: int) -> None:
     if parts is None:
         raise ValueError("it is made of merges: pass load(path, parts=tokenizer.parts)")
-    if checksum(parts) != entry["parts"]:
+    if checksum(parts) != stated or len(parts) != rows:
         raise ValueError("it was made with another tokenizer's merges: pass its own parts")
 
 
@@ -84,6 +84,10 @@ class Composition(Step):
     Raises ValueError for parts that do not precede their token.
     """
 
+    class settings(Stored):
+        parts: int
+        basis: FakeQuantize.settings
+
     rank = 30
 
     def __init__(self, parts: np.ndarray, width: int):
@@ -91,6 +95,8 @@ class Composition(Step):
         self.parts = np.ascontiguousarray(parts, np.int32)
         if self.parts.ndim != 2 or (self.parts.max(1) >= np.arange(len(self.parts))).any():
             raise ValueError("a token's parts must come before it: pass BPETokenizer.parts")
+        if width > max(len(parts), 4096):  # what of it no file's bytes would justify
+            raise ValueError(f"a basis for {width} columns is larger than its {len(parts)} rows")
         self.left, self.right = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
         self.register_buffer("basis", torch.eye(width))
         self.rounding = FakeQuantize(self.basis, BASIS)
@@ -106,13 +112,15 @@ class Composition(Step):
         return {"parts": checksum(self.parts), "basis": basis}
 
     @classmethod
-    def decode(cls, entry: dict, read, weight, stored: Tensor, parts) -> tuple["Composition", None]:
-        _check_parts(entry, parts)
+    def decode(cls, entry, read, weight, stored: Tensor, parts) -> tuple["Composition", None]:
+        _check_parts(entry.parts, parts, len(stored))
+        if stored.ndim != 2 or stored.dtype != torch.float32:
+            raise ValueError(f"a {stored.dtype} of {stored.ndim} axes is no composed table")
         made = cls(parts, stored.shape[1])
         for factor in (made.left, made.right):
             factor.data.copy_(read.tensor(factor.shape, torch.float16))
         square = Weight(made, nn.Linear(*made.basis.shape, bias=False), "weight", "basis")
-        made.rounding, basis = FakeQuantize.decode(entry["basis"], read, square, None, None)
+        made.rounding, basis = FakeQuantize.decode(entry.basis, read, square, None, None)
         made.basis.copy_(basis)
         return made, None
 
@@ -229,6 +237,9 @@ class RowOrder(Step):
     classes: int64 (V,), of each token; parts: int (V, 2), its merge, and `merge_curve`, or None.
     """
 
+    class settings(Stored):
+        parts: int | None = None
+
     rank = 20
 
     def __init__(self, classes: np.ndarray, parts: np.ndarray | None = None, curve=None):
@@ -250,11 +261,11 @@ class RowOrder(Step):
         return {"parts": checksum(self.parts)}
 
     @classmethod
-    def decode(cls, entry: dict, read, weight, stored: Tensor, parts) -> tuple["RowOrder", None]:
+    def decode(cls, entry, read, weight, stored: Tensor, parts) -> tuple["RowOrder", None]:
         count = len(stored)
-        if "parts" not in entry:
+        if entry.parts is None:
             return cls(read.integers(count)), None
-        _check_parts(entry, parts)
+        _check_parts(entry.parts, parts, count)
         size = 1 + len(_points(count))
         values = read.integers(size + count)
         curve = values[:size]

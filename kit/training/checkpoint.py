@@ -3,42 +3,71 @@ generators, and the place in the data."""
 
 import json
 import random
+from collections import defaultdict
 from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from kit.core.store import atomic
+from kit.core.store import atomic, digest
+
+GROUPS = {"model", "best", "optimizer", "rng.now", "rng.epoch"}
+COUNTS = ("step", "tokens", "stale", "best_step", "loss_steps", "position")
+NUMBERS = dict.fromkeys(COUNTS, Annotated[int, msgspec.Meta(ge=0, lt=2**62)])
+NUMBERS |= {"best_validation": float | None, "seconds": float, "loss_sum": float}
+NUMBERS |= {"history": list[dict[str, int | float]], "config": dict[str, Any]}
+State = msgspec.defstruct("State", NUMBERS.items(), forbid_unknown_fields=True)
 
 
-def write_checkpoint(path: str | Path, tensors: dict[str, Tensor], header: dict) -> None:
+def write_checkpoint(path: str | Path, groups: dict[str, dict[str, Tensor]], state: State) -> None:
     """Writes the file whole or not at all: a kill leaves the old one or the new one."""
     # Clones: safetensors refuses tensors that share memory.
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    text = json.dumps(header, default=lambda number: number.item())  # NumPy's scalars
+    tensors = {f"{group}/{name}": t.detach().cpu().contiguous().clone()
+               for group, ts in groups.items() for name, t in ts.items()}  # fmt: skip
+    numbers = msgspec.structs.asdict(state)
+    text = json.dumps(numbers, default=lambda number: number.item())  # NumPy's scalars
+    data = save(tensors, {"kit.training": text, "kit.seal": _seal(tensors, text)})
     with atomic(path) as partial:
-        save_file(tensors, partial, metadata={"kit.training": text})
+        partial.write_bytes(data)
 
 
-def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, header). Raises ValueError for a damaged file, another kind of file, and NaN."""
+def read_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], State]:
+    """(groups of tensors, state); the random generators are set to it. Raises ValueError for a
+    damaged file, another kind of file, and NaN."""
+    advice = "delete it to train from the start"
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["kit.training"])
+            metadata = file.metadata() or {}
+            text, seal = metadata["kit.training"], metadata["kit.seal"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if _seal(tensors, text) != seal:
+            raise ValueError("its checksum differs")
+        state, groups = msgspec.convert(json.loads(text), State), defaultdict(dict)
+        for name, tensor in tensors.items():
+            group, _, key = name.partition("/")
+            groups[group][key] = tensor
+        if extra := groups.keys() - GROUPS:
+            raise ValueError(f"it holds {extra}")
+        set_rng_state(groups["rng.epoch"]), set_rng_state(groups["rng.now"])
     except KeyError:
         raise ValueError(f"{path} is not a training checkpoint: give another path.") from None
-    except (SafetensorError, ValueError) as error:
-        advice = "delete it to train from the start."
-        raise ValueError(f"The checkpoint {path} is damaged ({error}): {advice}") from None
+    except (SafetensorError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"The checkpoint {path} is damaged ({why}): {advice}.") from None
     for name, tensor in tensors.items():
         if not name.startswith("rng.") and tensor.isnan().any():
-            advice = "delete it to train from the start, with a lower lr if it diverged."
-            raise ValueError(f"The checkpoint {path} holds NaN in {name!r}: {advice}")
-    return tensors, header
+            lower = f"{advice}, with a lower lr if it diverged."
+            raise ValueError(f"The checkpoint {path} holds NaN in {name!r}: {lower}")
+    return groups, state
+
+
+def _seal(tensors: dict[str, Tensor], text: str) -> str:
+    return digest(text, [[n, str(t.dtype), list(t.shape), t] for n, t in sorted(tensors.items())])
 
 
 def check_fit(targets: dict[str, Tensor], sources: dict[str, Tensor], what: str) -> None:
@@ -81,10 +110,12 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def set_rng_state(states: dict[str, Tensor]) -> None:
-    """Restores what `rng_state` returned."""
+    """Restores what `rng_state` returned; most errors of Python for anything else."""
     torch.set_rng_state(states["torch"])
     *keys, position, has_gauss, gauss = states["numpy"].tolist()
-    keys = np.array(keys, dtype=np.uint32)
+    if len(keys) != 624 or position not in range(625):  # NumPy would read beyond them
+        raise ValueError(f"a random generator has {len(keys)} words and is at {position}")
+    keys = np.array([*map(int, keys)], dtype=np.uint32)
     np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))
     *words, gauss = states["python"].tolist()
     random.setstate((3, tuple(map(int, words)), None if gauss != gauss else gauss))

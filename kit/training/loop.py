@@ -4,7 +4,6 @@ quantizers. It knows none of them: losses, hooks and steps of the weights are pa
 import math
 import random
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from kit.training import checkpoint as files
 from kit.training.losses import IGNORED, next_token_loss
 
 LOG_SECONDS = 20  # between two lines of the log
+SAVED = files.NUMBERS.keys() - {"position", "config"}  # of a run
 SAVE_SECONDS = 120  # between two checkpoints, when evaluations are further apart
 
 
@@ -97,15 +97,15 @@ def train(
         raise ValueError(f"patience is {config.patience}, which needs validation: pass validate=.")
     if checkpoint and Path(checkpoint).is_dir():
         raise ValueError(f"checkpoint is the folder {checkpoint}: give the path of a file.")
-    if checkpoint and Path(checkpoint).exists():
-        run.restore(Path(checkpoint))
-    else:
-        torch.manual_seed(config.seed)
-        np.random.seed(config.seed % 2**32)
-        random.seed(config.seed)
     steps, report, saved = config.steps, _Report(config, log), time.perf_counter()
     every, record_every = config.eval_every or max(1, steps // 10), max(1, steps // 100)
     try:
+        if checkpoint and Path(checkpoint).exists():
+            run.restore(Path(checkpoint))
+        else:
+            torch.manual_seed(config.seed)
+            np.random.seed(config.seed % 2**32)
+            random.seed(config.seed)
         while not run.finished:
             try:
                 value = run.gradients(loss)
@@ -137,8 +137,6 @@ def train(
 
 class _Run:
     """Everything a checkpoint holds, and the steps that change it."""
-
-    SAVED = "step tokens stale best_step best_validation seconds loss_sum loss_steps history"
 
     def __init__(self, model, loader, config, extra_parameters):
         self.model, self.config, self.batches = model, config, files.Batches(loader)
@@ -255,28 +253,28 @@ class _Run:
         moments = {f"{name}/{key}": t for name, state in states.items() for key, t in state.items()}
         groups = {"model": self.tensors(), "best": self.best, "optimizer": moments}
         groups |= {"rng.now": files.rng_state(), "rng.epoch": self.batches.epoch_rng}
-        header = {key: getattr(self, key) for key in self.SAVED.split()}
-        header |= {"position": self.batches.position, "config": asdict(self.config)}
-        tensors = {f"{group}/{name}": t for group, ts in groups.items() for name, t in ts.items()}
-        files.write_checkpoint(path, tensors, header)
+        rest = {"position": self.batches.position, "config": asdict(self.config)}
+        state = {name: getattr(self, name) for name in SAVED}
+        files.write_checkpoint(path, groups, files.State(**state, **rest))
 
     def restore(self, path: Path) -> None:
-        tensors, header = files.read_checkpoint(path)
+        groups, state = files.read_checkpoint(path)
         what = f"The checkpoint {path}"
         for name, ours in asdict(self.config).items():
-            if (theirs := header["config"].get(name, ours)) != ours:
-                difference = f"was written with {name}={theirs!r}, not {ours!r}"
+            if (theirs := state.config.get(name, ours)) != ours:
+                difference = f"was written with {name}={theirs!r:.100}, not {ours!r}"
                 advice = "use the same settings, or delete it to start anew."
                 raise ValueError(f"{what} {difference}: {advice}")
-        groups: dict[str, dict] = defaultdict(dict)
-        for name, tensor in tensors.items():
-            group, key = name.split("/", 1)
-            groups[group][key] = tensor
+        if not state.position <= state.step <= self.config.steps:
+            place = f"at batch {state.position} and step {state.step} of {self.config.steps}"
+            raise ValueError(f"{what} is {place}: delete it to train from the start.")
         files.check_fit(self.tensors(), groups["model"], what)
+        if groups["best"]:
+            files.check_fit(self.tensors(), groups["best"], what)
         self._load_moments(groups["optimizer"], what)
         files.copy_into(self.tensors(), groups["model"], what)
-        vars(self).update({key: header[key] for key in self.SAVED.split()}, best=groups["best"])
-        self.batches.resume(groups["rng.epoch"], header["position"])
+        vars(self).update({name: getattr(state, name) for name in SAVED}, best=groups["best"])
+        self.batches.resume(groups["rng.epoch"], state.position)
         files.set_rng_state(groups["rng.now"])
 
     def _load_moments(self, moments: dict[str, Tensor], what: str) -> None:

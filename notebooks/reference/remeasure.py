@@ -5,12 +5,12 @@ python -m notebooks.reference.remeasure FOLDER
 
 import argparse
 import importlib
-import json
 import math
 import sys
 from pathlib import Path
 
 from kit import artifact
+from kit.core.store import read_json
 from kit.data import load_corpus, token_loaders
 from kit.lab.records import RESULT
 from kit.training.evaluation import evaluate
@@ -21,7 +21,7 @@ def remeasure(folder: str | Path) -> tuple[dict, dict]:
 
     Raises ValueError when the corpus that this machine builds is not the one of the record.
     """
-    record = json.loads((Path(folder) / RESULT).read_text())
+    record = read_json(Path(folder) / RESULT)
     settings, path = record["parameters"], Path(folder) / record["artifact"]
     corpus = load_corpus(settings["corpus"], settings["vocab_size"], settings["train_bytes"])
     if corpus.sha256 != record["corpus"]["sha256"]:

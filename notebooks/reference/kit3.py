@@ -1,32 +1,33 @@
-"""Files of the version before (KIT3), whose tensors knew four kinds of steps in a fixed order."""
+"""Converts a file of the version before, KIT3, whose tensors knew four kinds of steps in a fixed
+order; the codes stay as they are, to the byte.
 
+python -m notebooks.reference.kit3 OLD NEW
+"""
+
+import argparse
 import math
 import struct
+from pathlib import Path
 
+from kit.artifact.header import sealed, unsealed
+from kit.artifact.layouts import LAYOUTS
 from kit.quantization.formats import Format
-
-LETTERS = {"dense": "d", "bitmap": "b", "gaps": "g", "entropy": "e"}
-
-
-def is_range_coded(header: dict) -> bool:
-    """Whether a file needs the range coder of its own version."""
-    tables = {"composed", "ordered"}
-    return any(e["layout"] in ("entropy", "gaps") or tables & e.keys() for e in header["tensors"])
 
 
 def upgraded(header: dict, blobs: list[bytes]) -> tuple[dict, list[bytes]]:
-    """Header and blobs as KIT4 has them; the codes stay as they are, to the byte."""
+    """Header and blobs as KIT4 has them; the codes stay as they are, to the byte. Raises any
+    exception for a header that is none."""
     tensors, made, source, steps = [], [], iter(blobs), _Count()
     for entry in header["tensors"]:
         letters, parts, new = _tensor(entry, [next(source) for _ in entry["sizes"]], steps)
         shape = {"name": entry["name"], "shape": entry["shape"]}
-        dtype = {} if "format" in entry or entry.get("half") else {"dtype": entry["dtype"]}
+        dtype = {"dtype": None if "format" in entry or entry.get("half") else entry["dtype"]}
         found = {"steps": new} if new else {}
         tensors.append(
             {**shape, **dtype, **found, "in": letters, "sizes": [len(part) for part in parts]}
         )
         made += parts
-    return {**header, "tensors": tensors, "earlier": True}, made
+    return {**header, "tensors": tensors}, made
 
 
 class _Count:
@@ -50,7 +51,7 @@ def _tensor(entry: dict, parts: list[bytes], count: _Count) -> tuple[str, list[b
         steps.append(["fake_quantize", settings])
         count.next()
     else:
-        letters, values = LETTERS[entry["layout"]], [_joined(entry, parts)]
+        letters, values = LAYOUTS[entry["layout"]].letter, [_joined(entry, parts)]
         if entry.get("half"):
             steps.append(["fake_quantize", {"format": {"bits": 16}}])
             count.next()
@@ -85,10 +86,27 @@ def _codes(entry: dict, parts: list[bytes]) -> tuple[str, list[bytes], dict]:
     if entry.get("learned"):
         settings["learned"] = 0.25
     values = [*scale, *zero, _joined(entry, parts)]
-    return "d" * (len(values) - 1) + LETTERS[entry["layout"]], values, settings
+    return "d" * (len(values) - 1) + LAYOUTS[entry["layout"]].letter, values, settings
 
 
 def _joined(entry: dict, parts: list[bytes]) -> bytes:
     if entry["layout"] == "gaps" and entry["nonzero"]:
         return struct.pack("<I", entry["nonzero"]) + parts[1] + parts[0]
     return b"".join(parts)
+
+
+def converted(data: bytes) -> bytes:
+    """The file as KIT4. Raises ArtifactError for one that is no KIT3 or damaged."""
+    return sealed(*upgraded(*unsealed(memoryview(data), "the file", b"KIT3")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m notebooks.reference.kit3", description=__doc__)
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    options = parser.parse_args()
+    options.new.write_bytes(converted(options.old.read_bytes()))
+
+
+if __name__ == "__main__":
+    main()
