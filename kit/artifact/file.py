@@ -21,7 +21,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from kit.artifact.header import SAME, Entry, Header, sealed, unsealed
+from kit.artifact import kit3
+from kit.artifact.header import MAGIC, SAME, Entry, Header, sealed, unsealed
 from kit.artifact.layouts import INTEGERS, LAYOUTS, MOST, ArtifactError, Reader, Writer, is_finite
 from kit.core.protocols import bare
 from kit.core.steps import STEPS, Step
@@ -249,6 +250,8 @@ def _read(path: str | os.PathLike) -> tuple[Header, list]:
     data = memoryview(Path(path).read_bytes())
     try:
         header, blobs = unsealed(data, path)
+        if data[:4] != MAGIC:
+            header, blobs = kit3.upgraded(header, [bytes(blob) for blob in blobs])
         header = msgspec.convert(header, Header)
         for entry in header.tensors:
             kinds = [STEPS[kind].settings if kind in STEPS else Any for kind, _ in entry.steps]

@@ -14,7 +14,8 @@ from msgspec import Meta, field
 from kit.artifact.layouts import ArtifactError
 from kit.core.steps import Stored
 
-MAGIC, EARLIER = b"KIT4", (b"KIT1", b"KIT2", b"KIT3")
+MAGIC, EARLIER = b"KIT4", (b"KIT1", b"KIT2")
+READABLE = MAGIC, b"KIT3"
 CHECKSUM = 32
 SAME = "="  # in place of a step: the one that was written as the n-th
 EXPANSION = 100  # of a header's text at most, over the bytes it is compressed to, and a megabyte
@@ -56,12 +57,11 @@ def sealed(header: dict, blobs: Sequence[bytes]) -> bytes:
     return body + hashlib.sha256(body).digest()
 
 
-def unsealed(data: memoryview, path, magic=MAGIC) -> tuple[dict, list[memoryview]]:
+def unsealed(data: memoryview, path) -> tuple[dict, list[memoryview]]:
     """The JSON of the header, not yet checked, and the blobs of a file that is whole."""
-    if data[:4] != magic and data[:4] in EARLIER:
-        advice = "make it again, or convert it if it is KIT3: python -m notebooks.reference.kit3"
-        raise ArtifactError(f"{path} was written by an earlier version: {advice}")
-    if data[:4] != magic:
+    if data[:4] in EARLIER:
+        raise ArtifactError(f"{path} was written by an earlier version of the kit: make it again")
+    if data[:4] not in READABLE:
         raise ArtifactError(f"{path} is not a kit artifact: it begins with {bytes(data[:4])!r}")
     if len(data) < 8 + CHECKSUM or hashlib.sha256(data[:-CHECKSUM]).digest() != data[-CHECKSUM:]:
         raise ArtifactError(f"{path} is damaged (its checksum differs): copy or write it again")

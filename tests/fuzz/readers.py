@@ -41,7 +41,6 @@ from kit.quantization.token_tables import compose_tables, order_rows
 from kit.training import TrainConfig, train
 from kit.training.checkpoint import _seal
 from kit.training.losses import next_token_loss
-from notebooks.reference.kit3 import converted
 from tests.fuzz.mutations import mutated_bytes, mutated_json, text_of
 
 DATA = Path(__file__).parents[1] / "data"
@@ -262,12 +261,10 @@ class Artifact(Reader):
             found.append(Base(name, {"a.kit": data}, extra))
         before = np.load(DATA / "kit3.npz")
         for name in ("tables", "formats"):
-            data = converted((DATA / f"kit3_{name}.kit").read_bytes())
-            with tempfile.NamedTemporaryFile() as file:
-                Path(file.name).write_bytes(data)
-                state = state_of(artifact.load(file.name, parts=before["parts"]))
+            file = DATA / f"kit3_{name}.kit"
+            data, state = file.read_bytes(), state_of(artifact.load(file, parts=before["parts"]))
             extra = {"blank": None, "parts": before["parts"], "state": state}
-            found.append(Base(f"from kit3 {name}", {"a.kit": data}, extra))
+            found.append(Base(f"KIT3 {name}", {"a.kit": data}, extra))
         return found
 
     def mutant(self, name, data, kind, rng):

@@ -1,15 +1,8 @@
-"""Converts a file of the version before, KIT3, whose tensors knew four kinds of steps in a fixed
-order; the codes stay as they are, to the byte.
+"""Files of the version before, KIT3, whose tensors knew four kinds of steps in a fixed order."""
 
-python -m notebooks.reference.kit3 OLD NEW
-"""
-
-import argparse
 import math
 import struct
-from pathlib import Path
 
-from kit.artifact.header import sealed, unsealed
 from kit.artifact.layouts import LAYOUTS
 from kit.quantization.formats import Format
 
@@ -93,20 +86,3 @@ def _joined(entry: dict, parts: list[bytes]) -> bytes:
     if entry["layout"] == "gaps" and entry["nonzero"]:
         return struct.pack("<I", entry["nonzero"]) + parts[1] + parts[0]
     return b"".join(parts)
-
-
-def converted(data: bytes) -> bytes:
-    """The file as KIT4. Raises ArtifactError for one that is no KIT3 or damaged."""
-    return sealed(*upgraded(*unsealed(memoryview(data), "the file", b"KIT3")))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m notebooks.reference.kit3", description=__doc__)
-    parser.add_argument("old", type=Path)
-    parser.add_argument("new", type=Path)
-    options = parser.parse_args()
-    options.new.write_bytes(converted(options.old.read_bytes()))
-
-
-if __name__ == "__main__":
-    main()
