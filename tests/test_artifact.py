@@ -8,8 +8,6 @@ import math
 import os
 import re
 import struct
-import subprocess
-import sys
 import time
 import zlib
 from pathlib import Path

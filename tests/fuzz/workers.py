@@ -1,5 +1,6 @@
 """Mutants in a process of their own, which is replaced when one of them takes it down."""
 
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -77,6 +78,7 @@ def outcome_of(reader: Reader, number: int, seed: int, folder: Path, bound: int)
 
 
 def _serve(readers: dict[str, Reader], pipe, bounds: dict) -> None:
+    faulthandler.disable()  # what a mutant does to its process is counted, not shown
     limit = _kilobytes("VmSize") * 1024 + ROOM
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
