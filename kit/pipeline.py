@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from kit.pruning.magnitude import MagnitudePruner
 from kit.pruning.structured import sort_hidden_units
 from kit.quantization import calibrate, original_mix, quantize_bk_core, quantize_weights
 from kit.quantization.token_tables import compose_tables, order_rows
-from kit.training import TrainConfig, train
+from kit.training import TrainConfig, parallel, train
 from kit.training.evaluation import evaluate
 from kit.training.losses import classification_loss, training_loss
 
@@ -114,14 +115,14 @@ class CompressionPipeline:
     @checks
     def __init__(
         self, model: nn.Module, target_compression: Annotated[float, Meta(ge=1, le=1e9)] = 100.0,
-        device: str = "cpu", stages: Stages = ("qat", "pruning", "distillation"),
+        device: str = "auto", stages: Stages = ("qat", "pruning", "distillation"),
         lr: Positive = 2e-3, seed: Seed = 0, log: bool = True,
         token_parts: np.ndarray | None = None, token_counts: np.ndarray | None = None,
         settings: PipelineSettings = PipelineSettings(),
     ):  # fmt: skip
-        self.model, self.target_compression, self.device = adapt(model), target_compression, device
+        self.model, self.target_compression = adapt(model), target_compression
         self.stages, self.lr, self.seed, self.log = stages, lr, seed, log
-        self.settings = settings
+        self.device, self.settings = parallel.join(device), settings
         language = isinstance(self.model, LanguageModel)
         self.tables = (token_parts, token_counts) if language else (None, None)
         self.loss = training_loss(self.model) if language else classification_loss
@@ -143,7 +144,7 @@ class CompressionPipeline:
         """
         epochs = {"qat": qat_epochs, "pruning": pruning_epochs, "distillation": distillation_epochs}
         steps = {name: max(1, round(epochs[name] * len(train_loader))) for name in self.stages}
-        with lock(save_dir):  # of two processes the second reads what the first made
+        with nullcontext() if parallel.rank() else lock(save_dir):  # the second reads what is there
             return self._run(train_loader, val_loader, steps, Path(save_dir))
 
     def _run(self, train_loader, val_loader, steps, save_dir: Path) -> tuple[nn.Module, dict]:
@@ -153,7 +154,7 @@ class CompressionPipeline:
         previous, found = None, {}
         for name in self.stages:
             path = save_dir / f"{name}.kit"
-            if not path.with_suffix(".json").exists():
+            if not parallel.agreed(path.with_suffix(".json").exists()):
                 self._run_stage(name, previous, teacher, train_loader, steps[name], path)
                 self._record(path, val_loader, baseline)
             previous = path
@@ -171,7 +172,7 @@ class CompressionPipeline:
         return bare(self._load(previous)), metrics
 
     def _say(self, text: str) -> None:
-        if self.log:
+        if self.log and parallel.rank() == 0:
             print(text, flush=True)
 
     def _claim(self, save_dir: Path, steps: dict) -> None:
@@ -179,12 +180,13 @@ class CompressionPipeline:
         resumed stage is the stage it says."""
         own = [self.target_compression, steps, self.lr, self.seed, self.settings, list(self.tables)]
         claim, file = digest(self.model, own, code_digest(CODE)), save_dir / "settings.json"
-        if file.exists() and json.loads(file.read_text()) != claim:
+        if parallel.agreed(file.exists() and json.loads(file.read_text()) != claim):
             raise ValueError(
                 f"{save_dir} holds a run with another model, other settings or another version of "
                 "the kit: delete it or choose another save_dir"
             )
-        write_json(file, claim)
+        if parallel.rank() == 0:
+            write_json(file, claim)
 
     def _load(self, path: Path, trainable: bool = False) -> nn.Module:
         skeleton = None if recipe(self.model) else materialize(self.model)
@@ -205,7 +207,7 @@ class CompressionPipeline:
         record = {"bytes": size, "ratio": self.baseline_bytes / size, "degradation": degradation}
         record |= {"path": str(path), **json.loads(path.with_suffix(".training").read_text())}
         final = {f"final_{key}": value for key, value in quality.items()}
-        write_json(path.with_suffix(".json"), record | final)
+        parallel.agreed(parallel.rank() or write_json(path.with_suffix(".json"), record | final))
 
     def _run_stage(
         self, name: str, previous: Path | None, teacher, loader, steps, path: Path
@@ -222,11 +224,13 @@ class CompressionPipeline:
             log=self.log, extra_parameters=stage.parameters,
         )  # fmt: skip
         stage.finish()
-        artifact.save(stage.model, path)
-        seconds = time.perf_counter() - start
-        training = {"seconds": seconds, "tokens": result.tokens, "peak_memory": peak_memory()}
-        write_json(path.with_suffix(".training"), training)
-        checkpoint.unlink(missing_ok=True)
+        if parallel.rank() == 0:
+            artifact.save(stage.model, path)
+            training = {"seconds": time.perf_counter() - start, "tokens": result.tokens}
+            training["peak_memory"] = peak_memory(self.device)
+            write_json(path.with_suffix(".training"), training)
+            checkpoint.unlink(missing_ok=True)
+        parallel.agreed(None)
 
     def _qat(self, previous: Path | None, teacher: nn.Module, batches: list) -> Stage:
         model = copy_model(teacher) if previous is None else self._load(previous)

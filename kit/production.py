@@ -16,7 +16,7 @@ from torch import nn
 
 from kit import artifact
 from kit.core.measurement import Latency, measure
-from kit.core.protocols import Call, call_with
+from kit.core.protocols import Call, call_with, pick_device
 from kit.core.settings import BelowOne, Positive, Share, settings
 from kit.core.weights import copy_model
 from kit.distillation import DistillationTrainer
@@ -148,7 +148,7 @@ class ProductionModelOptimizer:
     """
 
     def __init__(self, device: str = "cpu", log: bool = False):
-        self.device, self.log = torch.device(device), log
+        self.device, self.log = pick_device(device), log
 
     def quantize_dynamic(self, model: nn.Module, config=DEFAULT) -> QuantizedModel:
         """Weights in integers, inputs of layers in the range of each batch (see `quantize`)."""

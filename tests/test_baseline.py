@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from kit import artifact
-from kit.lab import baseline
-from kit.lab.baseline import load_or_train
 from kit.lab.records import write_result
 from kit.training.evaluation import evaluate
+from notebooks.reference import baseline
+from notebooks.reference.baseline import load_or_train
 from notebooks.reference.remeasure import main, remeasure
 from notebooks.reference.sampling import continue_text
 

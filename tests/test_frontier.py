@@ -6,8 +6,8 @@ import torch
 
 from kit.core.store import _computes
 from kit.data import load_corpus
-from kit.lab.baseline import load_or_train
 from notebooks.reference import frontier
+from notebooks.reference.baseline import load_or_train
 
 
 @pytest.fixture(scope="module")

@@ -146,7 +146,7 @@ def state():
              "is_grad_enabled", "get_float32_matmul_precision")
     return [getattr(torch, name)() for name in names] + [torch.backends.mkldnn.enabled]
 before = state()
-import kit, kit.production, kit.pipeline, kit.lab.baseline
+import kit, kit.production, kit.pipeline, kit.lab.records
 assert state() == before, (before, state())
 assert dict(os.environ) == environment, set(os.environ.items()) ^ set(environment.items())
 """

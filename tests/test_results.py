@@ -11,15 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kit.core import store
-from kit.lab.records import (
-    dominated_by,
-    environment,
-    pareto_front,
-    quality_column,
-    read_results,
-    read_stages,
-    write_result,
-)
+from kit.lab.records import environment, quality_column, read_results, read_stages, write_result
+from notebooks.reference.plots import dominated_by, pareto_front
 
 
 def record(**more):

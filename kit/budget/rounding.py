@@ -31,7 +31,7 @@ from kit import artifact
 from kit.core import ans
 from kit.core.compiled import compiled, in_threads
 from kit.core.obs import inverse_factor
-from kit.core.protocols import call_of, tensors_of
+from kit.core.protocols import call_of, device_of, tensors_of
 from kit.core.weights import Weight, gradients, weights
 from kit.quantization import formats
 from kit.quantization.column_scale import ColumnScale
@@ -75,7 +75,7 @@ class SampledLoss:
         self.outputs, self.generator = outputs, torch.Generator().manual_seed(seed)
 
     def __call__(self, model: nn.Module, batch) -> Tensor:
-        out = tensors_of(call_of(batch)(model))[0]
+        out = tensors_of(call_of(batch).to(device_of(model))(model))[0]
         if self.outputs == "features":
             noise = torch.randn(out.shape, generator=self.generator)
             return (out * noise.to(out)).sum()

@@ -230,6 +230,17 @@ def device_of(model: nn.Module) -> torch.device:
     return next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
 
 
+def pick_device(name: str = "auto") -> torch.device:
+    """A device by name; "auto" is "cuda" or else "cpu": "mps" has neither the float64 of
+    calibration nor the complex128 of the BK-core. Raises ValueError for one that is not there."""
+    count, there = torch.cuda.device_count(), ["mps"] * torch.backends.mps.is_available()
+    there += ["cpu", *(f"cuda:{i}" for i in range(count)), *["cuda"] * (count > 0)]
+    name = there[-1] if name == "auto" else name
+    if name not in there:
+        raise ValueError(f"there is no device {name!r}: choose auto or one of {', '.join(there)}")
+    return torch.device(name)
+
+
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module's own mode comes back afterwards."""

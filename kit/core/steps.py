@@ -77,9 +77,8 @@ def register_step(kind: str) -> Callable[[type[Step]], type[Step]]:
     def register(cls: type[Step]) -> type[Step]:
         there = STEPS.get(kind, cls)
         if (there.__module__, there.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(
-                f"steps called {kind!r} are of {there.__module__}: choose another name"
-            )
+            said = f"steps called {kind!r} are of {there.__module__}: choose another name"
+            raise ValueError(said)
         cls.kind = kind
         STEPS[kind] = cls
         return cls

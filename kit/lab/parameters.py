@@ -19,7 +19,7 @@ PROFILES = Path(__file__).resolve().parents[2] / "notebooks" / "params"
 Ratio = Annotated[float, Meta(ge=1, le=1e9)]
 Text = Annotated[str, Meta(min_length=1)]
 SHARED = [  # kinds, and the names of what is of that kind in any notebook
-    (Text, "model corpus out runs records"),
+    (Text, "model corpus out runs records device"),
     (Literal["logits", "features"], "outputs"),
     (VocabularySize, "vocab_size reference_vocab"),
     (Count | None, "train_bytes"),

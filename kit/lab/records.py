@@ -133,24 +133,3 @@ def quality_column(frame: pd.DataFrame) -> str:
         return "accuracy"
     several = frame.get("parameters.vocab_size", pd.Series(dtype=float)).nunique() > 1
     return "bits_per_byte" if several and frame["bits_per_byte"].notna().any() else "perplexity"
-
-
-def dominated_by(frame: pd.DataFrame, minimize=("bytes", "perplexity"), maximize=()) -> pd.Series:
-    """For each row the index label of one that dominates it (no worse in any column and better in
-    one), of several the best in the last column, or None. Rows with a missing value neither
-    dominate nor are dominated. Raises ValueError for a column that is absent."""
-    absent = [column for column in (*minimize, *maximize) if column not in frame]
-    if absent:
-        raise ValueError(f"There is no column {absent[0]!r} to compare, only {[*frame]}.")
-    costs = np.hstack([frame[[*minimize]].to_numpy(float), -frame[[*maximize]].to_numpy(float)])
-    names = []
-    for cost in costs:
-        better = np.flatnonzero((costs <= cost).all(axis=1) & (costs < cost).any(axis=1))
-        names.append(frame.index[better[costs[better, -1].argmin()]] if len(better) else None)
-    return pd.Series(names, index=frame.index, dtype=object)
-
-
-def pareto_front(frame: pd.DataFrame, minimize=("bytes", "perplexity"), maximize=()) -> pd.Series:
-    """True for the complete rows that no other row dominates (see `dominated_by`)."""
-    complete = frame[[*minimize, *maximize]].notna().all(axis=1)
-    return complete & dominated_by(frame, minimize, maximize).isna()

@@ -12,6 +12,8 @@ from torch import Tensor
 from kit.models import bk_kernels, bk_scan
 from kit.models.bk_kernels import apply
 
+on_device = bk_scan  # kernels off the CPU; or notebooks.reference.bk_triton
+
 
 def left_resolvent_pair(x: Tensor, p: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
     """Real and imaginary part of `left_resolvent` in plain real arithmetic: a loop for autograd,
@@ -65,7 +67,7 @@ def left_resolvent(x: Tensor, p: Tensor, eta: Tensor) -> Tensor:
     """
     if torch.compiler.is_exporting():
         return torch.complex(*left_resolvent_pair(x, p, eta))
-    backend = bk_kernels if x.device.type == "cpu" else bk_scan
+    backend = bk_kernels if x.device.type == "cpu" else on_device
     return apply(backend.resolve, backend.resolve_backward, *_checked(x, p, eta))
 
 
@@ -94,8 +96,9 @@ def staggered_reflection(x: Tensor, p: Tensor, eta: Tensor) -> Tensor:
     """
     if torch.compiler.is_exporting():
         return torch.complex(*staggered_reflection_pair(x, p, eta))
-    if x.device.type == "cpu":
-        return apply(bk_kernels.reflect, bk_kernels.reflect_backward, *_checked(x, p, eta))
+    backend = bk_kernels if x.device.type == "cpu" else on_device
+    if backend is not bk_scan:
+        return apply(backend.reflect, backend.reflect_backward, *_checked(x, p, eta))
     sign = _alternating(x)
     g = left_resolvent(x * sign, p, eta)
     r = (g - 1j) / (g + 1j)

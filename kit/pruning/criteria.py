@@ -84,9 +84,8 @@ def check_pattern(width: int, n: int, m: int, what: str = "the scores") -> None:
     if not 0 < n <= m:
         raise ValueError(f"the pattern {n}:{m} must keep between 1 and {m} of {m} weights, not {n}")
     if width % m:
-        raise ValueError(
-            f"the pattern {n}:{m} needs rows that {m} divides, not the {width} of {what}"
-        )
+        said = f"the pattern {n}:{m} needs rows that {m} divides, not the {width} of {what}"
+        raise ValueError(said)
 
 
 def cubic_sparsity(step: int, start: int, end: int, final: float, initial: float = 0.0) -> float:

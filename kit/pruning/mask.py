@@ -87,8 +87,7 @@ def set_mask(
     weight = weight_of(module, name, model)
     shape, given = tuple(weight.original.shape), tuple(mask.shape)
     if mask.dtype != torch.bool or given != shape:
-        raise ValueError(
-            f"a mask of {name!r} must be bool of shape {shape}, not {mask.dtype} {given}"
-        )
+        said = f"a mask of {name!r} must be bool of shape {shape}, not {mask.dtype} {given}"
+        raise ValueError(said)
     put_mask(weight, mask)
     return module

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kit.core.store import atomic, digest
 
-GROUPS = {"model", "best", "optimizer", "rng.now", "rng.epoch"}
+GROUPS = {"model", "best", "optimizer", "scaler", "rng.now", "rng.epoch"}
 COUNTS = ("step", "tokens", "stale", "best_step", "loss_steps", "position")
 NUMBERS = dict.fromkeys(COUNTS, Annotated[int, msgspec.Meta(ge=0, lt=2**62)])
 NUMBERS |= {"best_validation": float | None, "seconds": float, "loss_sum": float}

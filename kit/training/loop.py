@@ -17,6 +17,7 @@ from kit.core.measurement import oversubscribed
 from kit.core.protocols import call_of, tensors_of, tree_map
 from kit.core.settings import Count, Meta, NotNegative, Positive, Seed, Share, settings
 from kit.training import checkpoint as files
+from kit.training import parallel
 from kit.training.losses import IGNORED, next_token_loss
 
 LOG_SECONDS = 20  # between two lines of the log
@@ -31,7 +32,8 @@ class TrainConfig:
     `warmup` is a fraction of the steps, `final_lr` of `lr`, `clip` the gradient's largest norm;
     parameters with one axis (biases, norms) are not decayed. `eval_every` defaults to a tenth of
     the steps; training stops after `patience` evaluations without improvement. With `precision`
-    "bfloat16" the loss is computed under autocast.
+    "bfloat16" or "float16" the loss is computed under autocast, with float16's gradients scaled.
+    `accumulate` computes each batch in so many parts, one after another, in less memory.
     """
 
     steps: Count
@@ -42,7 +44,8 @@ class TrainConfig:
     clip: Annotated[float, Meta(gt=0)] = 1.0
     eval_every: Count | None = None
     patience: Count | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    accumulate: Count = 1
     seed: Seed = 0
 
 
@@ -78,6 +81,10 @@ def train(
     from torch's, NumPy's and random's global generators, seeded by the config; their states and
     all modes come back at the end, also of a run that fails.
 
+    Processes that met in `parallel.join` share out each batch. Means over targets, or over rows
+    with equally many, come out as in one process, but for rounding; what a loss draws or divides
+    by, and the balance of experts, are each part's own.
+
     Args:
         loss: (model, batch) -> scalar; a batch is any that `call_of` understands.
         validate: (model) -> number, lower is better. The best state is restored at the end;
@@ -89,7 +96,7 @@ def train(
             without it.
         extra_parameters: trained too, such as projections of a distillation loss.
 
-    Raises ValueError for nothing to train, a loss that is not finite, an unfit checkpoint.
+    Raises ValueError for nothing to train, a loss not finite, an unfit checkpoint, norms of parts.
     """
     outside, hooks = files.rng_state(), list(hooks)
     run = _Run(model, loader, config, extra_parameters)
@@ -100,12 +107,14 @@ def train(
     steps, report, saved = config.steps, _Report(config, log), time.perf_counter()
     every, record_every = config.eval_every or max(1, steps // 10), max(1, steps // 100)
     try:
-        if checkpoint and Path(checkpoint).exists():
+        if checkpoint and parallel.agreed(Path(checkpoint).exists()):
             run.restore(Path(checkpoint))
         else:
             torch.manual_seed(config.seed)
             np.random.seed(config.seed % 2**32)
             random.seed(config.seed)
+        checkpoint = None if parallel.rank() else checkpoint
+        parallel.spread(run.tensors().values())
         while not run.finished:
             try:
                 value = run.gradients(loss)
@@ -116,9 +125,8 @@ def train(
                     raise
                 what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 advice = "look for inputs or labels out of range, or of another type or shape"
-                raise ValueError(
-                    f"Step {run.step + 1} of {steps} fails ({what}): {advice}."
-                ) from error
+                where = f"Step {run.step + 1} of {steps} fails"
+                raise ValueError(f"{where} ({what}): {advice}.") from error
             run.advance(value, hooks)
             milestone = run.step % every == 0 or run.step == steps
             if milestone or run.step % record_every == 0:
@@ -146,7 +154,13 @@ class _Run:
         self.step = self.tokens = self.stale = self.best_step = self.loss_steps = 0
         self.seconds, self.loss_sum, self.best_validation = 0.0, 0.0, None
         self.history, self.best, self.optimizer = [], {}, None
+        self.parts = parallel.processes() * config.accumulate
+        norms = (m for m in self.modes if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        if self.parts > 1 and any(norm not in self.frozen for norm in norms):
+            advice = "freeze them by eval(), or use one process and accumulate=1."
+            raise ValueError(f"Batch norms would see a batch in {self.parts} parts: {advice}")
         self.build_optimizer()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
 
     @property
     def finished(self) -> bool:
@@ -178,38 +192,74 @@ class _Run:
     def gradients(self, loss) -> float:
         """Gradients of the loss on the next batch, and its value; what a checkpoint holds stays."""
         self.started, batch = time.perf_counter(), self.batches.next()
-        self.batch = tree_map(lambda t: t.to(self.device, non_blocking=True), batch)
+        self.targets = _count_targets(batch)
         self.model.train()
         for module in self.frozen:
             module.training = False
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
-        half = self.config.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            loss_now = loss(self.model, self.batch)
-        if not isinstance(loss_now, Tensor) or loss_now.numel() != 1:
-            said = getattr(loss_now, "shape", type(loss_now).__name__)
-            raise ValueError(f"The loss is a {said}; it must be a tensor of one number.")
-        loss_now.backward()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for p in parameters:
-            if p.grad is not None and p.grad.is_sparse:  # AdamW moves every entry
-                p.grad = p.grad.to_dense()
+        value = self._backward(loss, batch, parameters)
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
-        self._check(value := loss_now.item(), norm.item())
+        falls = self.scaler.get_scale() > 1  # the scale, where a gradient is not finite
+        self._check(value := value.item(), 0.0 if falls else norm.item())
         return value
 
     def advance(self, value: float, hooks) -> None:
         """One optimizer step with the gradients that are there."""
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
-        self.step, self.tokens = self.step + 1, self.tokens + _count_targets(self.batch)
+        self.step, self.tokens = self.step + 1, self.tokens + self.targets
         self.batches.position += 1
         self.loss_sum, self.loss_steps = self.loss_sum + value, self.loss_steps + 1
         if any([hook(self.step, self.config.steps, self.model) is True for hook in hooks]):
             self.build_optimizer()
             self.best, self.best_validation, self.best_step, self.stale = {}, None, 0, 0
         self.seconds += time.perf_counter() - self.started
+
+    def _backward(self, loss, batch, parameters: list) -> Tensor:
+        """Leaves the gradients of the whole batch in the parameters; returns its loss."""
+        counts = [b for b in self.model.buffers() if b.dtype == torch.int64]  # uses of experts
+        before, several = [b.clone() for b in counts], self.parts > 1
+        total = torch.full(
+            (), math.nan if several and not self.targets else 0.0, device=self.device
+        )
+        first = parallel.rank() * self.config.accumulate
+        half = getattr(torch, self.config.precision)
+        for part in range(first, first + self.config.accumulate):
+            rows = parallel.share(batch, part, self.parts) if several else batch
+            if not (weight := _count_targets(rows) / max(self.targets, 1) if several else 1.0):
+                continue
+            if several:  # each draws its own, and the generators of all processes stay in step
+                state, step = files.rng_state(), 1_000_003 * self.config.seed + self.step
+                torch.manual_seed((step * self.parts + part) % 2**63)
+            rows = tree_map(lambda t: t.to(self.device, non_blocking=True), rows)
+            try:
+                with torch.autocast(self.device.type, half, enabled=half != torch.float32):
+                    now = loss(self.model, rows)
+                if not isinstance(now, Tensor) or now.numel() != 1:
+                    said = getattr(now, "shape", type(now).__name__)
+                    raise ValueError(f"The loss is a {said}; it must be a tensor of one number.")
+                self.scaler.scale(now * weight).backward()
+                total = total + now.detach().sum() * weight
+            finally:
+                if several:
+                    files.set_rng_state(state)
+        for p in parameters:
+            if p.grad is not None and p.grad.is_sparse:  # AdamW moves every entry
+                p.grad = p.grad.to_dense()
+        if parallel.processes() > 1:
+            parallel.add_up([some := torch.tensor([float(p.grad is not None) for p in parameters])])
+            used = [p for p, given in zip(parameters, some.tolist()) if given]
+            for p in used:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            added = [b - old for b, old in zip(counts, before)]
+            parallel.add_up([total := total.float(), *(p.grad for p in used), *added])
+            for b, old, more in zip(counts, before, added):
+                b.copy_(old + more)
+        return total
 
     def _check(self, loss: float, norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -227,7 +277,7 @@ class _Run:
         self.loss_sum, self.loss_steps = 0.0, 0
         if validate is not None:
             state = files.rng_state()
-            value = entry["validation"] = float(validate(self.model))
+            value = entry["validation"] = parallel.agreed(float(validate(self.model)))
             files.set_rng_state(state)  # evaluating changes nothing about the training that follows
             if math.isnan(value):
                 advice = "lower lr, check the data."
@@ -253,15 +303,17 @@ class _Run:
         moments = {f"{name}/{key}": t for name, state in states.items() for key, t in state.items()}
         groups = {"model": self.tensors(), "best": self.best, "optimizer": moments}
         groups |= {"rng.now": files.rng_state(), "rng.epoch": self.batches.epoch_rng}
+        scaler = self.scaler.state_dict().items()
+        groups["scaler"] = {key: torch.tensor(value) for key, value in scaler}
         rest = {"position": self.batches.position, "config": asdict(self.config)}
         state = {name: getattr(self, name) for name in SAVED}
         files.write_checkpoint(path, groups, files.State(**state, **rest))
 
     def restore(self, path: Path) -> None:
-        groups, state = files.read_checkpoint(path)
+        groups, state = parallel.agreed(parallel.rank() or files.read_checkpoint(path))
         what = f"The checkpoint {path}"
         for name, ours in asdict(self.config).items():
-            if (theirs := state.config.get(name, ours)) != ours:
+            if (theirs := state.config.get(name, ours)) != ours and name != "accumulate":
                 difference = f"was written with {name}={theirs!r:.100}, not {ours!r}"
                 advice = "use the same settings, or delete it to start anew."
                 raise ValueError(f"{what} {difference}: {advice}")
@@ -275,6 +327,8 @@ class _Run:
         files.copy_into(self.tensors(), groups["model"], what)
         vars(self).update({name: getattr(state, name) for name in SAVED}, best=groups["best"])
         self.batches.resume(groups["rng.epoch"], state.position)
+        scaler = groups["scaler"].items() if "scaler" in groups else ()
+        self.scaler.load_state_dict({key: value.item() for key, value in scaler})
         files.set_rng_state(groups["rng.now"])
 
     def _load_moments(self, moments: dict[str, Tensor], what: str) -> None:
@@ -300,7 +354,7 @@ class _Report:
     """One plain line at most every LOG_SECONDS, and a last one, for terminals and notebooks."""
 
     def __init__(self, config: TrainConfig, log: bool):
-        self.config, self.log, self.hinted = config, log, False
+        self.config, self.log, self.hinted = config, log and parallel.rank() == 0, False
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
     def __call__(self, run: _Run) -> None:

@@ -141,9 +141,8 @@ def _accumulate(grads, rows, error, h, w):
 
 
 def _product_dtype(hidden, weight):
-    if torch.is_autocast_enabled(hidden.device.type):
-        return torch.get_autocast_dtype(hidden.device.type)
-    return torch.promote_types(hidden.dtype, weight.dtype)
+    half = torch.is_autocast_enabled(kind := hidden.device.type) and torch.get_autocast_dtype(kind)
+    return half if half == torch.bfloat16 else torch.promote_types(hidden.dtype, weight.dtype)
 
 
 def _with_bias(hidden, weight, bias, dtype):

@@ -69,17 +69,22 @@ def mixing_seconds(
     channels: int = ResNetBKConfig.channels,
     heads: int = 4,
     seconds: float = 2.0,
+    device: str | torch.device = "cpu",
 ) -> pd.DataFrame:
     """Seconds of one forward and backward over about `tokens` tokens, in windows of each of
     `lengths`.
 
     Columns: `MIXING`; a layer includes its projections (and the BK layer its convolution and gate),
-    a kernel is the mixing alone. The four run in turn, the median counts.
+    a kernel is the mixing alone. The four run in turn, the median counts; on a GPU under bfloat16
+    autocast, so that attention runs in its flash kernel.
     """
     rows = {}
     for length in lengths:
-        calls = _mixing_calls(max(1, tokens // length), length, d_model, channels, heads)
-        rows[length] = {name: timing.median for name, timing in measure(calls, seconds).items()}
+        half = torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda")
+        with torch.device(device), half:
+            calls = _mixing_calls(max(1, tokens // length), length, d_model, channels, heads)
+            found = measure(calls, seconds)
+        rows[length] = {name: timing.median for name, timing in found.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=MIXING).rename_axis("window")
 
 

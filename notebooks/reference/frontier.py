@@ -21,13 +21,13 @@ from kit.budget.rate import RateLoss, row_sensitivity, set_rate_formats
 from kit.core.weights import copy_model
 from kit.data import load_corpus, token_loaders
 from kit.distillation.students import config_for_parameters
-from kit.lab.baseline import Baseline
 from kit.models import ResNetBK
 from kit.pipeline import CompressionPipeline, arrange_for_coding
 from kit.quantization import INT8, Format, quantize_weights, uniform
 from kit.training import TrainConfig, train
 from kit.training.evaluation import Evaluation, evaluate
 from kit.training.losses import training_loss
+from notebooks.reference.baseline import Baseline
 
 # Of what the rivals do not compress themselves.
 BODY = Format(4, granularity="group", group_size=64, range="mse")

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from kit.lab.records import pareto_front, quality_column
+from kit.lab.records import quality_column
 from notebooks.reference import figures
 from notebooks.reference.figures import COLOURS, GREY, MARKERS, MUTED, new_axes, row_axes, styled
 from notebooks.reference.figures import save as save
@@ -209,3 +209,24 @@ def intervals(rows: Mapping[str, Sequence[float]], xlabel: str, *, references=()
     ax.set(xlabel=xlabel)
     ax.margins(x=0.1)
     return ax
+
+
+def dominated_by(frame: pd.DataFrame, minimize=("bytes", "perplexity"), maximize=()) -> pd.Series:
+    """For each row the index label of one that dominates it (no worse in any column and better in
+    one), of several the best in the last column, or None. Rows with a missing value neither
+    dominate nor are dominated. Raises ValueError for a column that is absent."""
+    absent = [column for column in (*minimize, *maximize) if column not in frame]
+    if absent:
+        raise ValueError(f"There is no column {absent[0]!r} to compare, only {[*frame]}.")
+    costs = np.hstack([frame[[*minimize]].to_numpy(float), -frame[[*maximize]].to_numpy(float)])
+    names = []
+    for cost in costs:
+        better = np.flatnonzero((costs <= cost).all(axis=1) & (costs < cost).any(axis=1))
+        names.append(frame.index[better[costs[better, -1].argmin()]] if len(better) else None)
+    return pd.Series(names, index=frame.index, dtype=object)
+
+
+def pareto_front(frame: pd.DataFrame, minimize=("bytes", "perplexity"), maximize=()) -> pd.Series:
+    """True for the complete rows that no other row dominates (see `dominated_by`)."""
+    complete = frame[[*minimize, *maximize]].notna().all(axis=1)
+    return complete & dominated_by(frame, minimize, maximize).isna()

@@ -28,11 +28,11 @@ from kit.core import range_coder
 from kit.core.measurement import tune_process
 from kit.core.weights import weight_of
 from kit.data import token_loaders
-from kit.lab.baseline import Baseline, load_or_train
 from kit.lab.records import write_result
 from kit.pipeline import STAGES, CompressionPipeline
 from kit.quantization.fake import FakeQuantize
 from notebooks.reference import frontier
+from notebooks.reference.baseline import Baseline, load_or_train
 from notebooks.reference.ngram import KneserNey
 from notebooks.reference.pointer import fit_pointer
 from notebooks.reference.sampling import continue_text
@@ -60,6 +60,9 @@ def main() -> None:
     add("--steps", type=int, default=4600, help="of distillation, of 16 windows of 128" + more)
     add("--target-compression", type=float, default=100.0)
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    add(
+        "--device", default="auto", help="auto, cpu, cuda, mps; torchrun gives each process its own"
+    )
     add("--seed", type=int, default=0, help="of the compression; the dense model's is 0")
     add("--pointer", action="store_true", help="to the run of these settings, already there")
     add("--controls", action="store_true")
@@ -89,7 +92,7 @@ def main() -> None:
 
 
 def dense_model(settings: dict, tied: bool, steps: int, **training) -> Baseline:
-    data = {"corpus": settings["corpus"], "vocab_size": settings["vocab_size"], "seq_len": 128}
+    data = {name: settings[name] for name in ("corpus", "vocab_size", "device")} | {"seq_len": 128}
     training |= {"steps": steps, "weight_decay": WEIGHT_DECAY, "batch_size": 32}
     return load_or_train(**data, **training, tied=tied, **SHAPE)
 
@@ -99,7 +102,8 @@ def compression(dense: Baseline, place: Path, settings: dict) -> dict:
     steps, text, parts = settings["steps"], dense.corpus, frontier.token_parts(dense)
     folder = RUNS / f"reference-{place.name}-{steps}"
     own = settings["target_compression"] * dense.path.stat().st_size / dense.bytes
-    options = {name: settings[name] for name in ("stages", "seed")} | {"lr": LEARNING_RATE}
+    options = {name: settings[name] for name in ("stages", "seed", "device")}
+    options |= {"lr": LEARNING_RATE}
     options |= {"token_parts": parts, "token_counts": text.token_counts}
     pipeline, loader = (
         CompressionPipeline(dense.model, own, **options),
@@ -158,6 +162,7 @@ def controls(dense: Baseline, place: Path) -> dict:
     """Rounding without training, and what the compressed model is compared with."""
     folder, text = RUNS / f"reference-{place.name}", dense.corpus
     folder.mkdir(parents=True, exist_ok=True)
+    dense.model.cpu()  # codes are made in NumPy
     rivals = [frontier.product_quantized(dense, pieces, folder) for pieces in (8, 16)]
     rivals += [frontier.low_rank(dense, 32, 4, folder), frontier.hashed(dense, 2000, folder)]
     rivals += [frontier.uniform_zlib(dense, bits, folder) for bits in (2, 4)]

@@ -4,6 +4,7 @@ from disk."""
 import dataclasses
 import itertools
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from kit.core.protocols import device_of
 from kit.core.store import cache_dir, code_digest, digest, lock, write_json
 from kit.data import Corpus, Loaders, load_corpus, token_loaders
 from kit.models import build_model
-from kit.training import TrainConfig, train
+from kit.training import TrainConfig, parallel, train
 from kit.training.evaluation import Evaluation, evaluate
 from kit.training.losses import training_loss
 
@@ -47,17 +48,9 @@ class Baseline:
 
 
 def load_or_train(
-    *,
-    corpus="docs",
-    vocab_size=4096,
-    train_bytes=None,
-    batch_size=16,
-    seq_len=128,
-    model="ResNetBK",
-    device="cpu",
-    log=True,
-    **settings,
-) -> Baseline:
+    *, corpus="docs", vocab_size=4096, train_bytes=None, batch_size=16, seq_len=128,
+    model="ResNetBK", device="auto", log=True, **settings,
+) -> Baseline:  # fmt: skip
     """Trains `model` (a name in kit.models.MODELS) until validation stops improving or its steps
     are done, and writes it as a float32 artifact; with the same settings, data and code it is only
     read. A killed training resumes. The test split is measured once, on the model from the file.
@@ -66,7 +59,7 @@ def load_or_train(
     it in hardware) and of the model's config. Raises ValueError, before any training, for settings
     that the data or the model cannot have.
     """
-    text = load_corpus(corpus, vocab_size, train_bytes)
+    device, text = parallel.join(device), load_corpus(corpus, vocab_size, train_bytes)
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
     chosen = {**TRAINING, **{name: settings.pop(name) for name in fields & settings.keys()}}
     chosen.setdefault("eval_every", max(chosen["steps"] // 12, 10))
@@ -76,13 +69,16 @@ def load_or_train(
     dense = build_model(model, {**settings, "vocab_size": text.tokenizer.vocab_size}).to(device)
     loaders = token_loaders(text, batch_size, seq_len)
     windows, code = (batch_size, seq_len), code_digest(SOURCES)
-    key = digest(dense.config, training, windows, text.sha256, vocab_size, device, code)
+    key = digest(dense.config, training, windows, text.sha256, vocab_size, device.type, code)
     folder = cache_dir() / "baselines" / f"{model}-{key}"
     path, record = folder / "model.kit", folder / "record.json"
-    with lock(folder):
-        if not record.exists():
-            write_json(record, _train(dense, loaders, training, path, log))
-            path.with_name("checkpoint").unlink(missing_ok=True)
+    with nullcontext() if parallel.rank() else lock(folder):  # the others wait for rank 0
+        if not parallel.agreed(record.exists()):
+            done = _train(dense, loaders, training, path, log)
+            if parallel.rank() == 0:
+                write_json(record, done)
+                path.with_name("checkpoint").unlink(missing_ok=True)
+        parallel.agreed(None)
     found = json.loads(record.read_text())
     test = {k: np.array(v) if isinstance(v, list) else v for k, v in found.pop("test").items()}
     dense = artifact.load(path).to(device)
@@ -95,7 +91,9 @@ def _train(model: nn.Module, loaders: Loaders, config: TrainConfig, path: Path, 
     options = {"validate": lambda m: evaluate(m, glance).loss, "log": log}
     options |= {"loss": training_loss(model), "checkpoint": path.with_name("checkpoint")}
     done = train(model, loaders.train, config, **options)
-    artifact.save(model, path, layouts=("dense",))
+    if parallel.rank() == 0:
+        artifact.save(model, path, layouts=("dense",))
+    parallel.agreed(None)
     test = evaluate(artifact.load(path).to(device_of(model)), loaders.test)
     found = {name: getattr(done, name) for name in ("history", "tokens", "seconds")}
-    return {**found, "test": test, "peak_memory": peak_memory()}
+    return {**found, "test": test, "peak_memory": peak_memory(device_of(model))}
