@@ -1,27 +1,30 @@
 """Structured pruning: channels, neurons and hidden units go, a smaller dense model stays."""
 
 import fnmatch
-import warnings
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
-from kit.core.protocols import Call, call_of, call_with, device_of, evaluating, tensors_of
-from kit.core.weights import Weight, copy_model, materialize, weight_of
-from kit.models import BKMixer, MoE, parameter_count, refresh_config
+from kit.core.protocols import call_of, call_with, device_of, evaluating
+from kit.core.weights import Weight, copy_model, weight_of
+from kit.models import BKMixer, MoE, refresh_config
 from kit.pruning.criteria import check_sparsity
 from kit.pruning.least_squares import layer_examples, refit_experts, refit_linear
+from kit.pruning.units import Family, Verifier, cut, describe, families, layers_of
 from kit.quantization.activations import ActivationQuantizer
 from kit.training.losses import classification_loss, next_token_loss
 
 IMPORTANCE = ("l1", "l2", "taylor")
 
 
-def modules_of(model: nn.Module, kind: type | tuple, layers: str = "*") -> dict[str, nn.Module]:
-    """Submodules of a class whose dotted name matches a shell pattern; ValueError if none does."""
-    every = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+def modules_of(model: nn.Module, kind: type | None, layers: str = "*") -> dict[str, nn.Module]:
+    """Submodules of a class, or all whose outputs are known as units (None), whose dotted name
+    matches a shell pattern; ValueError if none does."""
+    if kind is None:
+        every = {layer.name: layer.module for layer in layers_of(model) if not layer.follows}
+    else:
+        every = {name: m for name, m in model.named_modules() if isinstance(m, kind)}
     found = {name: module for name, module in every.items() if fnmatch.fnmatch(name, layers)}
     if not found:
         what, there = getattr(kind, "__name__", "convolution or linear"), ", ".join(every) or "none"
@@ -33,7 +36,8 @@ def unit_saliency(weight: Weight, importance: str) -> Tensor:
     """What each entry adds to its unit's score: |w|, w^2, or |w dL/dw| (Molchanov et al. 2019)."""
     value = weight.value.detach()
     if importance == "taylor":
-        return (value * weight.original.grad).abs()
+        grad = weight.original.grad  # None: nothing that the loss sees
+        return torch.zeros_like(value) if grad is None else (value * grad).abs()
     return value.abs() if importance == "l1" else value.square()
 
 
@@ -156,9 +160,14 @@ def _prepared(model, sparsity, importance, batches, loss) -> list | None:
         raise ValueError("taylor importance needs gradients: pass batches=, some training batches")
     batches = None if batches is None else list(batches)
     model.zero_grad(set_to_none=True)
+    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     with evaluating(model), torch.enable_grad():
+        for parameter in frozen:
+            parameter.requires_grad_(True)
         for batch in batches if importance == "taylor" else ():
             loss(model, call_of(batch).to(device_of(model))).backward()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
     return batches
 
 
@@ -166,70 +175,53 @@ def prune_channels(
     model: nn.Module, example, sparsity: float, *, layers: str = "*", importance: str = "l2",
     batches: Iterable | None = None, loss: Callable = classification_loss,
 ) -> nn.Module:  # fmt: skip
-    """A copy of a CNN or MLP that has lost a share `sparsity` of the outputs of each layer.
+    """A copy of any model that has lost a share `sparsity` of the outputs of its layers.
 
-    What goes with an output (batch norm, inputs of the next layer, the other side of a sum) is
-    found by Torch-Pruning's dependency graph (Fang et al. 2023); layers that make the output of the
-    model keep theirs. The copy carries no steps: masks are zeros in it.
+    What goes with an output (batch norm, inputs of the next layer, the other side of a sum, a gate,
+    the rest of an attention head) is found by `kit.pruning.units`; a score is the sum over all of
+    it. Every cut is verified: the copy computes what the model does when it reads zeros in place of
+    what went. Layers that make the output of the model, and those that cannot be verified, stay as
+    they are: `uncut` of the copy names them. Steps are resized; a config of transformers follows
+    where it can describe the shapes.
 
     Args:
-        example: inputs to trace the model with, a tensor or what `call_with` takes.
+        example: inputs to run the model with, a tensor or what `call_with` takes.
         layers: shell pattern of the layers that lose outputs; those coupled to others stay whole.
-    Raises ValueError: as `prune_hidden_units`, or for a model that the graph does not describe.
+    Raises ValueError: as `prune_hidden_units`, or if nothing could go.
     """
-    import torch_pruning as tp  # slow to import
-
-    modules_of(model, (_ConvNd, nn.Linear), layers)
-    small, call = materialize(model), call_with(example)
+    call, names = call_with(example).to(device_of(model)), modules_of(model, None, layers)
+    small = copy_model(model)
     _prepared(small, sparsity, importance, batches, loss)
     try:
-        shapes = _output_shapes(small, call)
-        with evaluating(small), torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            score, fixed = channel_importance(importance), _fixed_layers(small, call.args, layers)
-            options = {"pruning_ratio": sparsity, "ignored_layers": fixed}
-            tp.pruner.BasePruner(small, call.args, score, **options).step()
-        if sparsity and parameter_count(small) == parameter_count(model):
-            raise ValueError("it finds nothing that could go")
-        if shapes != (pruned := _output_shapes(small, call)):
-            raise ValueError(f"its output would change from {shapes} to {pruned}")
-        refresh_config(small)
-    except Exception as error:  # the graph raises anything
+        found = families(small, call, names)
+    except Exception as error:  # a model may raise anything
         reason = str(error).partition("\n")[0] or type(error).__name__
-        what = f"the dependency graph cannot prune this {type(model).__name__} ({reason})"
-        advice = "name the layers it can, or use prune_hidden_units, prune_bk_channels or masks"
-        raise ValueError(f"{what}: {advice}") from error
+        what = f"cannot prune this {type(model).__name__}, which fails on the example ({reason})"
+        raise ValueError(f"{what}: give inputs that it can be called with") from error
+    for family in found:
+        scores = group_scores(small, family, importance)
+        family.gone = scores.argsort(stable=True)[: round(sparsity * len(scores))].tolist()
+        family.gone = family.gone[: len(scores) - 1]
     small.zero_grad(set_to_none=True)
+    found = Verifier(small, call).verified([family for family in found if family.gone])
+    if sparsity and not found:
+        what = f"cannot prune this {type(model).__name__}: of the layers {layers!r} nothing can go"
+        raise ValueError(f"{what} that other layers do not need: name others, or use masks")
+    cut(small, found)
+    refresh_config(small)
+    describe(small, model, found)
+    pruned = {name for family in found for name in family.names}
+    small.uncut = [name for name in names if name not in pruned]
     return small
 
 
-def channel_importance(importance: str):
-    """Torch-Pruning's score of a group: a mean over layers of the sum of |w|, w^2 or |w dL/dw|."""
-    import torch_pruning as tp
-
-    if importance == "taylor":
-        return tp.importance.GroupTaylorImportance(normalizer=None)
-    p = 1 if importance == "l1" else 2
-    return tp.importance.GroupMagnitudeImportance(p=p, normalizer=None)
-
-
-def _fixed_layers(model: nn.Module, example: tuple, layers: str) -> list[nn.Module]:
-    """Layers that must keep their outputs: not named, or coupled to the model's output. Raises
-    ValueError when nothing is left to prune."""
-    import torch_pruning as tp
-
-    graph = tp.DependencyGraph().build_dependency(model, example_inputs=example)
-    named = set(modules_of(model, (_ConvNd, nn.Linear), layers).values())
-    fixed = {m for m in model.modules() if isinstance(m, (_ConvNd, nn.Linear))} - named
-    for group in graph.get_all_groups(root_module_types=[tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR]):
-        nodes = [dep.target for dep, _ in group if graph.is_out_channel_pruning_fn(dep.handler)]
-        if not all(node.outputs for node in nodes):
-            fixed |= {node.module for node in nodes}
-    if named <= fixed:
-        raise ValueError(f"none of the layers {layers!r} feeds another one that the graph sees")
-    return list(fixed)
-
-
-def _output_shapes(model: nn.Module, call: Call) -> list[tuple[int, ...]]:
-    with evaluating(model):
-        return [tuple(output.shape) for output in tensors_of(call(model))]
+def group_scores(model: nn.Module, family: Family, importance: str) -> Tensor:
+    """(n,): the saliency of each group, over the weights of all that goes with it."""
+    scores = torch.zeros(len(family.members), dtype=torch.float64)
+    for name, axis in family.members[0]:
+        module = model.get_submodule(name)
+        if getattr(module, "weight", None) is not None:
+            saliency = unit_saliency(weight_of(module), importance).double().cpu()
+            along = saliency.movedim(axis, 0).reshape(saliency.shape[axis], -1).sum(1)
+            scores += torch.stack([along[group[name, axis]].sum() for group in family.members])
+    return scores
