@@ -329,7 +329,8 @@ def _skeleton(header: Header, held: int) -> nn.Module:
         for size in value if isinstance(value, list) else [value]:
             if isinstance(size, int) and size > entries:
                 raise ArtifactError(f"its config has {name} = {value} for {entries:,} entries")
-    with torch.device("meta"), _Calls(100 * (len(header.tensors) + 10)):
+    grad = torch.set_grad_enabled(torch.is_grad_enabled())  # stays, wherever the building ends
+    with grad, torch.device("meta"), _Calls(100 * (len(header.tensors) + 10)):
         return build_model(header.model.kind, header.model.config)
 
 
