@@ -39,7 +39,7 @@ FLOORS = [  # from the ground up: a room imports itself and what stands on lower
     {"quantization"},
     {"pruning"},
     {"artifact"},
-    {"budget"},
+    {"budget", "hub"},
     {"distillation", "engines"},
     {"pipeline"},
     {"production"},

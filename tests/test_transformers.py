@@ -4,6 +4,7 @@ user's own."""
 import copy
 
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
@@ -16,6 +17,7 @@ from kit.core.protocols import Call, LanguageModel, adapt, bare, call_of
 from kit.core.weights import copy_model, weights
 from kit.distillation import DistillationTrainer
 from kit.distillation.cache import build_cache
+from kit.hub import from_pretrained, load, save_pretrained
 from kit.quantization import FakeQuantize, Format, quantize_weights
 from kit.training import TrainConfig, train
 from kit.training.evaluation import evaluate
@@ -241,6 +243,43 @@ def test_inputs_of_conv1d(quantized):
     assert len(scale.find(FakeQuantize).grid(scale.original)[0]) == 128  # one an output
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bert", "mixtral", "t5", "vit"])
+def test_a_folder_gives_the_compressed_model_back(name, tmp_path):
+    case = CASES[name]
+    model, inputs = quantize_weights(case.model(), Format(4)), case.inputs(2, 16)
+    if name == "gpt2":
+        model.generation_config.max_new_tokens = 3
+    size = save_pretrained(adapt(model), tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} >= {"config.json", "model.kit"}
+    assert size < 0.3 * artifact.float32_bytes(model)
+    state = torch.get_rng_state()
+    for again in (from_pretrained(tmp_path), from_pretrained(tmp_path, True)):
+        assert torch.equal(run(again, inputs).logits, run(model, inputs).logits)
+    assert torch.equal(torch.get_rng_state(), state)
+    if name == "gpt2":
+        assert again.generation_config.max_new_tokens == 3
+        again = from_pretrained(tmp_path)
+        assert again.lm_head.weight is again.transformer.wte.weight  # tied
+
+
+def test_a_tokenizer_goes_with_the_model(tmp_path):
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, "?"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
+    save_pretrained(CASES["gpt2"].model(), tmp_path, tokenizer)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert again("b a c")["input_ids"] == [1, 0, 2]
+
+
+def test_what_no_folder_could_give_back_is_refused(tmp_path):
+    model = CASES["gpt2"].model()
+    for weight in weights(model, "*.mlp.c_fc.*"):
+        weight.select(lambda tensor: tensor[..., ::2])
+    with pytest.raises(ValueError, match="another shape than GPT2Config"):
+        save_pretrained(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_trainer_of_transformers_trains_a_fake_quantized_model(tmp_path):
     pytest.importorskip("accelerate")
     case = CASES["gpt2"]
@@ -265,3 +304,17 @@ def test_lora_learns_beside_a_fake_quantized_model():
     assert evaluate(lora, loader).loss < before
     base = lora.base_model.model.model.layers[0].self_attn.q_proj.base_layer
     assert torch.equal(base.weight, frozen)
+
+
+def test_a_model_is_read_by_name_or_the_sentence_says_which_files_to_give(tmp_path):
+    model = CASES["gpt2"].model()
+    model.save_pretrained(tmp_path)
+    again = load(f"hf:{tmp_path}")
+    inputs = CASES["gpt2"].inputs(2, 16)
+    assert torch.equal(run(again, inputs).logits, run(model.eval(), inputs).logits)
+    for nothing in (tmp_path / "nothing", tmp_path / "config.json"):
+        with pytest.raises(ValueError, match="config.json and model.safetensors") as error:
+            load(f"hf:{nothing}")
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="hf:"):
+        load("gpt2")
