@@ -2,7 +2,6 @@
 
 import html
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -18,10 +17,10 @@ from kit import artifact
 from kit.core.measurement import Latency, measure
 from kit.core.protocols import Call, call_with, pick_device
 from kit.core.settings import BelowOne, Positive, Share, settings
-from kit.core.weights import copy_model
+from kit.core.weights import materialize
 from kit.distillation import DistillationTrainer
 from kit.engines.choice import INTEGER, Choice, batch_size, flat, relative_error
-from kit.engines.layers import calibrate_inputs, dtype_of, float_copy
+from kit.engines.layers import calibrate_inputs, copy_of, dtype_of, float_copy, unwrapped
 from kit.engines.quantized import DEFAULT, QuantizationConfig, QuantizedModel, quantize
 from kit.models import parameter_count
 from kit.pruning import MagnitudePruner, prune_channels
@@ -32,6 +31,7 @@ from kit.training.losses import training_loss
 STRUCTURED = {"l1": "l1", "l2": "l2", "l1_structured": "l1", "ln_structured": "l2"}
 UNSTRUCTURED = {"magnitude": "magnitude", "l1_unstructured": "magnitude"}
 UNSTRUCTURED |= {"random": "random", "random_unstructured": "random"}
+WIDE = 0.5  # between the quartiles of a latency, of its median
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -113,14 +113,11 @@ class OptimizationResult:
             for t in (self.latency_before, self.latency_after)
         ]
         ratio, of_signal = f"{self.compression_ratio:.2f}x smaller", f"{self.relative_error:.2g}"
+        faster = f"{self.speedup:.2f}x as fast"
         fewer = f"{1 - self.parameters_after / self.parameters_before:.1%} fewer"
         rows = [
             ("file, bytes", f"{self.bytes_before:,}", f"{self.bytes_after:,}", ratio),
-            (
-                f"latency, batch {self.batch_size}, {threads}",
-                *times,
-                f"{self.speedup:.2f}x as fast",
-            ),
+            (f"latency, batch {self.batch_size}, {threads}", *times, faster),
             ("parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}", fewer),
             ("zeros among weights", "", f"{self.sparsity:.1%}", ""),
             ("output: mean squared error", "", f"{self.mse:.3g}", f"{of_signal} of the signal"),
@@ -161,7 +158,7 @@ class ProductionModelOptimizer:
     def prepare_qat_model(self, model: nn.Module, config=DEFAULT, calibration=None) -> nn.Module:
         """A copy to train with rounded weights (and inputs, if calibrated), gradients straight
         through; `quantize_dynamic` keeps the weights that it is trained to."""
-        copied = quantize_weights(copy_model(model), config.format)
+        copied = quantize_weights(copy_of(model), config.format)
         if calibration is not None:
             calibrate_inputs(copied, calibration)
         return copied.train(model.training).to(self.device)
@@ -180,7 +177,7 @@ class ProductionModelOptimizer:
         Raises ValueError for a structured method, or without weights of two or more dimensions.
         """
         score = config.score(UNSTRUCTURED, "removes units")
-        return MagnitudePruner(copy_model(model), score=score).prune(config.amount)
+        return MagnitudePruner(copy_of(model), score=score).prune(config.amount)
 
     def distill_knowledge(
         self, teacher_model, student_model, train_loader, config=DistillationConfig()
@@ -189,7 +186,7 @@ class ProductionModelOptimizer:
 
         Raises ValueError for settings out of range and models of different classes.
         """
-        teacher, student = (copy_model(m).to(self.device) for m in (teacher_model, student_model))
+        teacher, student = (copy_of(m).to(self.device) for m in (teacher_model, student_model))
         trainer = DistillationTrainer(
             teacher.eval(), student, config.temperature, config.alpha, 0.0
         )
@@ -202,25 +199,15 @@ class ProductionModelOptimizer:
 
         loss(model, batch): by default the next token's for language models, else cross-entropy.
         """
-        copied = copy_model(model).to(self.device)
+        copied = copy_of(model).to(self.device)
         schedule = _schedule(train_loader, epochs, learning_rate)
         train(copied, train_loader, schedule, loss=loss or training_loss(copied), log=self.log)
         return copied.eval()
 
     def optimize_full_pipeline(
-        self,
-        model: nn.Module,
-        prune_amount: float = 0.3,
-        use_quantization: bool = True,
-        use_pruning: bool = True,
-        *,
-        inputs=None,
-        train_loader=None,
-        epochs: float = 1,
-        calibration=None,
-        loss: Callable | None = None,
-        config: QuantizationConfig = DEFAULT,
-    ) -> tuple[nn.Module, OptimizationResult]:
+        self, model: nn.Module, prune_amount=0.3, use_quantization=True, use_pruning=True, *,
+        inputs=None, train_loader=None, epochs=1, calibration=None, loss=None, config=DEFAULT,
+    ) -> tuple[nn.Module, OptimizationResult]:  # fmt: skip
         """Prune, retrain (with a `train_loader`), quantize (static with `calibration`), measure.
 
         Where a model cannot be taken apart to remove units, weights are masked; the result says so.
@@ -256,7 +243,7 @@ class ProductionModelOptimizer:
         call = _call(model, inputs)
         if isinstance(model, QuantizedModel):
             return export_onnx(model.model, path, call, model.onnx_engine)
-        return export_onnx(copy_model(model).float().eval(), path, call)
+        return export_onnx(copy_of(model).float().eval(), path, call)
 
 
 def _schedule(loader, epochs: float, learning_rate: float) -> TrainConfig:
@@ -274,7 +261,7 @@ def quick_quantize(model: nn.Module, inputs=None, **settings) -> QuantizedModel:
     """
     quantized = quantize(model, QuantizationConfig(**settings))
     if inputs is not None:
-        call_with(inputs)(quantized.tune)
+        _call(model, inputs)(quantized.tune)
     return quantized
 
 
@@ -293,23 +280,25 @@ def compare_models(
 
     optimized: a QuantizedModel, or any module; bytes are those of `kit.artifact.save`'s file.
     """
-    call, before, after = call_with(inputs), *(copy_model(m).eval() for m in (original, optimized))
+    call, before, after = _call(original, inputs), *map(copy_of, (original, optimized))
+    before, after = before.eval(), after.eval()
     with torch.inference_mode():
         expected, outputs = call(before), call(after)
         times = measure({"before": partial(call, before), "after": partial(call, after)}, seconds)
-    y, r, engine, stored = (
-        flat(outputs).double(),
-        flat(expected).double(),
-        "float32 in torch",
-        after,
-    )
+    (y, r), engine = (flat(outputs).double(), flat(expected).double()), "float32 in torch"
+    if y.shape != r.shape:
+        raise ValueError(f"the outputs have {len(r)} and {len(y)} values: compare models of a kind")
+    before, stored = materialize(before), after  # somebody else's parametrizations have no file
     if isinstance(after, QuantizedModel):
         engine, stored = after.choice.name, after.model
-        notes = (*notes, *_speed_notes(after.choice, batch_size(call)))
+        notes = (*_speed_notes(after.choice, batch_size(call)), *notes)
+    wide = [time for time in times.values() if time.high - time.low > WIDE * time.median]
+    if wide:
+        hint = "stop other jobs or call torch.set_num_threads(1), and measure again"
+        notes = (*notes, f"latencies spread too widely to be trusted: {hint}")
     floats, (layers, *sizes) = float_copy(stored), _layers(before, stored)
-    weights = torch.cat(
-        [p.flatten() for p in floats.parameters() if p.ndim >= 2] or [torch.ones(1)]
-    )
+    found = [p.flatten() for p in floats.parameters() if p.ndim >= 2]
+    weights = torch.cat([*found, torch.ones(int(not found))])
     mse, cosine = (y - r).square().mean().item(), F.cosine_similarity(y, r, dim=0).item()
     errors = mse, relative_error(outputs, expected), cosine, (weights == 0).float().mean().item()
     settings = *times.values(), batch_size(call), torch.get_num_threads()
@@ -330,13 +319,18 @@ def _layers(before: nn.Module, after: nn.Module) -> tuple[pd.DataFrame, int, int
 
 def _speed_notes(choice: Choice, rows: int) -> list[str]:
     """Says when integers do not pay at this batch size, and where they would."""
-    if choice.table is None or choice.name in INTEGER:
-        return []
-    reasons = choice.table.set_index("engine")["why not"]
-    reasons = reasons[reasons.index.isin(INTEGER)]
-    if not reasons.isin(["", "slower"]).any():
-        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        return [f"computed in floats, since no integer engine can be used ({why})"]
+    kept = getattr(choice.engine, "kept", {})
+    if choice.name in INTEGER:
+        return [f"{name or 'the model'} is computed in floats: {why}" for name, why in kept.items()]
+    if choice.table is None:
+        return [f"computed in floats, as asked: {choice.name}"]
+    table = choice.table.set_index("engine")
+    table = table[table.index.isin(INTEGER)]
+    if not table["why not"].isin(["", "slower"]).any():
+        why = "; ".join(f"{name}: {reason}" for name, reason in table["why not"].items())
+        least = table["error"].astype(float).min()
+        hint = f"; max_error={least:.1g} would allow integers" if 0 < least < 1 else ""
+        return [f"computed in floats, since no integer engine can be used ({why}){hint}"]
     batch = choice.pays_from
     where = f"they are from a batch of {batch} on" if batch else "nor are they at larger ones"
     what = f"integers are not faster than {choice.name} at a batch of {rows}"
@@ -344,7 +338,10 @@ def _speed_notes(choice: Choice, rows: int) -> list[str]:
 
 
 def _call(model: nn.Module, inputs) -> Call:
-    return call_with(example_inputs(model) if inputs is None else inputs)
+    call = call_with(example_inputs(unwrapped(model)) if inputs is None else inputs)
+    if not batch_size(call):
+        raise ValueError("inputs are an empty batch, which has no output: give one row at least")
+    return call
 
 
 def example_inputs(model: nn.Module, batch: int = 16) -> tuple[torch.Tensor, ...]:
@@ -354,7 +351,7 @@ def example_inputs(model: nn.Module, batch: int = 16) -> tuple[torch.Tensor, ...
     """
     kinds = (nn.Linear, nn.Embedding, nn.RNNBase, *CONVOLUTIONS)
     first = next((module for module in model.modules() if isinstance(module, kinds)), None)
-    generator, probe = torch.Generator().manual_seed(0), copy_model(model).eval()
+    generator, probe = torch.Generator().manual_seed(0), copy_of(model).eval()
     for shape in _guesses(first, batch):
         x = torch.randn(shape, generator=generator).to(dtype_of(model))
         if isinstance(first, nn.Embedding):

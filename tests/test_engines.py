@@ -119,7 +119,7 @@ def test_int8_model_keeps_weights_that_other_code_reads():
     assert isinstance(integer.layer, Int8Linear)
     with torch.no_grad():
         torch.testing.assert_close(integer(x), model(x))
-    with pytest.raises(ValueError, match="no Linear or Conv2d"):
+    with pytest.raises(ValueError, match="no Linear or Conv2d for INT8 kernels"):
         int8_model(quantized(nn.Sequential(nn.Embedding(5, 4))))
 
 
@@ -378,6 +378,17 @@ def test_errors_of_other_shapes_and_nan_are_infinite():
     assert relative_error(*swapped) == pytest.approx(3.0)
 
 
+class Steps(nn.Module):
+    """A loop that exporters unroll."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return sum(self.layer(x[:, t]).tanh() for t in range(x.shape[1]))
+
+
 class Stateful(nn.Module):
     def __init__(self):
         super().__init__()
@@ -394,14 +405,64 @@ class Answer:
 
 
 class Answers(nn.Module):
-    """Its output is no nest of tensors."""
+    """Its outputs hold what is no nest of tensors, as transformers' caches are not."""
 
-    def __init__(self):
+    def __init__(self, alone):
         super().__init__()
-        self.layer = nn.Linear(16, 16)
+        self.layer, self.alone = nn.Linear(16, 16), alone
 
     def forward(self, x):
-        return Answer(self.layer(x))
+        y = self.layer(x)
+        return Answer(y) if self.alone else (y, Answer(y))
+
+
+FREE = [
+    (nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1)), (1, 3, 8, 8), [(2, 3, 9, 13)]),
+    (nn.Sequential(nn.Flatten(), nn.Linear(108, 3)), (2, 3, 6, 6), [(5, 3, 6, 6)]),
+    (nn.Conv1d(2, 4, 5, padding=2), (4, 2, 16), [(3, 2, 23), (1, 2, 5)]),
+    (Steps(), (4, 6, 8), [(2, 6, 8)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model,first,others", FREE)
+def test_graphs_are_free_where_they_were_compared_at_another_size(model, first, others):
+    engine = build_engine(model, "onnx-float32", torch.randn(first))
+    for shape in others:
+        x = torch.randn(shape)
+        with torch.no_grad():
+            assert relative_error(engine(x), model(x)) < 1e-9
+    if isinstance(model, Steps):
+        with pytest.raises(Exception, match="dimension"):
+            engine(torch.randn(4, 9, 8))
+
+
+def test_a_graph_that_gives_other_values_is_not_taken(monkeypatch):
+    monkeypatch.setattr(engines.graph, "relative_error", lambda y, r: 1e-3)
+    with pytest.raises(ValueError, match="other values than the model"):
+        build_engine(nn.Linear(4, 3), "onnx-float32", torch.randn(2, 4))
+
+
+def test_graphs_take_calls_of_any_form():
+    class Any(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.LSTM(8, 16, batch_first=True)
+
+        def forward(self, x, state, mask=None, *, probs=False):
+            y, state = self.rnn(x if mask is None else x * mask, state)
+            return (y.softmax(-1) if probs else y), state, None
+
+    model, zeros = Any(), torch.zeros(1, 3, 16)
+    x, mask = torch.randn(3, 5, 8), torch.randint(0, 2, (3, 5, 1)).float()
+    call = call_with({"mask": mask, "x": x, "state": (zeros, zeros), "probs": True})
+    engine = build_engine(model, "onnx-float32", call)
+    with torch.no_grad():
+        expected = model(x, (zeros, zeros), mask, probs=True)
+        y = engine(probs=True, x=x, state=(zeros, zeros), mask=mask)
+    assert relative_error(y, expected) < 1e-9 and y[2] is None and type(y[1]) is tuple
+    for other in ({"probs": False}, {"mask": None}, {"state": None}):
+        with pytest.raises(ValueError, match="another form"):
+            engine(**call.kwargs | other)
 
 
 def test_models_that_no_measurement_can_judge_are_computed_in_float32():
@@ -412,8 +473,13 @@ def test_models_that_no_measurement_can_judge_are_computed_in_float32():
     with torch.no_grad():  # the engine begins as the model does
         for _ in range(2):
             assert relative_error(choice.engine(x), model(x)) < 1e-9
-    choice = choose_engine(quantized(Answers()), x, seconds=0.01)
+    choice = choose_engine(quantized(Answers(alone=True)), x, seconds=0.01)
     assert choice.name == "float32" and "no tensor" in choice.table["why not"].iloc[-1]
+    reasons = choose_engine(quantized(Answers(alone=False)), x, seconds=0.01).table
+    reasons = reasons.set_index("engine")["why not"]
+    for name in ("bfloat16", "onnx-float32", "onnx-int8"):
+        assert "Answer in the output" in reasons[name]
+    assert reasons["torch-int8"] in ("", "slower")
 
 
 def test_what_an_optional_argument_may_skip_is_not_folded():
@@ -429,16 +495,12 @@ def test_what_an_optional_argument_may_skip_is_not_folded():
     assert batch_norm_pairs(Optional().eval()) == []
 
 
-def test_layers_whose_weight_a_hook_computes_are_left_alone():
-    layers = nn.Sequential(nn.utils.weight_norm(nn.Linear(16, 16)), nn.ReLU(), nn.Linear(16, 4))
-    model, x = quantize_weights(layers.eval(), Format(8)), torch.randn(8, 16)
-    integer = int8_model(model)
-    assert isinstance(integer[2], Int8Linear) and not isinstance(integer[0], Int8Linear)
-    with torch.no_grad():
-        assert relative_error(integer(x), model(x)) < 1e-3
+def test_int8_models_say_what_stays_in_floats():
+    class Adapted(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + x.sum()
 
-
-def test_a_graph_that_gives_other_values_is_not_taken(monkeypatch):
-    monkeypatch.setattr(engines.graph, "relative_error", lambda y, r: 1e-3)
-    with pytest.raises(ValueError, match="other values than the model"):
-        build_engine(nn.Linear(4, 3), "onnx-float32", torch.randn(2, 4))
+    old = nn.utils.weight_norm(nn.Linear(16, 16))
+    layers = nn.Sequential(Adapted(16, 16), nn.Linear(16, 16), old)
+    integer = int8_model(quantize_weights(layers.eval(), Format(8)))
+    assert set(integer.kept) == {"0", "2"} and "Adapted of its own" in integer.kept["0"]

@@ -1,6 +1,7 @@
 """Which engine is fastest for a model, on this machine, for these inputs, within a stated error."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass
 from functools import cached_property, partial
 
 import pandas as pd
@@ -19,6 +20,7 @@ ENGINES = FLOAT + INTEGER
 PROBED_BATCHES = (256, 64, 16, 4)
 MARGIN = 1.05  # an engine must be this much faster than float32 to be preferred to it
 ROUNDING = 1e-6  # relative error of the same floats, computed in another order
+PLAIN = (Tensor, bool, int, float, complex, str, torch.dtype, torch.device, type(None))
 COLUMNS = ("engine", "ms", "low", "high", "speedup", "error", "why not")
 
 
@@ -30,7 +32,10 @@ class Bfloat16(nn.Module):
         self.model = model.bfloat16()
 
     def forward(self, *args, **kwargs):
-        return cast(cast(Call(args, kwargs), torch.bfloat16)(self.model), torch.float32)
+        outputs = cast(Call(args, kwargs), torch.bfloat16)(self.model)
+        if found := opaque(outputs):
+            raise ValueError(f"a {found} in the output would stay in bfloat16")
+        return cast(outputs, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,20 @@ def batch_size(call: Call) -> int:
     return next((len(x) for x in tensors_of(call) if x.ndim), 1)
 
 
+def opaque(value) -> str:
+    """The class of the first object in a nest that `tree_map` neither enters nor compares, such as
+    a cache; empty if there is none."""
+    if isinstance(value, PLAIN):
+        return ""
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif is_dataclass(value):
+        value = vars(value).values()
+    elif not isinstance(value, (tuple, list)):
+        return type(value).__name__
+    return next(filter(None, map(opaque, value)), "")
+
+
 def flat(outputs) -> Tensor:
     """All floating-point and complex values of a nest in one float32 vector; those of its other
     tensors if there are no such."""
@@ -147,7 +166,8 @@ def choose_engine(
         why = "two calls of the model differ: it keeps a state, or draws random numbers"
     if why:
         rows = [{"engine": name, "why not": why} for name in names]
-        return Choice("float32", builder.build("float32"), pd.DataFrame(rows, columns=COLUMNS))
+        table = pd.DataFrame(rows, columns=COLUMNS)
+        return Choice("float32", builder.build("float32"), table)
     for name in names:
         row = rows[name] = {"engine": name, "why not": ""}
         try:

@@ -1,7 +1,7 @@
 """ONNX graphs of quantized models: in floats, and in three integer forms (`FORMS`)."""
 
 import contextlib
-import functools
+import inspect
 import io
 import logging
 import os
@@ -19,15 +19,19 @@ from onnx.helper import get_attribute_value, make_node, make_opsetid
 from torch import Tensor, nn
 
 from kit.core.measurement import measure
-from kit.core.protocols import Call, call_with, tensors_of
+from kit.core.protocols import Call, call_with, tensors_of, tree_map
 from kit.core.store import digest
-from kit.engines.choice import ROUNDING, flat, reason_of, relative_error
+from kit.engines.choice import ROUNDING, flat, opaque, reason_of, relative_error
 from kit.engines.layers import IntegerWeight, cast, float_copy, integer_weights
 from kit.engines.runtime import OnnxEngine
 
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 BLOCKS = (32, 64, 128, 256, 16)
 SMALLEST = 1024  # values of a tensor; below, nodes that read codes take more bytes than they save
+# Dimensions beside the batch that may change, by the number of dimensions, tried in this order:
+# lengths and image sizes; the same, but features (B, F); lengths that come last; the batch alone.
+LENGTHS = {"ids": (1,), 3: (1,), 4: (2, 3), 5: (2, 3, 4)}
+FREE = ({2: (1,), **LENGTHS}, LENGTHS, {3: (2,)}, {})
 SIZES = dict.fromkeys(("input_size_limit", "output_size_limit"), 2**40)  # of constants to be folded
 
 
@@ -47,16 +51,17 @@ def quiet() -> Iterator[None]:
 class Exported:
     """The float graph of a model, from which its ONNX engines are made.
 
-    Raises ValueError if the call is more than tensors by position, or the export fails.
+    Raises ValueError if a graph cannot hold the call or its output, or the export fails.
     """
 
     def __init__(self, model: nn.Module, call: Call):
-        if call.kwargs or not all(isinstance(x, Tensor) for x in call.args):
-            raise ValueError("ONNX engines take tensors by position, and nothing else")
-        self.name, self.weights = type(model).__name__, integer_weights(model)
+        self.name, self.weights, self.call = type(model).__name__, integer_weights(model), call
         with torch.no_grad():
             self.template = call(float_copy(model))
-        self.proto = export_graph(model, call.args)
+        for what, value in (("call", call), ("output", self.template)):
+            if opaque(value):
+                raise ValueError(f"a {opaque(value)} in the {what} has no place in an ONNX graph")
+        self.proto = export_graph(model, call)
 
     def engine(self, name: str, stored: bool = False) -> OnnxEngine:
         """One of the engines `onnx-*`. Raises ValueError if no layer allows it.
@@ -73,52 +78,62 @@ class Exported:
                 graph = _Graph(_quantize_lstms(graph.proto), self.weights)
         if stored:
             graph.store_codes()
-        return OnnxEngine(graph.proto.SerializeToString(), self.template)
+        return OnnxEngine(graph.proto.SerializeToString(), self.template, self.call)
 
 
-def export_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> ModelProto:
+def export_graph(model: nn.Module, call: Call) -> ModelProto:
     """The float graph of a model in evaluation mode, quantized weights multiplied out.
 
-    The first dimension of inputs is free, and the second one of sequences (integers (B, T), floats
-    (B, T, D)), where the graph gives what the model gives at twice the size. Its outputs are the
-    tensors of the model's output in order. Raises ValueError if the model cannot be exported.
+    Its inputs are the tensors of the call, its outputs those of the model's output, in order. The
+    batch is free, and lengths, heights and widths (`FREE`), where the graph gives what the model
+    gives at twice the size. Raises ValueError if the model cannot be exported.
     """
-    model, name, reasons = float_copy(model), type(model).__name__, []
-    model.forward = _tensors_only(model.forward)
-    example = tuple(torch.cat([x, x]) if x.ndim and len(x) == 1 else x for x in inputs)
-    attempts = (tuple(_free(x, example[0], s) for x in example) for s in (True, False, None))
-    for free in dict.fromkeys(attempts):
-        shapes = tuple(dict.fromkeys(dims, torch.export.Dim.DYNAMIC) for dims in free)
-        settings = {"dynamo": True, "verbose": False, "dynamic_shapes": shapes}
+    model, tensors, reason = float_copy(model), tensors_of(call), "the call has no tensor"
+    name, forward, names = type(model).__name__, model.forward, input_names(model, call)
+
+    def tensors_only(*inputs: Tensor) -> tuple[Tensor, ...]:
+        found = iter(inputs)
+        return tuple(tensors_of(tree_map(lambda _: next(found), call)(forward)))
+
+    model.forward = tensors_only
+    plans = [tuple(_free(x, tensors[0], sizes) for x in tensors) for sizes in FREE if tensors]
+    for free in dict.fromkeys([*plans, ((),) * len(tensors)] if tensors else []):
+        shapes = (tuple(dict.fromkeys(dims, torch.export.Dim.DYNAMIC) for dims in free),)
+        settings = {"dynamo": True, "verbose": False, "input_names": names}
         try:
             with quiet(), torch.no_grad():
-                program = torch.onnx.export(model, example if any(free) else inputs, **settings)
+                larger = [_twice(x, dims) for x, dims in zip(tensors, free)]
+                expected = model(*larger)  # some models have no other size
+                inputs = larger if any(free) else tensors  # exporters take a size of 1 for fixed
+                program = torch.onnx.export(model, tuple(inputs), dynamic_shapes=shapes, **settings)
                 proto = _tidy(program.model_proto)
-                larger = [_twice(x, dims) for x, dims in zip(inputs, free)]
-                expected = model(*larger)
                 engine = OnnxEngine(proto.SerializeToString(), expected)
-                if relative_error(engine(*larger), expected) < ROUNDING:
+                checks = [(larger, expected)] + [(tensors, model(*tensors))] * any(free)
+                if all(relative_error(engine(*x), y) < ROUNDING for x, y in checks):
                     return proto
-                reasons.append("the graph gives other values than the model")
+                reason = "the graph gives other values than the model"
         except Exception as error:  # the exporter raises anything, of any type
-            reasons.append(reason_of(error))
-    raise ValueError(f"{name} cannot be exported to ONNX: {reasons[-1]}")
+            reason = reason_of(error)
+    raise ValueError(f"{name} cannot be exported to ONNX: {reason}")
 
 
-def _tensors_only(forward: Callable) -> Callable:
-    @functools.wraps(forward)
-    def wrapped(*args, **kwargs):
-        return tuple(tensors_of(forward(*args, **kwargs)))
+def input_names(model: nn.Module, call: Call) -> list[str]:
+    """A name for each tensor of a call: that of the argument, and a number where it has several."""
+    try:
+        bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments
+    except (TypeError, ValueError):
+        bound = {"input": call}
+    counts = {name: len(tensors_of(value)) for name, value in bound.items()}
+    if sum(counts.values()) != len(tensors_of(call)):
+        counts = {"input": len(tensors_of(call))}
+    return [f"{n}_{i}" if count > 1 else n for n, count in counts.items() for i in range(count)]
 
-    return wrapped
 
-
-def _free(x: Tensor, first: Tensor, sequences: bool | None) -> tuple[int, ...]:
-    """Dimensions that may change: the batch's, and of sequences the second. None: no dimension."""
-    if sequences is None or not x.ndim or not first.ndim:
-        return ()
-    sequence = x.ndim == 3 or (x.ndim == 2 and not x.is_floating_point())
-    return (0,) * (len(x) == len(first)) + (1,) * (sequences and sequence)
+def _free(x: Tensor, first: Tensor, sizes: dict) -> tuple[int, ...]:
+    """Dimensions of x that may change: the batch's, and those of `sizes`."""
+    batch = x.ndim and first.ndim and len(x) == len(first)
+    ids = x.ndim == 2 and not x.is_floating_point()
+    return (0,) * bool(batch) + sizes.get("ids" if ids else x.ndim, ())
 
 
 def _twice(x: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -10,7 +10,7 @@ import platform
 import torch
 from torch import Tensor, nn
 
-from kit.core.weights import is_plain, weight_of
+from kit.core.weights import class_of, is_plain, weight_of
 from kit.engines.folding import fold_batch_norms
 from kit.engines.layers import IntegerWeight, float_copy, integer_weight
 
@@ -40,10 +40,8 @@ class _Integer(nn.Module):
         self.register_buffer("codes", weight.view.tensor(weight.codes))
         self.register_buffer("scale", weight.scale[:, 0].contiguous())
         self.register_buffer("bias", None if bias is None else bias.detach())
-        self.input_grid, self.zeros = (
-            weight.input_grid,
-            torch.zeros(len(self.codes), dtype=torch.int64),
-        )
+        self.input_grid = weight.input_grid
+        self.zeros = torch.zeros(len(self.codes), dtype=torch.int64)
         self.packed = None  # the codes in oneDNN's order, made at the first call
 
     def __getstate__(self):
@@ -92,37 +90,48 @@ class Int8Conv2d(_Integer):
 
 
 @torch.no_grad()
-def int8_layer(layer: nn.Module, floats: nn.Module | None = None) -> nn.Module | None:
-    """The integer layer in place of a plain nn.Linear or nn.Conv2d with codes; None for others.
+def int8_layer(layer: nn.Module, floats: nn.Module | None = None) -> nn.Module | str:
+    """The integer layer in place of an nn.Linear or nn.Conv2d with codes, or why there is none.
 
     floats: the layer in floats, with a batch norm folded into it or not.
     """
-    known = isinstance(layer, (nn.Linear, nn.Conv2d)) and "weight" not in vars(layer)
-    weight = integer_weight(weight_of(layer)) if known else None
-    if weight is None or not weight.per_row:
-        return None
     floats = float_copy(layer) if floats is None else floats  # without the hooks that round inputs
+    kind = next((kind for kind in (nn.Linear, nn.Conv2d) if is_plain(floats, kind)), None)
+    if kind is None:
+        return f"a {class_of(layer).__name__} of its own, or with hooks"
+    weight = integer_weight(weight_of(layer)) if hasattr(layer, "weight") else None
+    if weight is None or not weight.per_row:
+        return "no integer codes with a scale a row"
     weight = weight.as_found(weight.view.matrix(floats.weight))
-    if weight is not None and is_plain(floats, nn.Linear):
+    if weight is None:
+        return "computed with other values than its codes"
+    if kind is nn.Linear:
         return Int8Linear(weight, floats.bias)
-    plain = weight is not None and is_plain(floats, nn.Conv2d) and floats.padding_mode == "zeros"
-    fits = plain and ONEDNN and not isinstance(floats.padding, str)
-    return Int8Conv2d(floats, weight) if fits else None
+    if not ONEDNN or floats.padding_mode != "zeros" or isinstance(floats.padding, str):
+        return "no integer kernel for this padding, or this processor"
+    return Int8Conv2d(floats, weight)
 
 
 def int8_model(model: nn.Module) -> nn.Module:
     """A copy of a quantized model with integer layers where there are kernels, float32 elsewhere.
 
+    Its `kept` says why layers of these kinds (and of classes made of them) are computed in floats.
     Raises ValueError if no layer can be replaced.
     """
-    copy, made = fold_batch_norms(float_copy(model)), {}
+    copy, made, kept = fold_batch_norms(float_copy(model)), {}, {}
     for name, floats in list(copy.named_modules(remove_duplicate=False)):
+        if not isinstance(floats, (nn.Linear, nn.Conv2d)):
+            continue
         if floats not in made:
             made[floats] = int8_layer(model.get_submodule(name), floats)
-        if made[floats] is not None and not name:
-            return made[floats].eval()
-        if made[floats] is not None:
+        if isinstance(made[floats], str):
+            kept[name] = made[floats]
+        elif name:
             copy.set_submodule(name, made[floats])
-    if not any(layer is not None for layer in made.values()):
-        raise ValueError(f"{type(model).__name__} has no Linear or Conv2d with INT8 codes a row")
+        else:
+            copy = made[floats]
+    if len(kept) == len(made):
+        why = "".join(f"; {name or 'it'}: {why}" for name, why in kept.items())
+        raise ValueError(f"{type(model).__name__} has no Linear or Conv2d for INT8 kernels{why}")
+    copy.kept = kept
     return copy.eval()

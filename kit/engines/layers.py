@@ -5,14 +5,16 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from kit.core.protocols import call_of, tree_map
-from kit.core.weights import MatrixView, Weight, materialize, weights
+from kit.core.weights import MatrixView, Weight, copy_model, materialize, weights
 from kit.quantization.activations import ActivationQuantizer, calibrate
 from kit.quantization.formats import Format
 from kit.quantization.integers import packable
 
 INPUT_QUANTIZER = "input_quantizer"
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 INTEGER_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
@@ -81,6 +83,33 @@ def _input_grid(module: nn.Module) -> tuple[float, int] | None:
         return None
     scale, zero = quantizer.grid()
     return scale.item(), 128 if zero is None else int(zero.item()) + 128
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A copy of somebody's model without wrappers for training on several devices or compiling.
+
+    Raises ValueError for modules whose weights do not exist yet, or cannot be changed.
+    """
+    for module in model.modules():
+        name = type(module).__name__
+        if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
+            raise ValueError(f"{name} has no weights yet: call the model once before")
+        if any(p is not None and p.layout != torch.strided for p in module._parameters.values()):
+            raise ValueError(f"a sparse parameter of {name} cannot be copied: make it dense")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"a {name} keeps its code: give the nn.Module that it was made from")
+    copied = copy_model(unwrapped(model))
+    for name, module in list(copied.named_modules()):
+        if unwrapped(module) is not module:
+            copied.set_submodule(name, unwrapped(module))
+    return copied
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What DataParallel, DistributedDataParallel or torch.compile is around."""
+    while isinstance(module, WRAPPERS) or "_orig_mod" in module._modules:
+        module = module._modules.get("_orig_mod", module._modules.get("module"))
+    return module
 
 
 def float_copy(model: nn.Module) -> nn.Module:

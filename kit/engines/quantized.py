@@ -10,16 +10,26 @@ import torch
 from torch import nn
 
 from kit import artifact
-from kit.core.protocols import Call
+from kit.core.protocols import Call, tree_map
 from kit.core.settings import Positive, settings
 from kit.core.weights import copy_model, materialize, weights
 from kit.engines import layers
-from kit.engines.choice import ENGINES, Choice, batch_size, build_engine, choose_engine
-from kit.engines.layers import INPUT_QUANTIZER, calibrate_inputs, cast, dtype_of
+from kit.engines.choice import (
+    ENGINES,
+    Choice,
+    batch_size,
+    build_engine,
+    choose_engine,
+    opaque,
+    relative_error,
+)
+from kit.engines.layers import INPUT_QUANTIZER, calibrate_inputs, cast, copy_of, dtype_of
 from kit.quantization import HALF, FakeQuantize, Format, quantize_weights
 
-INT4 = Format(4, granularity="group", group_size=32)
-FORMATS = {"int8": Format(8), "int4": INT4, "float16": HALF}
+GROUPS = {"granularity": "group", "group_size": 32}
+FORMATS = {"int4": Format(4, **GROUPS), "int8": Format(8), "int8-groups": Format(8, **GROUPS)}
+FORMATS |= {"float16": HALF}
+SAMPLES = 8  # values of each tensor that are compared at every call
 TORCH_NAMES = {"qint8": "int8", "quint8": "int8", "quint4x2": "int4", "half": "float16"}
 TORCH_BACKENDS = dict.fromkeys(("x86", "fbgemm", "onednn", "qnnpack"), "torch-int8")
 GROWTH = 8  # batches this much larger than the tuned one are warned of
@@ -31,7 +41,8 @@ class QuantizationConfig:
 
     backend: "auto" measures the engines on this machine and takes the fastest; or one of
         kit.engines.ENGINES. Torch's own backends (x86, fbgemm, onednn, qnnpack) mean torch-int8.
-    dtype: "int8", "int4" (groups of 32) or "float16"; torch.qint8 and the like are understood.
+    dtype: "int4" and "int8-groups" (groups of 32), "int8" or "float16"; torch.qint8 and the like
+        are understood.
     per_channel: a scale for each row of a weight; False: one for the whole weight (int8 only).
     max_error: for "auto": the allowed relative error (`kit.engines.choice.relative_error`).
     """
@@ -69,18 +80,21 @@ class QuantizedModel(nn.Module):
 
     The first call, and the first after a change of the weights, measures the engines on its inputs
     (a few seconds; `tune` does it ahead of time) and keeps the winner in `choice`. What that
-    refuses, such as another size of a fixed graph, float32 computes. `model` is the same network in
-    fake quantization: what is saved, evaluated and trained further, and where other attributes are
-    looked up. Floats keep the dtype of the original; engines compute in float32 and below.
+    refuses, such as another size of a fixed graph or a call with a cache, float32 computes. `model`
+    is the same network in fake quantization: what is saved, evaluated and trained further, and
+    where other attributes are looked up. Floats keep the dtype of the original; engines compute in
+    float32 and below. A change through `.data` is seen in a few values of each tensor: after one of
+    single entries, call `tune`.
     """
 
     def __init__(self, model: nn.Module, config=DEFAULT, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.model, self.config, self.dtype = model.eval(), config, dtype
+        self.model, self.settings, self.dtype = model.eval(), config, dtype
         self.choice: Choice | None = None
         self._fallback: Choice | None = None  # float32, for calls that the chosen engine refuses
         self._limit = math.inf  # rows from which on a batch is warned of
-        self._watched, self._built = [], None  # dicts of tensors, and their state in the engines
+        self._watched, self._samples = [], []  # dicts of modules and tensors, and their values
+        self._built = None  # the state of both in the engines
 
     def forward(self, *args, **kwargs):
         if torch.compiler.is_compiling():  # the network itself is: it computes in fake quantization
@@ -95,10 +109,10 @@ class QuantizedModel(nn.Module):
         rows = batch_size(call)
         if self._built not in (None, self._state()):
             self.choice = self._fallback = None
-        if self.choice is None and rows:
-            self._tune(call)
-        if not rows:
+        if not rows or opaque(call):  # nothing to measure, or what a call would change
             return call(self._floats())
+        if self.choice is None:
+            self._tune(call)
         if rows >= self._limit:
             self._warn_of_growth(rows)
         try:
@@ -111,23 +125,40 @@ class QuantizedModel(nn.Module):
 
         Warns if none keeps `config.max_error`: then float32 computes with the rounded weights.
         """
-        return self._tune(cast(Call(args, kwargs), torch.float32))
+        call = cast(Call(args, kwargs), torch.float32)
+        if found := opaque(call):
+            raise ValueError(f"a call with a {found} cannot be repeated: tune with one without it")
+        if not batch_size(call):
+            raise ValueError("an empty batch cannot be measured: tune with one row at least")
+        return self._tune(call)
 
     def _tune(self, call: Call) -> Choice:
-        allowed, name = self.config.max_error, self.config.engine
+        allowed, name = self.settings.max_error, self.settings.engine
+        call = tree_map(torch.Tensor.clone, call)
         if name == "auto":
-            settings = {"reference": self.reference(), "max_error": allowed}
-            self.choice = choose_engine(self.model, call, **settings)
+            reference = self.reference()
+            arguments = {"reference": reference, "max_error": allowed}
+            self.choice = choose_engine(self.model, call, **arguments)
             self._limit = GROWTH * batch_size(call)
             error = self.choice.table.set_index("engine")["error"][self.choice.name]
             if error > allowed:
                 what = f"rounding the weights alone changes the output by {error:.2g} of its power"
-                hint = "allow more, or train with prepare_qat_model"
+                hint = f"allow more, {self._finer(reference, call)}or train with prepare_qat_model"
                 warnings.warn(f"{what}, over max_error={allowed:g}: {hint}")
         else:
             self.choice = Choice(name, build_engine(self.model, name, call))
         self._watch()
         return self.choice
+
+    @torch.no_grad()
+    def _finer(self, reference: nn.Module, call: Call) -> str:
+        """The next format that keeps max_error, for a hint."""
+        names, expected = list(FORMATS), call(reference)
+        for name in names[names.index(self.settings.type_name) + 1 :]:
+            error = relative_error(call(quantize_weights(reference, FORMATS[name])), expected)
+            if error <= self.settings.max_error:
+                return f"store {name!r} ({error:.2g}), "
+        return ""
 
     def _warn_of_growth(self, rows: int) -> None:
         chosen = f"{self.choice.name} was chosen for a batch of {self._limit // GROWTH}"
@@ -137,14 +168,18 @@ class QuantizedModel(nn.Module):
 
     def _watch(self) -> None:
         """Notes the weights that the engines were built from."""
-        modules = self.model.modules()
-        self._watched = [d for m in modules for d in (m._parameters, m._buffers) if d]
+        parts = [(m._modules, m._parameters, m._buffers) for m in self.model.modules()]
+        self._watched = [held for part in parts for held in part if held]
+        found = [x for held in self._watched for x in held.values() if isinstance(x, torch.Tensor)]
+        self._samples = [_sample(x) for x in found if x.numel() and x.layout == torch.strided]
         self._built = self._state()
 
-    def _state(self) -> list[tuple[int, int]]:
-        """Changes when a tensor of the model is written to or replaced."""
-        tensors = [t for held in self._watched for t in held.values() if t is not None]
-        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+    def _state(self) -> tuple[list, list[bytes]]:
+        """Changes when a module or tensor of the model is replaced, or a tensor written to."""
+        held = [value for held in self._watched for value in held.values() if value is not None]
+        tensors = [x for x in held if isinstance(x, torch.Tensor) and x.layout == torch.strided]
+        marks = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors]
+        return [*map(id, held), *marks], [sample.tobytes() for sample in self._samples]
 
     def _floats(self) -> nn.Module:
         if self._fallback is None:
@@ -157,7 +192,7 @@ class QuantizedModel(nn.Module):
         """The form in which the model is exported: QDQ if its inputs are calibrated."""
         if any(hasattr(module, INPUT_QUANTIZER) for module in self.model.modules()):
             return "onnx-static"
-        return "onnx-blocks" if self.config.type_name == "int4" else "onnx-int8"
+        return "onnx-int8" if self.settings.type_name == "int8" else "onnx-blocks"
 
     def reference(self) -> nn.Module:
         """A float copy of the model before its weights were rounded (after loading: as stored)."""
@@ -189,7 +224,7 @@ class QuantizedModel(nn.Module):
         return getattr(self.model, name)
 
     def __deepcopy__(self, memo):
-        made = type(self)(copy.deepcopy(self.model, memo), self.config, self.dtype)
+        made = type(self)(copy.deepcopy(self.model, memo), self.settings, self.dtype)
         if self.choice is not None and self._built == self._state():
             made.choice, made._limit = copy.deepcopy(self.choice, memo), self._limit
             made._watch()
@@ -206,6 +241,14 @@ class QuantizedModel(nn.Module):
         return f"engine={self.choice.name if self.choice else 'chosen at the first call'}"
 
 
+def _sample(tensor: torch.Tensor):
+    """Some values of a tensor, as an array that shares its memory."""
+    flat = tensor.detach().as_strided(
+        (tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0
+    )
+    return flat[:: max(1, len(flat) // SAMPLES)].numpy()
+
+
 def quantize(model: nn.Module, config=DEFAULT, calibration=None) -> QuantizedModel:
     """A quantized copy of a model. Weights that carry fake quantizers keep theirs.
 
@@ -215,9 +258,9 @@ def quantize(model: nn.Module, config=DEFAULT, calibration=None) -> QuantizedMod
     Raises ValueError if there is nothing to quantize, or weights are complex or not finite.
     """
     rounded = any(isinstance(module, FakeQuantize) for module in model.modules())
-    copied = (copy_model if rounded else materialize)(model).cpu().eval()
+    copied = copy_of(model).cpu().eval()
     if not rounded:
-        quantize_weights(copied.float(), config.format)
+        copied = quantize_weights(materialize(copied).float(), config.format)
     if calibration is not None:
         calibrate_inputs(copied.float(), calibration)
     return QuantizedModel(copied.float(), config, dtype_of(model))

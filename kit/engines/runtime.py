@@ -9,7 +9,7 @@ import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from torch import Tensor, nn
 
-from kit.core.protocols import tree_map
+from kit.core.protocols import Call, tensors_of, tree_map
 
 TENSOR = {"tensor": 0}  # stands for a tensor in the outputs that a file describes
 
@@ -18,19 +18,23 @@ class OnnxEngine(nn.Module):
     """Runs an ONNX graph on the CPU with as many threads as torch has at the first call.
 
     The graph is a buffer (uint8), so that the module is copied, pickled and saved like any other;
-    `save` writes it as an .onnx file. Inputs are tensors by position; outputs have no gradient.
+    `save` writes it as an .onnx file. Outputs have no gradient.
 
     Args:
         graph: bytes of an ONNX model.
         template: an output as the model gives it, whose tensors stand for the graph's in order.
+        call: how the model is called, whose tensors stand for the graph's inputs; without it,
+            inputs are tensors by position, or by the names that the graph gives them.
+    Calls of another form, or with tensors that the graph does not take, raise an error.
     """
 
     graph: Tensor
 
-    def __init__(self, graph: bytes, template=torch.empty(0)):
+    def __init__(self, graph: bytes, template=torch.empty(0), call: Call | None = None):
         super().__init__()
         self.register_buffer("graph", torch.from_numpy(np.frombuffer(graph, np.uint8).copy()))
         self.template = tree_map(lambda y: y.new_empty(0), template)
+        self.form = None if call is None else form_of(call)
         self.session: onnxruntime.InferenceSession | None = None
 
     def __getstate__(self):
@@ -53,11 +57,17 @@ class OnnxEngine(nn.Module):
         self.session = onnxruntime.InferenceSession(graph, options, providers=providers)
         self.names = [entry.name for entry in self.session.get_inputs()]
 
-    def forward(self, *inputs: Tensor):
+    def forward(self, *args, **kwargs):
         if self.session is None:
             self._open()
-        arrays = (x.detach().numpy(force=True) for x in inputs)
-        feed = dict(zip(self.names, arrays, strict=True))
+        if self.form is None:
+            feed = dict(zip(self.names, args)) | kwargs
+        else:
+            order = {key: kwargs[key] for key in self.form.kwargs if key in kwargs}
+            if form_of(call := Call(args, order | kwargs)) != self.form:
+                raise ValueError("the graph was made for another form of call: export it for this")
+            feed = dict(zip(self.names, tensors_of(call), strict=True))
+        feed = {name: x.detach().numpy(force=True) for name, x in feed.items()}
         try:
             outputs = self.session.run(None, feed)
         except Fail:  # its rewriting for exact sums breaks some graphs with scales a row (1.31)
@@ -89,6 +99,11 @@ class OnnxEngine(nn.Module):
         text = properties.get("outputs", json.dumps(TENSOR))
         template = json.loads(text, object_hook=lambda d: torch.empty(0) if d == TENSOR else d)
         return cls(graph.SerializeToString(), template)
+
+
+def form_of(call: Call) -> Call:
+    """A call with the class Tensor for each tensor: what of it a graph holds as constants."""
+    return tree_map(lambda x: Tensor, call)
 
 
 def _plain(value):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kit.core.measurement import measure
+from kit.core.protocols import call_with
 from kit.engines.choice import relative_error
 from kit.engines.graph import export_graph, quiet
 from kit.engines.quantized import QuantizationConfig, quantize
@@ -100,7 +101,7 @@ def onnxruntime_int8(model: nn.Module, example: Tensor, static: bool) -> OnnxEng
     channel."""
     from onnxruntime import quantization as ort
 
-    graph = export_graph(model, (example,))
+    graph = export_graph(model, call_with(example))
     del graph.graph.value_info[:]
     options = {"per_channel": True, "weight_type": ort.QuantType.QInt8}
     with quiet(), tempfile.TemporaryDirectory() as folder:
