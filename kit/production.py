@@ -169,7 +169,8 @@ class ProductionModelOptimizer:
         Raises ValueError for an unstructured method, or if the layers cannot be taken apart.
         """
         importance = config.score(STRUCTURED, "removes weights")
-        return prune_channels(model, _call(model, inputs), config.amount, importance=importance)
+        inner = copy_of(model)
+        return prune_channels(inner, _call(model, inputs), config.amount, importance=importance)
 
     def prune_unstructured(self, model: nn.Module, config=WEIGHTS) -> nn.Module:
         """A copy whose `config.amount` lowest weights of each tensor are and remain zero.
