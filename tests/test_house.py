@@ -249,7 +249,7 @@ def test_the_readme_s_column_scales_help_are_stored_and_resized(readme, tmp_path
         again = artifact.load(path, copy_model(blank), trainable=trainable)
         assert torch.equal(again(x), model(x))
     assert torch.allclose(build_engine(model, "float32", call_with(x))(x), model(x), atol=1e-4)
-    with pytest.raises(ValueError, match="no Linear or Conv2d with INT8 codes"):
+    with pytest.raises(ValueError, match="no Linear or Conv2d for INT8 kernels"):
         build_engine(model, "torch-int8", call_with(x))
     assert torch.equal(pack_layers(model)(x), model(x))
     for name, select in (
