@@ -142,6 +142,8 @@ def test_what_cannot_be_rounded_is_refused_and_nothing_changes():
         round_to_budget(model, batches(2), 3000)
     with pytest.raises(ValueError, match="no batch"):
         round_to_budget(model, [], 30_000)
+    with pytest.raises(ValueError, match="small is '3'"):
+        RoundingSettings(small="3")
     with pytest.raises(ValueError, match="outputs='both'"):
         SampledLoss("both")
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

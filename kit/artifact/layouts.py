@@ -158,21 +158,26 @@ class Coded:
         return codes
 
 
-def _slow(codes: np.ndarray) -> bool:
-    """Whether the adaptive coder would take long, and gain little: many codes of over a bit."""
-    return codes.size >= MANY and ans.fits(codes) and 8 * ans.estimate(codes) > codes.size
+def _streamed(codes: np.ndarray) -> float | None:
+    """Bytes of rANS, estimated, where the adaptive coder would take long and gain little: many
+    codes of over a bit; else None."""
+    if codes.size < MANY or not ans.fits(codes):
+        return None
+    size = ans.estimate(codes)
+    return size if 8 * size > codes.size else None
 
 
 def coded_bytes(codes: np.ndarray) -> int:
     """Bytes that a matrix of codes takes, range-coded; within 1 % where it is large."""
-    return round(ans.estimate(codes)) if _slow(codes) else len(range_coder.encode(codes))
+    size = _streamed(codes)
+    return len(range_coder.encode(codes)) if size is None else round(size)
 
 
 LAYOUTS = {
     "dense": Dense(),
     "bitmap": Bitmap(),
     "gaps": Gaps(),
-    "entropy": Coded("e", range_coder, lambda codes: not _slow(codes)),
+    "entropy": Coded("e", range_coder, lambda codes: _streamed(codes) is None),
     "streams": Coded("s", ans, ans.fits),
 }
 LETTERS = {layout.letter: layout for layout in LAYOUTS.values()}

@@ -60,9 +60,15 @@ class RateSettings:
     ramp: Share = 0.06
 
 
+def geometric_ratio(mean: Tensor) -> Tensor:
+    """theta, by which probabilities fall in the two-sided geometric distribution with mean
+    magnitude `mean` > 0."""
+    return (torch.sqrt(1 + mean * mean) - 1) / mean
+
+
 def geometric_bits(mean: Tensor) -> Tensor:
     """Bits a symbol of the two-sided geometric distribution with mean magnitude `mean` > 0."""
-    theta = (torch.sqrt(1 + mean * mean) - 1) / mean
+    theta = geometric_ratio(mean)
     return -torch.log2((1 - theta) / (1 + theta)) - mean * torch.log2(theta)
 
 

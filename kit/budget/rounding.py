@@ -21,17 +21,18 @@ saves more than it costs: each unit of |code| takes log2(1 / theta) bits in a ge
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kit import artifact
+from kit.budget.rate import geometric_ratio
 from kit.core import ans
 from kit.core.compiled import compiled, in_threads
 from kit.core.obs import inverse_factor
 from kit.core.protocols import call_of, device_of, tensors_of
+from kit.core.settings import Count, NotNegative, settings
 from kit.core.weights import Weight, gradients, weights
 from kit.quantization import formats
 from kit.quantization.column_scale import ColumnScale
@@ -44,7 +45,7 @@ PIECE = 256  # rows that a thread rounds at once
 SAMPLE = 1 << 19  # codes of a weight from which the first k is guessed
 
 
-@dataclass(frozen=True)
+@settings
 class RoundingSettings:
     """Constants of rounding, chosen on validation data of a sentence encoder.
 
@@ -54,11 +55,11 @@ class RoundingSettings:
     of fewer values are kept in half precision.
     """
 
-    bit_value: float = 0.04
-    prior: float = 0.2
-    damping: float = 0.01
-    most_blocks: int = 4096
-    small: int = 1024
+    bit_value: NotNegative = 0.04
+    prior: NotNegative = 0.2
+    damping: NotNegative = 0.01
+    most_blocks: Count = 4096
+    small: Count = 1024
 
 
 class SampledLoss:
@@ -132,8 +133,9 @@ class Rounded:
         spread = self.steps(k).expand(-1, self.format.group_size * self.matrix.shape[1])
         step = formats.from_blocks(spread, self.matrix.shape, self.format)[:, 0]
         size = (self.matrix.abs().mean(1) / step).clamp(min=1e-3)
-        theta = (torch.sqrt(1 + size * size) - 1) / size
-        return step, (-torch.log2(theta) * self.settings.bit_value / 2).clamp(max=0.5)
+        return step, (-torch.log2(geometric_ratio(size)) * self.settings.bit_value / 2).clamp(
+            max=0.5
+        )
 
     def estimate(self, k: float) -> float:
         """Bytes of the codes, from some rows and without feedback, which changes them little."""
