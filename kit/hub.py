@@ -54,9 +54,12 @@ def load(name: str) -> nn.Module:
     try:
         if home == name:
             raise ValueError("it does not begin with hf:")
+        if Path(home).is_file():
+            raise ValueError("it is a file")
         config = transformers.AutoConfig.from_pretrained(home)
-        return getattr(transformers, config.architectures[0]).from_pretrained(home).eval()
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        kind = getattr(transformers, config.architectures[0])
+        return kind.from_pretrained(home, use_safetensors=True).eval()
+    except Exception as error:  # whatever the library meets, in one sentence
         reason = str(error).strip().partition("\n")[0][:200]
         raise ValueError(
             f"{name!r} cannot be read ({reason}): give hf: and a folder with config.json and "

@@ -312,7 +312,14 @@ def test_a_model_is_read_by_name_or_the_sentence_says_which_files_to_give(tmp_pa
     again = load(f"hf:{tmp_path}")
     inputs = CASES["gpt2"].inputs(2, 16)
     assert torch.equal(run(again, inputs).logits, run(model.eval(), inputs).logits)
-    for nothing in (tmp_path / "nothing", tmp_path / "config.json"):
+    (tmp_path / "damaged").mkdir()
+    for name, text in (
+        ("config.json", (tmp_path / "config.json").read_text()),
+        ("model.safetensors", "{}"),
+        ("pytorch_model.bin", "{}"),
+    ):
+        (tmp_path / "damaged" / name).write_text(text)
+    for nothing in (tmp_path / "nothing", tmp_path / "config.json", tmp_path / "damaged"):
         with pytest.raises(ValueError, match="config.json and model.safetensors") as error:
             load(f"hf:{nothing}")
         assert "\n" not in str(error.value)
