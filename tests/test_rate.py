@@ -135,7 +135,7 @@ def test_the_size_is_held_above_the_bytes_that_codes_settle_below(regression):
         rate(model, batches[0])
         rate.step(step, 60, model)
     rest = artifact.nbytes(model) - rate.coded()
-    assert rest + rate.history[-1]["wanted"] == pytest.approx(1.012 * 1600, abs=1)
+    assert rest + rate.history[-1]["wanted"] == pytest.approx(1.012 * 1600, abs=8)
 
 
 def test_lambda_does_not_jump_when_the_size_does(regression):

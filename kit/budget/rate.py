@@ -214,7 +214,6 @@ class RateLoss:
         if due:
             coded = self.coded()
             self.state[2] = coded / float(self._bits() / 8)
-            self.state[3] = settings.aim * self.file_bytes - artifact.nbytes(self.model) + coded
         left = max(0.0, 1 - step / (settings.ramp * steps))
         wanted = self.start * (self.state[3].item() / self.start) ** (1 - left**2)
         error = math.log(self.estimate * self.state[2].item() / wanted)
@@ -226,15 +225,16 @@ class RateLoss:
             entry = {"step": step, "bytes": wanted * math.exp(error), "wanted": wanted}
             self.history.append({**entry, "lambda": math.exp(self.state[0])})
             if 2 * step <= steps:
-                self._bound(wanted * (1 - settings.slack), wanted * (1 + settings.slack))
+                self._bound(coded, wanted * (1 - settings.slack), wanted * (1 + settings.slack))
 
     def _widen(self, factor: float) -> None:
         for _, quantizer in self.members:
             quantizer.scale.mul_(factor)
 
-    def _bound(self, least: float, most: float) -> None:
-        """Scales all steps until codes take `least` to `most` bytes: secants in log-log."""
-        exponent, size = 1.0, self.coded()
+    def _bound(self, size: int, least: float, most: float) -> None:
+        """Scales all steps until codes, now of `size` bytes, take `least` to `most`: secants in
+        log-log."""
+        exponent = 1.0
         for _ in range(8):
             excess = math.log(size / min(max(size, least), most))
             if abs(excess) < PARTIAL:
