@@ -167,6 +167,8 @@ def test_bad_input(tokenizer, tmp_path):
     model = model_of(tokenizer)
     with pytest.raises(ValueError, match="no weight of ResNetBK has the 289 rows"):
         compose_tables(model, tokenizer.parts[:289], [batch(tokenizer)], next_token_loss)
+    with pytest.raises(ValueError, match="got no batch: give at least one"):
+        compose_tables(model, tokenizer.parts, [], next_token_loss)
     with pytest.raises(ValueError, match="parts must come before"):
         Composition(np.array([[-1, -1], [2, 0], [-1, -1]]), 4)
     compose_tables(model, tokenizer.parts, [batch(tokenizer)], next_token_loss)

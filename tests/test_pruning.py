@@ -420,10 +420,13 @@ def test_rounds_with_rewinding_train_from_the_early_weights():
 @pytest.mark.parametrize(
     "act, message",
     [
-        (lambda m: MagnitudePruner(m).prune(1.0), r"sparsity 1.0 is outside \[0, 1\)"),
-        (lambda m: MagnitudePruner(m).prune(-0.1), "sparsity -0.1"),
-        (lambda m: MagnitudePruner(m).prune(float("nan")), "sparsity nan"),
-        (lambda m: MagnitudePruner(m).prune({"0.weight": 0.5, "1.weight": 2}), "sparsity 2"),
+        (
+            lambda m: MagnitudePruner(m).prune(1.0),
+            "sparsity is 1.0; it must be a number from 0 and below 1",
+        ),
+        (lambda m: MagnitudePruner(m).prune(-0.1), "sparsity is -0.1"),
+        (lambda m: MagnitudePruner(m).prune(float("nan")), "sparsity is nan"),
+        (lambda m: MagnitudePruner(m).prune({"0.weight": 0.5, "1.weight": 2}), "sparsity is 2"),
         (
             lambda m: MagnitudePruner(m).prune({"2.weight": 0.5}),
             "no tensor '2.weight'.*0.weight, 1.weight",
@@ -441,11 +444,14 @@ def test_rounds_with_rewinding_train_from_the_early_weights():
         (lambda m: MagnitudePruner(m, score="wanda"), "wanda needs the input norms of '0.weight'"),
         (
             lambda m: MagnitudePruner(m, score="fisher"),
-            "unknown score 'fisher'; choose from magnitude",
+            "score is 'fisher'; it must be one of 'magnitude'",
         ),
-        (lambda m: MagnitudePruner(m, scope="layer"), "unknown scope"),
-        (lambda m: MagnitudePruner(m).prune_below(-1), "threshold -1"),
-        (lambda m: MagnitudePruner(m).schedule({"0.weight": 1}), "sparsity 1 is outside"),
+        (lambda m: MagnitudePruner(m, scope="layer"), "scope is 'layer'"),
+        (
+            lambda m: MagnitudePruner(m).prune_below(-1),
+            "threshold is -1; it must be a number from 0",
+        ),
+        (lambda m: MagnitudePruner(m).schedule({"0.weight": 1}), "sparsity is 1"),
         (lambda m: MagnitudePruner(m).schedule(0.5, start=0.8, end=0.2), "0 <= start < end <= 1"),
         (
             lambda m: rewind(m, m.state_dict() | {"0.weight": torch.zeros(3)}),

@@ -285,9 +285,13 @@ def test_each_stage_sees_the_data_in_an_order_of_its_own(monkeypatch):
         (lambda m: reduce_experts(m, 2, []), "at least one batch"),
         (
             lambda m: reduce_experts(m, 2, BATCHES, criterion="entropy"),
-            "unknown criterion 'entropy'; choose",
+            "criterion is 'entropy'; it must be one of 'usage'",
         ),
-        (lambda m: prune_unused_experts(m, BATCHES, 1.0), r"threshold 1.0 is outside \[0, 1\)"),
+        (lambda m: expert_scores(m, BATCHES, "merge"), "criterion is 'merge'; it must be one of"),
+        (
+            lambda m: prune_unused_experts(m, BATCHES, 1.0),
+            "threshold is 1.0; it must be a number from 0 and below 1",
+        ),
         (lambda m: track_experts(nn.Linear(3, 3)), "Linear has none"),
         (
             lambda m: ProgressivePruningScheduler(m, (2, 4), batches=BATCHES),

@@ -310,7 +310,7 @@ def test_a_plan_takes_the_first_pattern_that_matches():
         ),
         (lambda: ActivationQuantizer()(torch.ones(3)), "before calibration"),
         (lambda: ComplexQuantizer()(torch.ones(3)), "expects a complex tensor"),
-        (lambda: ComplexQuantizer(mode="phase"), "mode='phase'"),
+        (lambda: ComplexQuantizer(mode="phase"), "mode is 'phase'; it must be one of 'separate'"),
         (lambda: calibrate(nn.Sequential(ActivationQuantizer()), []), "calibration got no batch"),
         (
             lambda: calibrate(nn.Sequential(ActivationQuantizer()), [torch.tensor([math.nan])]),

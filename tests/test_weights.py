@@ -82,6 +82,25 @@ def test_a_file_with_an_unknown_step_says_what_to_import(halved, monkeypatch, tm
         artifact.load(tmp_path / "halved.kit", nn.Linear(3, 2))
 
 
+def test_vectors_that_are_shaped_to_be_broadcast_are_no_matrices():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = nn.Parameter(torch.ones(1, 1, 8))
+            self.scale = nn.Parameter(torch.ones(3, 1, 1))
+            self.places = nn.Parameter(torch.ones(1, 5, 8))
+            self.old = nn.utils.weight_norm(nn.Conv1d(4, 6, 3))
+            self.one, self.narrow = nn.Linear(8, 1), nn.Linear(1, 8)
+            self.recurrent = nn.LSTM(1, 2)
+
+    found = [weight.name for weight in weights(Block(), matrices=True)]
+    layers = ["old.weight_v", "one.weight", "narrow.weight"]
+    recurrent = ["recurrent.weight_hh_l0", "recurrent.weight_ih_l0"]
+    assert found == ["places", *layers, *recurrent]
+    model = MagnitudePruner(Block()).prune(0.5)
+    assert (model.old.weight_g != 0).all() and (model.old.weight_v == 0).sum() == 36
+
+
 @pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm", "orthogonal"])
 def test_parametrizations_that_are_no_steps_are_refused_and_materialize_makes_them_plain(
     norm, tmp_path

@@ -89,20 +89,17 @@ def curvature(model: nn.Module, batches: Iterable, loss: Callable) -> dict[str, 
     """Factors of the Fisher information of each weight matrix: s (R,), and H (C, C) with a mean
     diagonal of 1; of those that `loss` reaches. Raises ValueError without a batch."""
     views = {weight.name: weight.view for weight in weights(model, matrices=True)}
-    sums, count = {}, 0
+    sums, batches = {}, list(batches)
     for grads in gradients(model, batches, loss):
-        count += 1
         for name in views.keys() & grads.keys():
             grad = views[name].matrix(grads[name].detach()).float()
             rows, columns = sums.get(name, (0.0, 0.0))
             reached = grad[grad.any(1)]  # few rows of an embedding
             sums[name] = rows + grad.square().mean(1), columns + reached.T @ reached
-    if not count:
-        raise ValueError("rounding got no batch: give at least one")
     for name, (rows, columns) in sums.items():
         if not torch.isfinite(columns).all():
             raise ValueError(f"the gradients of {name!r} hold NaN or infinite values")
-        sums[name] = rows / count, columns / columns.diagonal().mean().clamp(min=1e-30)
+        sums[name] = rows / len(batches), columns / columns.diagonal().mean().clamp(min=1e-30)
     return sums
 
 

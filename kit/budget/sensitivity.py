@@ -65,15 +65,10 @@ def scan(
     return table
 
 
-def _options(table: pd.DataFrame) -> dict[str, list[tuple[int, float]]]:
-    """(bytes, increase) of each choice, by tensor."""
-    groups = table.groupby("tensor", sort=False)
-    return {name: list(zip(rows["bytes"], rows["increase"])) for name, rows in groups}
-
-
 def _chosen(table: pd.DataFrame, column: str, budget: int) -> dict:
-    groups = {name: rows[column].tolist() for name, rows in table.groupby("tensor", sort=False)}
-    return {name: groups[name][at] for name, at in allocate(_options(table), budget).items()}
+    groups = dict(list(table.groupby("tensor", sort=False)))
+    options = {name: list(zip(rows["bytes"], rows["increase"])) for name, rows in groups.items()}
+    return {n: groups[n][column].tolist()[at] for n, at in allocate(options, budget).items()}
 
 
 def sparsities_for_budget(table: pd.DataFrame, budget: int) -> dict[str, float]:

@@ -34,53 +34,50 @@ def _count(codes, low, rows, columns, counts):
 
 
 @compiled(inline="always")
-def _put(state, context, symbol, tables, bits, words, position):
-    table = tables[context, symbol]  # share, start
+def _put(state, context, symbol, tables, bits, words, at):
+    table = tables[min(max(context, 0), tables.shape[0] - 1), symbol]  # share, start
     share, start = np.uint32(table & np.uint64(0xFFFF)), np.uint32(table >> np.uint64(16))
-    words[position - 1] = state & np.uint32(0xFFFF)
+    words[at - 1] = state & np.uint32(0xFFFF)
     more = np.uint32(state >> np.uint32(32 - bits) >= share)
     state >>= more << np.uint32(4)
     quotient = state // share
     state = (quotient << np.uint32(bits)) + (state - quotient * share) + start
-    return state, position - np.int64(more)
+    return state, at - np.int64(more)
 
 
 @compiled()
 def _encode(codes, low, rows, columns, tables, bits, words, first, last):
     """Fills `words` from its end; returns where the block begins. Its four states come first."""
     a = b = c = d = np.uint32(LEAST)
-    position, width, top, low = len(words), codes.shape[1], tables.shape[0] - 1, np.int32(low)
+    at, width, low = len(words), codes.shape[1], np.int32(low)
+    even = width - width % 4
     for r in range(last - 1, first - 1, -1):
-        level, even = rows[r], width - width % 4
+        row, level = codes[r], rows[r]
         for i in range(width + (-width) % 4 - 1, even - 1, -1):
             a, b, c, d = d, a, b, c
             if i < width:
-                k = min(max(level + columns[i], 0), top)
-                a, position = _put(a, k, codes[r, i] - low, tables, bits, words, position)
+                a, at = _put(a, level + columns[i], row[i] - low, tables, bits, words, at)
         for i in range(even - 4, -1, -4):
-            k = min(max(level + columns[i + 3], 0), top)
-            d, position = _put(d, k, codes[r, i + 3] - low, tables, bits, words, position)
-            k = min(max(level + columns[i + 2], 0), top)
-            c, position = _put(c, k, codes[r, i + 2] - low, tables, bits, words, position)
-            k = min(max(level + columns[i + 1], 0), top)
-            b, position = _put(b, k, codes[r, i + 1] - low, tables, bits, words, position)
-            k = min(max(level + columns[i], 0), top)
-            a, position = _put(a, k, codes[r, i] - low, tables, bits, words, position)
+            d, at = _put(d, level + columns[i + 3], row[i + 3] - low, tables, bits, words, at)
+            c, at = _put(c, level + columns[i + 2], row[i + 2] - low, tables, bits, words, at)
+            b, at = _put(b, level + columns[i + 1], row[i + 1] - low, tables, bits, words, at)
+            a, at = _put(a, level + columns[i], row[i] - low, tables, bits, words, at)
     for state in (d, c, b, a):
-        position -= 2
-        words[position] = state & np.uint32(0xFFFF)
-        words[position + 1] = state >> np.uint32(16)
-    return position
+        at -= 2
+        words[at] = state & np.uint32(0xFFFF)
+        words[at + 1] = state >> np.uint32(16)
+    return at
 
 
 @compiled(inline="always")
-def _get(state, context, slots, bits, words, position):
+def _get(state, context, low, slots, bits, words, at):
+    context = min(max(context, 0), slots.shape[0] - 1)
     slot = slots[context, state & np.uint32((1 << bits) - 1)]  # symbol, share, offset
     share = np.uint32(slot >> np.uint64(16) & np.uint64(0xFFFF))
     state = share * (state >> np.uint32(bits)) + np.uint32(slot >> np.uint64(32))
     more = np.uint32(state < np.uint32(LEAST))
-    state = (state << (more << np.uint32(4))) | (more * np.uint32(words[position]))
-    return state, position + more, np.int32(slot & np.uint64(0xFFFF))
+    state = (state << (more << np.uint32(4))) | (more * np.uint32(words[at]))
+    return state, at + more, low + np.int32(slot & np.uint64(0xFFFF))
 
 
 @compiled()
@@ -91,45 +88,31 @@ def _decode(words, low, rows, columns, slots, bits, codes, first, last):
     b = np.uint32(words[2]) | (np.uint32(words[3]) << np.uint32(16))
     c = np.uint32(words[4]) | (np.uint32(words[5]) << np.uint32(16))
     d = np.uint32(words[6]) | (np.uint32(words[7]) << np.uint32(16))
-    width, top = codes.shape[1], slots.shape[0] - 1
-    position, end, low = np.uint64(8), np.uint64(len(words) - width), np.int32(low)
+    width, low, least = codes.shape[1], np.int32(low), np.uint32(LEAST)
+    at, end = np.uint64(8), np.uint64(len(words) - width)
     for r in range(first, last):
-        level = rows[r]
+        row, level = codes[r], rows[r]
         for i in range(0, width - 3, 4):
-            k = min(max(level + columns[i], 0), top)
-            a, position, symbol = _get(a, k, slots, bits, words, position)
-            codes[r, i] = low + symbol
-            k = min(max(level + columns[i + 1], 0), top)
-            b, position, symbol = _get(b, k, slots, bits, words, position)
-            codes[r, i + 1] = low + symbol
-            k = min(max(level + columns[i + 2], 0), top)
-            c, position, symbol = _get(c, k, slots, bits, words, position)
-            codes[r, i + 2] = low + symbol
-            k = min(max(level + columns[i + 3], 0), top)
-            d, position, symbol = _get(d, k, slots, bits, words, position)
-            codes[r, i + 3] = low + symbol
+            a, at, row[i] = _get(a, level + columns[i], low, slots, bits, words, at)
+            b, at, row[i + 1] = _get(b, level + columns[i + 1], low, slots, bits, words, at)
+            c, at, row[i + 2] = _get(c, level + columns[i + 2], low, slots, bits, words, at)
+            d, at, row[i + 3] = _get(d, level + columns[i + 3], low, slots, bits, words, at)
         for i in range(width - width % 4, width + (-width) % 4):
             if i < width:
-                k = min(max(level + columns[i], 0), top)
-                a, position, symbol = _get(a, k, slots, bits, words, position)
-                codes[r, i] = low + symbol
+                a, at, row[i] = _get(a, level + columns[i], low, slots, bits, words, at)
             a, b, c, d = b, c, d, a
-        if position > end:
+        if at > end:
             return False
-    least = np.uint32(LEAST)
-    return position == end and a == least and b == least and c == least and d == least
+    return at == end and a == least and b == least and c == least and d == least
 
 
 def _levels(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Level of each row (R,) and of each column (C,), the rows' from 0 to CONTEXTS, int32."""
-    size = np.abs(codes)
-    rows, columns = size.mean(1), size.mean(0)
-    levels = [
-        np.rint(2 * np.log2(np.maximum(means, 1e-9) / max(means.mean(), 1e-9)))
-        for means in (rows, columns)
-    ]
-    half = CONTEXTS // 2
-    rows, columns = (level.clip(-half, half).astype(np.int32) for level in levels)
+    size, half = np.abs(codes), CONTEXTS // 2
+    means = size.mean(1), size.mean(0)
+    means = (np.maximum(mean, 1e-9) / max(mean.mean(), 1e-9) for mean in means)
+    levels = (np.rint(2 * np.log2(mean)).clip(-half, half) for mean in means)
+    rows, columns = (level.astype(np.int32) for level in levels)
     return rows + half, columns
 
 
@@ -239,11 +222,8 @@ def decode(data: bytes, shape: tuple[int, int]) -> np.ndarray:
     levels = range_coder.decode(data[at:middle], (sum(shape), 1))[:, 0]
     shares = range_coder.decode(data[middle : middle + sizes[1]], (CONTEXTS, symbols))
     bits, totals = _bits(symbols), shares.sum(1, dtype=np.int64)
-    if (
-        shares.min() < 0
-        or np.abs(levels).max() > CONTEXTS
-        or not np.isin(totals, (0, 2**bits)).all()
-    ):
+    fits = np.abs(levels).max() <= CONTEXTS and shares.min() >= 0
+    if not (fits and np.isin(totals, (0, 2**bits)).all()):
         raise wrong
     rows, columns = levels[: shape[0]], levels[shape[0] :]
     slots = np.stack([_slots(share, bits) for share in shares])

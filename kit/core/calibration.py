@@ -111,11 +111,9 @@ def input_grams(
         collect(weight, 0, x.flatten(0, -2))
     for weight in found:
         if strict and weight.name not in grams:
-            kind = type(weight.module).__name__
-            raise ValueError(
-                f"the inputs of {weight.name!r} ({kind}) cannot be collected: select weights of "
-                "matrices that inputs are multiplied with, in layers that the model calls"
-            )
+            what = f"the inputs of {weight.name!r} ({type(weight.module).__name__})"
+            advice = "select matrices that inputs are multiplied with, in layers that are called"
+            raise ValueError(f"{what} cannot be collected: {advice}")
         if weight.name in grams and not torch.isfinite(grams[weight.name]).all():
             raise ValueError(f"the inputs of {weight.name!r} hold NaN or infinite values")
     return grams
@@ -124,9 +122,7 @@ def input_grams(
 def input_norms(
     model: nn.Module, batches: Iterable, select: str | Iterable[str] = "*"
 ) -> dict[str, Tensor]:
-    """Norm of each input feature over the calibration tokens, float32 (groups, C): for Wanda.
-
-    "*" is every weight whose inputs are known; what is named by a narrower pattern must be one.
-    """
+    """Norm of each input feature over the calibration tokens, float32 (groups, C): for Wanda. "*"
+    is every weight whose inputs are known; what is named by a narrower pattern must be one."""
     grams = input_grams(model, batches, select, strict=select != "*")
     return {name: gram.diagonal(dim1=-2, dim2=-1).sqrt().float() for name, gram in grams.items()}

@@ -18,10 +18,8 @@ BLOCK = 128
 
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     """Upper U (G, C, C) with U^T U = (gram + damping * its mean diagonal)^-1, gram (G, C, C)
-    float64; inputs that never fired count as independent.
-
-    Raises ValueError when the damped gram matrix is not positive definite.
-    """
+    float64; inputs that never fired count as independent. Raises ValueError when the damped gram
+    matrix is not positive definite."""
     diagonal = gram.diagonal(dim1=1, dim2=2)
     extra = damping * diagonal.mean(1, keepdim=True) + (diagonal == 0)
     lower, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(extra))

@@ -111,9 +111,7 @@ def _byte(buffer, position):
 @compiled()
 def _code(buffer, coder, probability, bit):
     """Writes `bit`, or reads and returns it if it is negative, where P(0) = probability / ONE.
-
-    coder: low (or code), range, cached byte, pending 0xFF count, bytes written (or read).
-    """
+    coder: low (or code), range, cached byte, pending 0xFF count, bytes written (or read)."""
     bound = (coder[1] >> np.uint64(BITS)) * np.uint64(probability)
     reads = bit < 0
     if reads:
@@ -268,10 +266,8 @@ def encode(codes: np.ndarray) -> bytes:
     codes = np.asarray(codes)
     if codes.ndim != 2 or (codes.size and not -(2**31) < codes.min() <= codes.max() < 2**31):
         found = f" with {codes.min()} to {codes.max()}" if codes.size else ""
-        raise ValueError(
-            "the range coder takes a matrix of integers below 2**31 in magnitude, not shape "
-            f"{codes.shape}{found}"
-        )
+        what = "a matrix of integers below 2**31 in magnitude"
+        raise ValueError(f"the range coder takes {what}, not shape {codes.shape}{found}")
     codes, room, length = np.array(codes, np.int32, order="C"), 2 * codes.size + MOST, -1
     while length < 0:
         out = np.empty(room, np.uint8)

@@ -79,8 +79,8 @@ def column_view(shape: Sequence[int]) -> MatrixView:
 
 def matrix_view(shape: Sequence[int], module: nn.Module | None = None) -> MatrixView:
     """How a tensor of `shape` in `module` is seen as a matrix: outputs of a Linear, convolution,
-    embedding or recurrent layer are rows, and
-    those of each expert (E, outputs, inputs). A vector is one row."""
+    embedding or recurrent layer are rows, and those of each expert (E, outputs, inputs). A vector
+    is one row."""
     shape = tuple(shape)
     if len(shape) < 2:
         return MatrixView(shape, (1, 1, math.prod(shape)))
@@ -132,9 +132,14 @@ class Weight:
 
     @property
     def is_matrix(self) -> bool:
-        """Floating, of two or more dimensions, and not the stacked biases of experts."""
-        bias = self.attribute.startswith(("b_", "bias")) or self.attribute.endswith("bias")
-        return self.original.is_floating_point() and self.original.ndim >= 2 and not bias
+        """Floating, of two or more dimensions, and not the stacked biases of experts, nor a vector
+        shaped to be broadcast: the gains (outputs, 1) of torch's old weight norm, a scale
+        (channels, 1, 1), a token (1, 1, D) that all inputs share. A `weight` is none of these."""
+        x, name = self.original, self.attribute
+        bias = name.startswith(("b_", "bias")) or name.endswith("bias")
+        layers = name == "weight" or isinstance(self.module, nn.RNNBase)
+        vector = not layers and sum(size > 1 for size in x.shape) < 2
+        return x.is_floating_point() and x.ndim >= 2 and not bias and not vector
 
     def find(self, kind: type) -> Step | None:
         """The step of a class, or None."""
@@ -149,10 +154,8 @@ class Weight:
         return x
 
     def put(self, step: Step) -> None:
-        """Adds a step in its place by rank; one of the same class is replaced.
-
-        Raises ValueError as `check_put`.
-        """
+        """Adds a step in its place by rank; one of the same class is replaced. Raises ValueError as
+        `check_put`."""
         self.check_put(type(step))
         kept = [present for present in self.steps if present.rank != step.rank]
         self.set_steps(sorted([*kept, step], key=lambda step: step.rank))
@@ -168,10 +171,8 @@ class Weight:
         for present in self.steps:
             if present.rank == kind.rank and type(present) is not kind:
                 there = type(present).__name__
-                raise ValueError(
-                    f"{self.name!r} carries a {there}, which has the rank {kind.rank} of {name}: "
-                    f"call drop({there}) first"
-                )
+                what = f"{self.name!r} carries a {there}, which has the rank {kind.rank} of {name}"
+                raise ValueError(f"{what}: call drop({there}) first")
 
     def drop(self, kind: type) -> None:
         """Takes the steps of a class off."""
@@ -190,10 +191,8 @@ class Weight:
                 holder.sparse = False
             if isinstance(holder, nn.RNNBase):
                 if not hasattr(holder, "_weight_hooks"):
-                    holder._weight_hooks = (
-                        holder.register_forward_pre_hook(_read_weights),
-                        holder.register_forward_hook(_forget_weights),
-                    )
+                    before = holder.register_forward_pre_hook(_read_weights)
+                    holder._weight_hooks = before, holder.register_forward_hook(_forget_weights)
                 _forget_weights(holder)
 
     @torch.no_grad()
@@ -203,9 +202,7 @@ class Weight:
 
     def select(self, select: Callable[[Tensor], Tensor]) -> None:
         """Keeps the entries that `select` picks from any tensor of this shape; steps are resized.
-
-        Raises ValueError, and changes nothing, if a step cannot be.
-        """
+        Raises ValueError, and changes nothing, if a step cannot be."""
         old, steps = self.original, self.steps
         x, resized = select(old.detach()).clone(), []
         new = nn.Parameter(x, requires_grad=old.requires_grad)
@@ -222,10 +219,8 @@ class Weight:
 def weights(model: nn.Module, select: str | Iterable[str] = "*", matrices=False) -> list[Weight]:
     """The weights whose dotted name matches a shell pattern, in model order; a tensor shared by
     several modules once, under its first name. The order does not depend on what carries steps.
-
-    matrices: only those that `Weight.is_matrix`.
-    Raises ValueError for a pattern that matches nothing, and as `original_of`.
-    """
+    matrices: only those that `Weight.is_matrix`. Raises ValueError for a pattern that matches
+    nothing, and as `original_of`."""
     found, seen = [], set()
     for path, module in model.named_modules():
         if "parametrizations" in path.split("."):
@@ -249,9 +244,7 @@ def weights(model: nn.Module, select: str | Iterable[str] = "*", matrices=False)
 
 def weight_of(module: nn.Module, attribute: str = "weight", model=None) -> Weight:
     """The weight in `module.<attribute>`; give `model` where it is shared with other modules.
-
-    Raises ValueError when the module has no such parameter.
-    """
+    Raises ValueError when the module has no such parameter."""
     if attribute not in {*module._parameters, *getattr(module, "parametrizations", {})}:
         raise ValueError(f"{type(module).__name__} has no parameter {attribute!r}")
     return Weight(model or module, module, attribute, attribute)
@@ -271,20 +264,17 @@ def is_plain(module: nn.Module, kind: type) -> bool:
 
 
 def original_of(module: nn.Module, attribute: str) -> nn.Parameter:
-    """The trained values behind a tensor, with steps or without.
-
-    Raises ValueError for other parametrizations than steps, such as torch's weight and spectral
-    norms: zeros and rounded values would not survive them, nor are they in files.
-    """
+    """The trained values behind a tensor, with steps or without. Raises ValueError for other
+    parametrizations than steps, such as torch's weight and spectral norms: zeros and rounded values
+    would not survive them, nor are they in files."""
     if not parametrize.is_parametrized(module, attribute):
         return module._parameters[attribute]
     for step in (steps := module.parametrizations[attribute]):
         if not isinstance(step, Step):
-            what = f"{attribute!r} of a {class_of(module).__name__} is computed by"
-            raise ValueError(
-                f"{what} a {type(step).__name__}, which is no step: compress "
-                "kit.core.weights.materialize(model), where it is a plain tensor"
-            )
+            kind, other = class_of(module).__name__, type(step).__name__
+            what = f"{attribute!r} of a {kind} is computed by a {other}, which is no step"
+            advice = "compress kit.core.weights.materialize(model), where it is a plain tensor"
+            raise ValueError(f"{what}: {advice}")
     return steps.original
 
 
@@ -341,10 +331,14 @@ def materialize(model: nn.Module) -> nn.Module:
 
 def gradients(model: nn.Module, batches: Iterable, loss: Callable) -> Iterator[dict[str, Tensor]]:
     """For each batch the gradients of loss(model, batch) in the trained values of every weight that
-    has one, by name; the model's own gradients are cleared before and after."""
+    has one, by name; the model's own gradients are cleared before and after. Raises ValueError
+    without a batch."""
+    batch = None
     for batch in batches:
         model.zero_grad(set_to_none=True)
         loss(model, batch).backward()
         found = {weight.name: weight.original.grad for weight in weights(model)}
         model.zero_grad(set_to_none=True)
         yield {name: grad for name, grad in found.items() if grad is not None}
+    if batch is None:
+        raise ValueError("gradients of a loss got no batch: give at least one")

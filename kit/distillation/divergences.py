@@ -3,10 +3,13 @@ one function with `@register_divergence` or `@register_feature_loss`, and usable
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kit.core.settings import checked
 
 DIVERGENCES: dict[str, Callable] = {}
 FEATURE_LOSSES: dict[str, Callable] = {}
@@ -35,9 +38,7 @@ def _register(known: dict[str, Callable], name: str) -> Callable:
 
 def divergence_of(name: str) -> Callable:
     """The divergence of that name. Raises ValueError when it is unknown."""
-    if name not in DIVERGENCES:
-        raise ValueError(f"divergence {name!r} is unknown: choose one of {', '.join(DIVERGENCES)}")
-    return DIVERGENCES[name]
+    return DIVERGENCES[checked("kind", name, Literal[*DIVERGENCES])]
 
 
 def soft_targets(logits: Tensor | Sequence[Tensor], temperature: float = 1.0) -> Tensor:
@@ -72,11 +73,9 @@ def skewed(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def sparse_divergence(log_q: Tensor, indices: Tensor, log_p: Tensor) -> Tensor:
-    """KL(p || q) of a p on k tokens: log_q (..., V), indices and log_p (..., k) -> (...).
-
-    For an unbiased sample of the teacher's distribution (`cache.sparse`) its gradient is the full
-    divergence's in the mean; its value is larger by what the sample lacks in entropy.
-    """
+    """KL(p || q) of a p on k tokens: log_q (..., V), indices and log_p (..., k) -> (...). For an
+    unbiased sample of the teacher's distribution (`cache.sparse`) its gradient is the full
+    divergence's in the mean; its value is larger by what the sample lacks in entropy."""
     return forward(log_q.gather(-1, indices), log_p)
 
 

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from kit.core.protocols import bare
+from kit.core.settings import checked
 from kit.distillation.divergences import FEATURE_LOSSES, as_real
 
 BK_FEATURE = "mixer.quantize_g"  # sees the reflection coefficient r, (B, N, C) complex
@@ -64,10 +66,8 @@ class FeatureLoss(nn.Module):
     def __init__(self, pairs: Sequence[tuple[str, str]], loss: str = "mse"):
         """Raises ValueError when `loss` is not one of FEATURE_LOSSES."""
         super().__init__()
-        if loss not in FEATURE_LOSSES:
-            known = ", ".join(FEATURE_LOSSES)
-            raise ValueError(f"feature loss {loss!r} is unknown: choose one of {known}")
-        self.pairs, self.loss = tuple(pairs), FEATURE_LOSSES[loss]
+        self.loss = FEATURE_LOSSES[checked("feature_loss", loss, Literal[*FEATURE_LOSSES])]
+        self.pairs = tuple(pairs)
         self.projections: nn.ModuleList | None = None
 
     def prepare(self, student: dict, teacher: dict) -> None:

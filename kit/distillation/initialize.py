@@ -98,16 +98,12 @@ def _token_tables(student: LanguageModel, teacher: LanguageModel, units) -> dict
         embedding, output = embedding[:, units], output[:, units]
     tied, rank = student.config.tied, student.config.embedding_rank
     values = {"output_bias" if tied else "head.bias": bias}
-    tables = {
-        "embedding": (output if tied else embedding, "embedding_up"),
-        "head": (output, "head_down"),
-    }
-    for name, (table, small) in tables.items():
+    for name, table in (("embedding", output if tied else embedding), ("head", output)):
         values[f"{name}.weight"] = table
         if rank:
             left, singular, right = torch.linalg.svd(table, full_matrices=False)
             root = singular[:rank].sqrt()
-            values[f"{name}.weight"] = left[:, :rank] * root
-            right = root[:, None] * right[:rank]
-            values[f"{small}.weight"] = right.T if name == "embedding" else right
+            values[f"{name}.weight"], right = left[:, :rank] * root, root[:, None] * right[:rank]
+            small = ("embedding_up", right.T) if name == "embedding" else ("head_down", right)
+            values[f"{small[0]}.weight"] = small[1]
     return values

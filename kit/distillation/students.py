@@ -59,10 +59,8 @@ def _layer_parameters(config: ResNetBKConfig) -> int:
 
 
 def student_like(teacher: nn.Module, budget: int) -> ResNetBK:
-    """A new ResNetBK of at most `budget` parameters with the teacher's vocabulary.
-
-    Raises ValueError when the teacher is none of the kit's language models.
-    """
+    """A new ResNetBK of at most `budget` parameters with the teacher's vocabulary. Raises
+    ValueError when the teacher is none of the kit's language models."""
     if not isinstance(teacher, LanguageModel):
         what = f"the vocabulary of a {type(teacher).__name__} is not known"
         raise ValueError(f"{what}: build the student yourself, or pass make_student")

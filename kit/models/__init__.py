@@ -20,13 +20,9 @@ from kit.models.peers import (
 )
 from kit.models.resnet_bk import BKMixer, ResNetBK, ResNetBKConfig
 
-MODELS = {
-    "ResNetBK": (ResNetBK, ResNetBKConfig),
-    "LSTMLM": (LSTMLM, LSTMLMConfig),
-    "TransformerLM": (TransformerLM, TransformerLMConfig),
-    "DigitsCNN": (DigitsCNN, DigitsCNNConfig),
-    "DigitsMLP": (DigitsMLP, DigitsMLPConfig),
-}
+PAIRS = (ResNetBK, ResNetBKConfig), (LSTMLM, LSTMLMConfig), (TransformerLM, TransformerLMConfig)
+PAIRS += (DigitsCNN, DigitsCNNConfig), (DigitsMLP, DigitsMLPConfig)
+MODELS = {model.__name__: (model, config) for model, config in PAIRS}
 
 __all__ = ["BKMixer", "LanguageModel", "MODELS", "MoE", "build_model", "parameter_count"]
 __all__ += ["recipe", "refresh_config", *(cls.__name__ for pair in MODELS.values() for cls in pair)]
@@ -34,10 +30,8 @@ __all__ += ["recipe", "refresh_config", *(cls.__name__ for pair in MODELS.values
 
 def build_model(class_name: str, config: dict) -> nn.Module:
     """Model from its name and `dataclasses.asdict(model.config)`; lists (from JSON) become tuples.
-
     Raises ValueError for an unknown name or field, a value of another type than the field's, or one
-    that the config rejects.
-    """
+    that the config rejects."""
     if class_name not in MODELS:
         raise ValueError(f"unknown model {class_name!r}: choose one of {', '.join(MODELS)}")
     model, config_class = MODELS[class_name]
@@ -57,10 +51,8 @@ def recipe(model: nn.Module) -> dict | None:
 
 def refresh_config(model: nn.Module) -> None:
     """Makes the config of one of the kit's own models describe the shapes that it has now: its
-    method `shapes` gives the fields that pruning changes, as its layers have them.
-
-    Raises ValueError when no config has these shapes, so that the model could not be rebuilt.
-    """
+    method `shapes` gives the fields that pruning changes, as its layers have them. Raises
+    ValueError when no config has these shapes, so that the model could not be rebuilt."""
     if recipe(model) is None or not hasattr(model, "shapes"):
         return
     config = dataclasses.replace(model.config, **model.shapes())

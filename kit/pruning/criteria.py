@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kit.core.settings import BelowOne, checked
 from kit.core.weights import Weight
 
 CRITERIA: dict[str, tuple[Callable, bool]] = {}  # name -> score, and whether it needs norms
@@ -54,9 +55,7 @@ def random_scores(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 def check_sparsity(sparsity: float) -> float:
     """The sparsity. Raises ValueError outside [0, 1): it is the share that goes; not all may."""
-    if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity {sparsity} is outside [0, 1): give the share to remove")
-    return float(sparsity)
+    return checked("sparsity", sparsity, BelowOne)
 
 
 def prune_mask(scores: Tensor, sparsity: float) -> Tensor:

@@ -4,12 +4,14 @@ them; in one step, or in stages with training between, each small enough to reco
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from kit.core.settings import BelowOne, Seed, checks
 from kit.core.store import digest
 from kit.core.weights import copy_model, weight_of
 from kit.models import MoE, refresh_config
@@ -21,7 +23,8 @@ from kit.pruning.structured import modules_of
 from kit.training import TrainConfig, train
 from kit.training.losses import next_token_loss
 
-CRITERIA = ("usage", "reap", "random", "merge")
+Score = Literal["usage", "reap", "random"]
+Criterion = Literal[Score, "merge"]
 PARTS = ("w_in", "b_in", "w_out", "b_out")
 
 
@@ -34,9 +37,8 @@ class PrunedMoELayer(MoE):
     removes an expert; raises ValueError outside [0, 1).
     """
 
-    def __init__(self, moe: MoE, threshold: float = 0.05) -> None:
-        if not 0 <= threshold < 1:
-            raise ValueError(f"threshold {threshold} is outside [0, 1): give a share of the tokens")
+    @checks
+    def __init__(self, moe: MoE, threshold: BelowOne = 0.05) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(moe.__dict__)
         if parametrize.is_parametrized(moe):  # torch put properties on that module's own class
@@ -70,6 +72,10 @@ class PrunedMoELayer(MoE):
         self.origin = [origin[i] for i in keep]
         self.history.append({"origin": origin, "share": shares.tolist(), "kept": self.origin})
         return [expert for expert in origin if expert not in self.origin]
+
+
+def _check_reduction(model: nn.Module, keep: int) -> None:
+    _check_count(keep, max(moe.top_k for moe in modules_of(model, MoE).values()))
 
 
 def _check_count(keep: int, top_k: int) -> None:
@@ -106,9 +112,10 @@ def prune_unused_experts(model: nn.Module, batches: Iterable, threshold: float =
     return small
 
 
+@checks
 def reduce_experts(
     model: nn.Module, keep: int, batches: Iterable, *,
-    criterion: str = "usage", refit: bool = True, seed: int = 0,
+    criterion: Criterion = "usage", refit: bool = True, seed: Seed = 0,
 ) -> nn.Module:  # fmt: skip
     """A copy of the model with at most `keep` experts a layer, by what they do on `batches`.
 
@@ -117,16 +124,10 @@ def reduce_experts(
     refit: let the experts that stay take over from those that went, by least squares.
     Raises ValueError: keep below top_k, an unknown criterion, no mixture of experts, no batches.
     """
-    _check_reduction(model, keep, criterion)
+    _check_reduction(model, keep)
     small = track_experts(copy_model(model))
     _reduce(small, batches, keep, criterion, refit, seed)
     return small
-
-
-def _check_reduction(model: nn.Module, keep: int, criterion: str) -> None:
-    if criterion not in CRITERIA:
-        raise ValueError(f"unknown criterion {criterion!r}; choose from {', '.join(CRITERIA)}")
-    _check_count(keep, max(moe.top_k for moe in modules_of(model, MoE).values()))
 
 
 def _reduce(model, batches, keep=None, criterion="usage", refit=True, seed=0) -> None:
@@ -149,8 +150,9 @@ def _reduce(model, batches, keep=None, criterion="usage", refit=True, seed=0) ->
     refresh_config(model)
 
 
+@checks
 def expert_scores(
-    model: nn.Module, batches: Iterable, criterion: str = "usage", seed: int = 0
+    model: nn.Module, batches: Iterable, criterion: Score = "usage", seed: Seed = 0
 ) -> dict[str, Tensor]:
     """The score (E,) of each expert, by the name of its layer, from one pass over `batches`.
 
@@ -188,11 +190,9 @@ def align(units: Tensor, reference: Tensor) -> tuple[Tensor, float]:
 
 @torch.no_grad()
 def merge_experts(moe: MoE, keep: int, usage: Tensor) -> Tensor:
-    """Joins the two most similar experts until `keep` are left; returns their positions.
-
-    In place, without changing shapes: the more used expert of each pair becomes the mean of both by
-    usage, hidden units aligned first; the other one is to be dropped (`PrunedMoELayer.keep`).
-    """
+    """Joins the two most similar experts until `keep` are left; returns their positions. In place,
+    without changing shapes: the more used expert of each pair becomes the mean of both by usage,
+    hidden units aligned first; the other one is to be dropped (`PrunedMoELayer.keep`)."""
     for name in ("w_in", "w_out"):
         check_prunable(weight_of(moe, name))
     router, width = moe.router, moe.b_out.shape[1]
@@ -231,15 +231,16 @@ class ProgressivePruningScheduler:
     Raises ValueError: stages that do not fall or end below top_k, an unknown criterion, no experts.
     """
 
+    @checks
     def __init__(
         self, model: nn.Module, stages: Sequence[int] = (4, 2), *, batches: Iterable,
-        criterion: str = "usage", distill: Callable | None = None, loss: Callable = next_token_loss,
-        seed: int = 0,
+        criterion: Criterion = "usage", distill: Callable | None = None,
+        loss: Callable = next_token_loss, seed: Seed = 0,
     ) -> None:  # fmt: skip
         self.stages, self.criterion, self.seed = tuple(stages), criterion, seed
         if not self.stages or any(a <= b for a, b in zip(self.stages, self.stages[1:])):
             raise ValueError(f"stages {self.stages} must fall, such as (4, 2)")
-        _check_reduction(model, self.stages[-1], criterion)
+        _check_reduction(model, self.stages[-1])
         self.teacher = copy_model(model).eval().requires_grad_(False) if distill else None
         self.model, self.batches = track_experts(model), list(batches)
         self.distill, self.loss = distill, loss

@@ -50,10 +50,8 @@ def layer_examples(model: nn.Module, names: Iterable[str], batches: Iterable) ->
 @torch.no_grad()
 def refit_experts(moe: MoE, inputs: Tensor, outputs: Tensor) -> None:
     """Fits w_out and b_out of each expert, in place, to map `inputs` (M, D) to `outputs` (M, D).
-
     Each expert in turn takes the error that the others leave on its own tokens; with more than one
-    expert a token, in several sweeps. A masked w_out is left alone.
-    """
+    expert a token, in several sweeps. A masked w_out is left alone."""
     w_out, b_out = weight_of(moe, "w_out"), weight_of(moe, "b_out")
     check_prunable(w_out)
     if w_out.find(Mask):

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from kit.core.settings import NotNegative, Seed, checked, checks
 from kit.core.weights import Weight, weights
 from kit.pruning import criteria
 from kit.pruning.mask import check_prunable, mask_of, put_mask
-
-SCOPES = ("tensor", "row", "global")
 
 
 class MagnitudePruner:
@@ -30,15 +30,14 @@ class MagnitudePruner:
     8
     """
 
+    @checks
     def __init__(
-        self, model: nn.Module, tensors: str | Iterable[str] = "*", *, scope: str = "tensor",
-        score: str = "magnitude", input_norms: Mapping[str, Tensor] | None = None, seed: int = 0,
+        self, model: nn.Module, tensors: str | Iterable[str] = "*", *,
+        scope: Literal["tensor", "row", "global"] = "tensor", score: str = "magnitude",
+        input_norms: Mapping[str, Tensor] | None = None, seed: Seed = 0,
     ) -> None:  # fmt: skip
-        for what, name, known in (("scope", scope, SCOPES), ("score", score, criteria.CRITERIA)):
-            if name not in known:
-                raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(known)}")
-        self.model, self.scope, self.seed = model, scope, seed
-        self.score, needs_norms = criteria.CRITERIA[score]
+        self.model, self.scope, self.seed, known = model, scope, seed, criteria.CRITERIA
+        self.score, needs_norms = known[checked("score", score, Literal[*known])]
         self.weights = {w.name: w for w in weights(model, tensors, matrices=True)}
         if not self.weights:
             kind = type(model).__name__
@@ -83,11 +82,10 @@ class MagnitudePruner:
                 raise ValueError(f"no tensor {name!r} is selected; there are {there}")
         return each
 
-    def prune_below(self, threshold: float) -> nn.Module:
+    @checks
+    def prune_below(self, threshold: NotNegative) -> nn.Module:
         """Masks every weight with a score under `threshold`; returns the model. Raises ValueError
         for a threshold that is negative or not finite."""
-        if not 0 <= threshold < float("inf"):
-            raise ValueError(f"threshold {threshold} must be finite and not negative")
         return self._apply({n: self.scores(w) >= threshold for n, w in self.weights.items()})
 
     def prune_pattern(self, n: int, m: int) -> nn.Module:

@@ -7,14 +7,16 @@ from torch import Tensor, nn
 
 from kit.core.calibration import input_grams
 from kit.core.obs import BLOCK, column_sweep, inverse_factor
+from kit.core.settings import BelowOne, checks
 from kit.core.weights import weights
 from kit.pruning import criteria
 from kit.pruning.mask import check_prunable, mask_of, put_mask
 
 
+@checks
 def sparsegpt(
-    weight: Tensor, gram: Tensor, sparsity: float = 0.0, *, pattern: tuple[int, int] | None = None,
-    allowed: Tensor | None = None, damping: float = 0.01,
+    weight: Tensor, gram: Tensor, sparsity: BelowOne = 0.0, *,
+    pattern: tuple[int, int] | None = None, allowed: Tensor | None = None, damping: float = 0.01,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Prunes matrices and updates what remains so that outputs on the given inputs change least.
 
@@ -30,7 +32,6 @@ def sparsegpt(
     Returns the new weight, zero where pruned, in the dtype of `weight`, and the bool mask.
     Raises ValueError: sparsity outside [0, 1), a pattern that does not divide C, or bad inputs.
     """
-    criteria.check_sparsity(sparsity)
     n, m = pattern or (1, 1)
     criteria.check_pattern(weight.shape[2], n, m)
     upper = inverse_factor(gram.double(), damping)
@@ -54,9 +55,11 @@ def sparsegpt(
     return torch.where(mask, values, 0.0).to(weight.dtype), mask
 
 
+@checks
 def prune_sparsegpt(
-    model: nn.Module, batches: Iterable, sparsity: float = 0.0, tensors: str | Iterable[str] = "*",
-    *, pattern: tuple[int, int] | None = None, damping: float = 0.01,
+    model: nn.Module, batches: Iterable, sparsity: BelowOne = 0.0,
+    tensors: str | Iterable[str] = "*", *, pattern: tuple[int, int] | None = None,
+    damping: float = 0.01,
 ) -> nn.Module:  # fmt: skip
     """SparseGPT on the selected weights, in place, in the order of use; returns the model.
 
@@ -66,7 +69,6 @@ def prune_sparsegpt(
     too small, linearly dependent.
     """
     batches = list(batches)
-    criteria.check_sparsity(sparsity)
     found = {weight.name: weight for weight in weights(model, tensors, matrices=True)}
     for weight in found.values():
         check_prunable(weight)

@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from kit.core.protocols import run
+from kit.core.settings import checks
 from kit.quantization import formats
 from kit.quantization.formats import Format
 
-MODES = ("separate", "joint", "polar")
+Mode = Literal["separate", "joint", "polar"]
 
 
 class ActivationQuantizer(nn.Module):
@@ -50,10 +52,8 @@ class ActivationQuantizer(nn.Module):
         self.channels, self.low, self.high = len(channels), self.low[channels], self.high[channels]
 
     def grid(self) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point, shape (channels,) or (1,), the zero point None if symmetric.
-
-        Raises ValueError before calibration.
-        """
+        """Scale and zero point, shape (channels,) or (1,), the zero point None if symmetric. Raises
+        ValueError before calibration."""
         if (self.low > self.high).any():
             raise ValueError("an activation quantizer was used before calibration: run calibrate")
         return formats.grid_of_range(self.low.clamp(max=0), self.high.clamp(min=0), self.format)
@@ -93,10 +93,9 @@ class ComplexQuantizer(nn.Module):
     [-pi, pi]. Calibrated like ActivationQuantizer. Gradients are straight through.
     """
 
-    def __init__(self, bits: int = 8, channels: int | None = None, mode: str = "separate"):
+    @checks
+    def __init__(self, bits: int | str = 8, channels: int | None = None, mode: Mode = "separate"):
         super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"mode={mode!r} is unknown: choose one of {', '.join(MODES)}")
         circle = (-math.pi, math.pi) if mode == "polar" else None
         self.mode = mode
         self.first = ActivationQuantizer(bits, mode == "joint", channels)
@@ -134,11 +133,9 @@ ACTIVATION_MODULES = {cls.__name__: cls for cls in (ActivationQuantizer, Complex
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable) -> nn.Module:
-    """Fixes every activation quantizer's range from `batches`; returns the model.
-
-    batches: what `kit.core.protocols.call_of` takes: inputs, tuples that end with targets,
-    mappings. Ranges found before are forgotten. Raises ValueError if there is no batch.
-    """
+    """Fixes every activation quantizer's range from `batches`, which `kit.core.protocols.call_of`
+    takes; returns the model. Ranges found before are forgotten. Raises ValueError if there is no
+    batch."""
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
     for quantizer in quantizers:
         quantizer.reset()

@@ -152,9 +152,8 @@ class FakeQuantize(Step):
         scale, zero = formats.restored_scale(parts, format.scale), None
         if not format.symmetric:
             zero = read.tensor((count,), torch.int8).float()[:, None]
-        learned = entry.learned
-        first = learned or FIRST_STEP
-        made = cls(torch.zeros(()), format, view, bool(learned), first, (scale, zero))
+        learned, grid = entry.learned, (scale, zero)
+        made = cls(torch.zeros(()), format, view, bool(learned), learned or FIRST_STEP, grid)
         inside = zero is None or torch.equal(zero.clamp(format.qmin, format.qmax), zero)
         if not inside or not torch.equal(made.grid(scale)[0], scale):
             raise ValueError(f"its scales or zero points are none of {format}")
@@ -164,8 +163,8 @@ class FakeQuantize(Step):
         value = view.tensor(formats.from_blocks(blocks, made.shape, format)).to(dtype)
         if format.range == "minmax" and not learned and not entry.fixed:
             made.scale = made.zero = None
-            if not made._follows(value, (scale, zero)):
-                made.scale, made.zero = scale, zero
+            if not made._follows(value, grid):
+                made.scale, made.zero = grid
         return made, value
 
     def _follows(self, stored: Tensor, grid: tuple[Tensor, Tensor | None]) -> bool:
@@ -225,9 +224,8 @@ def quantize_weights(
     """Fake-quantizes weights of the model, in place, and returns it.
 
     Args:
-        plan: one format for every weight of two or more dimensions (stacked biases are none), or
-            shell patterns of dotted names to formats, of which a weight takes the first that
-            matches (None: leave it in float32).
+        plan: one format for every `Weight.is_matrix`, or shell patterns of dotted names to formats,
+            of which a weight takes the first that matches (None: leave it in float32).
     A weight that is quantized already gets the new format; masks stay in front of it, transforms of
     token tables behind it. Raises ValueError for a pattern without a match and for weights that are
     not finite or carry another quantizer; the model is untouched then.

@@ -106,10 +106,8 @@ class _Packed(nn.Module):
 
 
 class QuantizedLinear(_Packed):
-    """F.linear with a packed weight: inputs (..., K) -> (..., N), float32.
-
-    Made from a linear layer whose weight carries a FakeQuantize; raises ValueError for another.
-    """
+    """F.linear with a packed weight: inputs (..., K) -> (..., N), float32. Made from a linear layer
+    whose weight carries a FakeQuantize; raises ValueError for another."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()

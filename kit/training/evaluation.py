@@ -52,9 +52,7 @@ class Evaluation:
 def paired_interval(a: Evaluation, b: Evaluation, level=0.95, seed=0) -> tuple[float, float]:
     """Bootstrap interval of log(perplexity of b) - log(perplexity of a) on the same windows; above
     0: b is worse. Pairing removes what makes windows hard for both, so that it is far narrower.
-
-    Raises ValueError when the two were not evaluated on the same windows.
-    """
+    Raises ValueError when the two were not evaluated on the same windows."""
     if not np.array_equal(a.window_tokens, b.window_tokens):
         sizes = " and ".join(f"{len(x.window_tokens)} ({x.tokens} tokens)" for x in (a, b))
         raise ValueError(f"The evaluations cover different windows, {sizes}: use one loader.")

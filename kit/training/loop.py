@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kit.core.measurement import oversubscribed
 from kit.core.protocols import call_of, tensors_of, tree_map
 from kit.core.settings import Count, Meta, NotNegative, Positive, Seed, Share, settings
 from kit.training import checkpoint as files
 from kit.training import parallel
 from kit.training.losses import IGNORED, next_token_loss
+from kit.training.report import Report
 
-LOG_SECONDS = 20  # between two lines of the log
 SAVED = files.NUMBERS.keys() - {"position", "config"}  # of a run
 SAVE_SECONDS = 120  # between two checkpoints, when evaluations are further apart
 
@@ -104,7 +103,7 @@ def train(
         raise ValueError(f"patience is {config.patience}, which needs validation: pass validate=.")
     if checkpoint and Path(checkpoint).is_dir():
         raise ValueError(f"checkpoint is the folder {checkpoint}: give the path of a file.")
-    steps, report, saved = config.steps, _Report(config, log), time.perf_counter()
+    steps, report, saved = config.steps, Report(log), time.perf_counter()
     every, record_every = config.eval_every or max(1, steps // 10), max(1, steps // 100)
     try:
         if checkpoint and parallel.agreed(Path(checkpoint).exists()):
@@ -223,9 +222,8 @@ class _Run:
         """Leaves the gradients of the whole batch in the parameters; returns its loss."""
         counts = [b for b in self.model.buffers() if b.dtype == torch.int64]  # uses of experts
         before, several = [b.clone() for b in counts], self.parts > 1
-        total = torch.full(
-            (), math.nan if several and not self.targets else 0.0, device=self.device
-        )
+        start = math.nan if several and not self.targets else 0.0
+        total = torch.full((), start, device=self.device)
         first = parallel.rank() * self.config.accumulate
         half = getattr(torch, self.config.precision)
         for part in range(first, first + self.config.accumulate):
@@ -348,28 +346,3 @@ def _count_targets(batch) -> int:
     if targets := tensors_of(call_of(batch).targets):
         return sum(len(t) if t.is_floating_point() else int((t != IGNORED).sum()) for t in targets)
     return len(tensors_of(batch)[0])
-
-
-class _Report:
-    """One plain line at most every LOG_SECONDS, and a last one, for terminals and notebooks."""
-
-    def __init__(self, config: TrainConfig, log: bool):
-        self.config, self.log, self.hinted = config, log and parallel.rank() == 0, False
-        self.wall, self.cpu = time.perf_counter(), time.process_time()
-
-    def __call__(self, run: _Run) -> None:
-        wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
-        if not self.log or (wall < LOG_SECONDS and not run.finished):
-            return
-        self.wall, self.cpu, entry = self.wall + wall, self.cpu + cpu, run.history[-1]
-        parts = [f"step {run.step}/{self.config.steps}", f"loss {entry['loss']:.4f}"]
-        if "validation" in entry:
-            parts.append(f"validation {entry['validation']:.4f}")
-        left = run.seconds / run.step * (self.config.steps - run.step)
-        left = "" if run.finished else f", about {left:.0f} s left"
-        parts += [f"lr {entry['lr']:.1e}", f"{run.tokens / run.seconds:,.0f} tokens/s"]
-        print(*parts, f"{run.seconds:.0f} s{left}", sep="  ", flush=True)
-        hint = oversubscribed(cpu / wall if run.device.type == "cpu" else 1.0)
-        if hint and not self.hinted and wall > 1:
-            print(hint, flush=True)
-            self.hinted = True

@@ -165,10 +165,8 @@ def _logit_blocks(h: Tensor, w: Tensor, chunk: int | None) -> Iterator[tuple[sli
 
 
 def _errors_(logits, h, w, targets):
-    """Turns logits (n, V) into softmax - one-hot in place and returns the losses (n,).
-
-    At the target, the error is minus the sum of the others: exact where bfloat16 loses 1 - p.
-    """
+    """Turns logits (n, V) into softmax - one-hot in place and returns the losses (n,). At the
+    target, the error is minus the sum of the others: exact where bfloat16 loses 1 - p."""
     at_target = torch.arange(len(logits), device=logits.device), targets
     probability = torch.softmax(logits, 1, out=logits)[at_target]
     logits[at_target] = 0  # scatter_ would copy the block
@@ -247,10 +245,8 @@ class VocabularySample:
 
 def next_token_loss(model: LanguageModel, batch, sample: VocabularySample | None = None) -> Tensor:
     """Cross-entropy of a language model on a batch (inputs, targets), both (B, T) int64, or any
-    that `call_of` understands, plus its weighted auxiliary loss; on a `sample` if there is one.
-
-    On a CPU, bfloat16 autocast is for the product with the vocabulary alone: its casts cost.
-    """
+    that `call_of` understands, plus its weighted auxiliary loss; on a `sample` if there is one. On
+    a CPU, bfloat16 autocast is for the product with the vocabulary alone: its casts cost."""
     if not isinstance(model := adapt(model), LanguageModel):
         what = f"{type(model).__name__} is no LanguageModel"
         raise ValueError(f"{what}: adapt it, or pass loss=classification_loss.")
