@@ -133,21 +133,26 @@ class CompressionPipeline:
     def run_pipeline(
         self, train_loader, val_loader, qat_epochs: Positive = 3, pruning_epochs: Positive = 3,
         distillation_epochs: Positive = 5, save_dir: str | Path = "runs/pipeline",
+        until: str | None = None,
     ) -> tuple[nn.Module, dict]:  # fmt: skip
         """Runs the stages and returns (compressed model, metrics).
 
         Epochs may be fractions. Finished stages found in `save_dir` are not run again; one that was
-        killed goes on from its last checkpoint. The model comes from its file. metrics:
+        killed goes on from its last checkpoint. `until` names the last stage to run now. The model
+        comes from its file. metrics:
         `compression_ratio`, `target_met`, `budget_bytes`, `baseline` and, for each stage,
         `stage_metrics[stage]` with `bytes`, `ratio`, `final_perplexity` (`final_accuracy` of a
-        classifier), `degradation`, `seconds`, `tokens`, `peak_memory` (bytes), `path`.
+        classifier), `degradation`, `seconds`, `tokens`, `peak_memory` (bytes), `path`, the
+        `history` of its training and, under a rate, of `rate` (bytes, those wanted, lambda).
         """
         epochs = {"qat": qat_epochs, "pruning": pruning_epochs, "distillation": distillation_epochs}
         steps = {name: max(1, round(epochs[name] * len(train_loader))) for name in self.stages}
+        if until not in (None, *self.stages):
+            raise ValueError(f"until is {until!r}; it must be one of {', '.join(self.stages)}.")
         with nullcontext() if parallel.rank() else lock(save_dir):  # the second reads what is there
-            return self._run(train_loader, val_loader, steps, Path(save_dir))
+            return self._run(train_loader, val_loader, steps, Path(save_dir), until)
 
-    def _run(self, train_loader, val_loader, steps, save_dir: Path) -> tuple[nn.Module, dict]:
+    def _run(self, train_loader, val_loader, steps, save_dir: Path, until) -> tuple:
         self._claim(save_dir, steps)
         teacher = materialize(self.model).to(self.device).eval()
         baseline = self._quality(teacher, val_loader)
@@ -162,10 +167,13 @@ class CompressionPipeline:
             quality = "error" if "final_accuracy" in stage else "perplexity"
             smaller = f"{stage['bytes']:,} bytes, {stage['ratio']:.1f}x smaller"
             self._say(f"{name}: {smaller}, {stage['degradation']:+.1%} {quality}")
-        final = found[self.stages[-1]]
+            if name == until:
+                break
+        final = found[name]
         over = final["bytes"] - self.budget
         met = "met" if over <= 0 else f"missed by {over:,} bytes"
-        self._say(f"target of {self.target_compression:g}x ({self.budget:,} bytes): {met}")
+        if name == self.stages[-1]:
+            self._say(f"target of {self.target_compression:g}x ({self.budget:,} bytes): {met}")
         baseline = {"bytes": self.baseline_bytes, **baseline}
         metrics = {"baseline": baseline, "stage_metrics": found, "budget_bytes": self.budget}
         metrics |= {"compression_ratio": final["ratio"], "target_met": over <= 0}
@@ -228,6 +236,7 @@ class CompressionPipeline:
             artifact.save(stage.model, path)
             training = {"seconds": time.perf_counter() - start, "tokens": result.tokens}
             training["peak_memory"] = peak_memory(self.device)
+            training |= {"history": result.history, "rate": getattr(stage.loss, "history", [])}
             write_json(path.with_suffix(".training"), training)
             checkpoint.unlink(missing_ok=True)
         parallel.agreed(None)

@@ -25,7 +25,7 @@ def first_cells(notebook):
     at = next(i for i, names in enumerate(tags) if "parameters" in names)
     checks = [line for line in cells[at + 1].source.splitlines() if "parameters(" in line]
     assert len(checks) == 1, "the cell after the parameters checks them"
-    return cells[at].source, f"from kit.lab.parameters import parameters\n{checks[0]}"
+    return cells[at].source, f"from kit.lab.parameters import MODELS, OWN, parameters\n{checks[0]}"
 
 
 def run(notebook, injected=""):
@@ -82,3 +82,26 @@ def test_a_name_that_means_something_else_has_the_type_of_its_default():
     for name, value, default in (("seeds", 3, [0]), ("steps", -1, 1), ("other", "x", 1)):
         with pytest.raises(ValueError, match=f"^{name} is "):
             parameters.chosen(name, value, default)
+
+
+def test_a_model_that_a_notebook_is_not_for_is_refused_in_one_sentence(tmp_path):
+    own = tmp_path / "mine.py"
+    own.write_text("")
+    known = parameters.MODELS
+    assert parameters.parameters({"model": "lstm"}, known)["model"] == "lstm"
+    assert parameters.parameters({"model": f"{own}:make"}, (*known, parameters.OWN))
+    for model, models in (
+        ("gru", known),
+        ("hf:gpt2", known),
+        ("lstm", ["resnet_bk"]),
+        (f"{own}:make", known),
+        (f"{own}x:make", (*known, parameters.OWN)),
+    ):
+        with pytest.raises(ValueError, match="^model is .*; it must be one of [^\n]*09_pretrained"):
+            parameters.parameters({"model": model}, models)
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_anything_runs(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="track is 'mlflow', which is not installed: pip install"):
+        parameters.parameters({"track": "mlflow"})

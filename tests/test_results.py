@@ -1,5 +1,7 @@
 import json
 import math
+import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from kit.core import store
 from kit.lab.records import environment, quality_column, read_results, read_stages, write_result
+from notebooks.reference import tracking
 from notebooks.reference.plots import dominated_by, pareto_front
 
 
@@ -186,3 +189,32 @@ def test_missing_values_neither_dominate_nor_stand_on_the_front():
     assert list(dominated_by(frame)) == [None, None, 1]
     with pytest.raises(ValueError, match="no column 'seconds'"):
         dominated_by(frame, ["seconds"])
+
+
+def test_a_record_names_its_commit_and_goes_to_a_tracker(tmp_path, monkeypatch):
+    told = {}
+
+    class Writer:
+        def __init__(self, place):
+            assert place == str(tmp_path / "tensorboard")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def add_text(self, name, text):
+            told[name] = json.loads(text)
+
+        def add_scalar(self, name, value, step):
+            told[name, step] = value
+
+    fake = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    monkeypatch.setenv("KIT_COMMIT", "abc")
+    curves = {"qat": [{"step": 3, "loss": 2.0, "validation": None}]}
+    record = {"notebook": "n", "parameters": {"lr": 0.1}, "seed": 0, "bytes": 5, "curves": curves}
+    found = json.loads(tracking.write_result(tmp_path, record, "tensorboard").read_text())
+    assert found["commit"] == "abc" and found["duration"] > 0 and found["date"] > "2020"
+    assert told == {"parameters": {"lr": 0.1}, ("bytes", 0): 5, ("qat/loss", 3): 2.0}

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import difflib
+import importlib.util
 import os
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -17,9 +18,13 @@ from kit.data.tokenization import VocabularySize
 
 PROFILES = Path(__file__).resolve().parents[2] / "notebooks" / "params"
 Ratio = Annotated[float, Meta(ge=1, le=1e9)]
+OWN = "module.py:function"
+MODELS = ("resnet_bk", "lstm", "transformer")
 Text = Annotated[str, Meta(min_length=1)]
 SHARED = [  # kinds, and the names of what is of that kind in any notebook
     (Text, "model corpus out runs records device"),
+    (str, "where order export"),
+    (Literal["mlflow", "tensorboard"] | None, "track"),
     (Literal["logits", "features"], "outputs"),
     (VocabularySize, "vocab_size reference_vocab"),
     (Count | None, "train_bytes"),
@@ -38,10 +43,12 @@ SHARED = [  # kinds, and the names of what is of that kind in any notebook
 KINDS = {name: kind for kind, names in SHARED for name in names.split()}
 
 
-def parameters(namespace: Mapping) -> dict:
+def parameters(namespace: Mapping, models: Iterable[str] = ()) -> dict:
     """The parameters among a notebook's globals, checked and printed; its first cell after them is
-    `globals().update(parameters(globals()))`.
+    `globals().update(settings := parameters(globals()))`.
 
+    models: what `model` may be, where a notebook's methods are not for any; "module.py:function"
+    stands for a function of yours that takes the vocabulary's size.
     What `$KIT_PROFILE` sets holds but for what papermill was given. Raises ValueError for a value
     that its parameter cannot have, and for what papermill was given without a parameter.
     """
@@ -53,9 +60,21 @@ def parameters(namespace: Mapping) -> dict:
     profile = profile_overrides(values)
     values |= {name: profile[name] for name in profile.keys() - given}
     values = {name: checked(name, value, KINDS[name]) for name, value in values.items()}
+    model = values.get("model")
+    if models and model not in models and not (OWN in models and own(model)):
+        advice = "00_your_model takes any module, 09_pretrained models of transformers"
+        raise ValueError(f"model is {model!r}; it must be one of {', '.join(models)}: {advice}.")
+    if (track := values.get("track")) and importlib.util.find_spec(track) is None:
+        raise ValueError(f"track is {track!r}, which is not installed: pip install {track}")
     said = ", ".join(f"{name}={value!r}" for name, value in values.items())
     print(textwrap.fill(said, 100, break_long_words=False))
     return values
+
+
+def own(model: str) -> bool:
+    """Whether a model is "file.py:function", of a file that is there."""
+    file, _, function = model.rpartition(":")
+    return file.endswith(".py") and Path(file).is_file() and function.isidentifier()
 
 
 def assigned(source: str) -> dict[str, ast.expr]:

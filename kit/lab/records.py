@@ -1,21 +1,27 @@
 """Records of runs: one `result.json` a run folder, and all of them as a DataFrame."""
 
+import contextlib
 import glob
 import importlib.metadata
 import os
 import platform
+import shlex
+import subprocess
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 
 import kit
 from kit.core.store import read_json, to_json, write_json
 
 RESULT = "result.json"
+ROOT = Path(kit.__file__).resolve().parents[1]
 FIGURES = ["bytes", "ratio", "perplexity", "low", "high", "bits_per_byte", "accuracy"]
 PACKAGES = "torch numpy numba tokenizers safetensors scikit-learn pandas papermill".split()
 Places = str | Path | Iterable[str | Path]
@@ -41,20 +47,36 @@ def write_result(folder: str | Path, record: dict) -> Path:
 
     A record needs `notebook`, `parameters` (dict) and `seed`. Tables and plots read `corpus` {name,
     sha256}, `stages` (a list of {name, seconds, tokens} and FIGURES) and the run's own FIGURES.
-    Anything else is kept; `environment` is added. Raises ValueError as `checked`.
+    Anything else is kept, such as `curves` {name: rows with `step` and numbers}; `environment` is
+    added. Raises ValueError as `checked`.
     """
     checked(msgspec.json.decode(to_json(record)), folder)
     return write_json(Path(folder) / RESULT, {**environment(), **record})
 
 
+def commit() -> str | None:
+    """The commit of the code, with "+" where files differ from it; $KIT_COMMIT, if set, is it."""
+    git = f"git -C {shlex.quote(str(ROOT))} describe --always --abbrev=40 --exclude=* --dirty=+"
+    if told := os.environ.get("KIT_COMMIT"):
+        return told
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        done = subprocess.check_output(shlex.split(git), stderr=subprocess.DEVNULL, text=True)
+        return done.strip()
+
+
 def environment() -> dict:
-    """What a timing depends on: versions, processor, cores, threads, accelerator."""
+    """When, from which commit, in how long (seconds since this process began), and what a timing
+    depends on: versions, processor, cores, threads, accelerator."""
     installed = {d.name: d.version for d in importlib.metadata.distributions()}
     versions = {name: installed[name] for name in PACKAGES if name in installed}
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     cpu = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "")
+    began = psutil.Process().create_time()
     return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": commit(),
+        "duration": round(time.time() - began, 1),
         "versions": {"python": platform.python_version(), "kit": kit.__version__, **versions},
         "platform": platform.platform(),
         "cpu": cpu or platform.processor() or platform.machine(),

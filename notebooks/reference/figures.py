@@ -32,6 +32,13 @@ STYLE = {
 SIDES = ((6, 5), (-6, -5), (6, -5), (-6, 5), (0, 9), (0, -9), (9, 0), (-9, 0))  # points, best first
 
 
+def look(order: int) -> tuple:
+    """Colour, marker and dashes of the curve or group with this number: no two share all three."""
+    turn = order // len(COLOURS)
+    at = order % len(COLOURS), (order + turn) % len(MARKERS), (order + 2 * turn) % len(DASHES)
+    return COLOURS[at[0]], MARKERS[at[1]], DASHES[at[2]]
+
+
 def styled(function: Callable) -> Callable:
     """Draws under `STYLE` and leaves matplotlib's own settings as they were."""
 

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from kit.lab.records import quality_column
 from notebooks.reference import figures
-from notebooks.reference.figures import COLOURS, GREY, MARKERS, MUTED, new_axes, row_axes, styled
+from notebooks.reference.figures import COLOURS, GREY, MUTED, new_axes, row_axes, styled
 from notebooks.reference.figures import save as save
 
 AXIS = {"bytes": "bytes of the file", "bits_per_byte": "test bits per byte"}
@@ -35,22 +35,34 @@ def lines(
         curves = {name: (column.index, column) for name, column in columns.items()}
     curves = {name: [figures.as_array(part) for part in curve] for name, curve in curves.items()}
     for order, (name, (x, y, *band)) in enumerate(curves.items()):
-        look, marker = order % len(COLOURS), MARKERS[order % len(MARKERS)] if markers else None
-        ax.plot(x, y, color=COLOURS[look], linestyle=figures.DASHES[look], marker=marker)
-        if band:
-            ax.fill_between(x, *band, color=COLOURS[look], alpha=0.18, linewidth=0)
-        ends += [(x[-1], y[-1], name, COLOURS[look])] if name else []
+        colour, marker, dash = figures.look(order)
+        look = {"color": colour, "linestyle": dash, "marker": marker if markers else None}
+        ax.plot(x, y, **look, label=name)
+        if band and len(x) > 1:
+            ax.fill_between(x, *band, color=colour, alpha=0.18, linewidth=0)
+        elif band:
+            ax.vlines(x, *band, color=colour, linewidth=1.2)
+        ends += [(x[-1], y[-1], name, colour)] if name else []
     for scale in ["x"] * logx + ["y"] * logy:
         figures.log_scale(ax, scale)
     for name, height in (references or {}).items():
-        ax.axhline(height, **figures.REFERENCE)
+        ax.axhline(height, **figures.REFERENCE, label=name)
         ends.append((ax.get_xlim()[1], height, name, GREY))
     measured = {tuple(curve[0]) for curve in curves.values()}
     if logx and len(measured) == 1 and len(min(measured)) <= 8:
         ax.set_xticks(*measured)
     ax.autoscale_view()
-    if ends:
+    if not ends:
+        return ax
+    places = ax.transAxes.inverted().transform(ax.transData.transform([end[:2] for end in ends]))
+    moved = np.abs(figures.spread(places[:, 1], 0.06) - places[:, 1]).max()
+    if np.ptp(places[:, 0]) < 0.12 and moved < 0.1:
         figures.label_line_ends(ax, ends)
+    else:  # lines to their labels would cross the data
+        lines = {line.get_label(): line for line in ax.get_lines()}
+        order = sorted(ends, key=lambda end: -end[1])
+        place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0}
+        ax.legend([lines[end[2]] for end in order], [end[2] for end in order], **place)
     return ax
 
 
@@ -92,6 +104,7 @@ def stage_waterfall(stages: pd.DataFrame | Sequence[Mapping], *, quality=None, o
         text = figures.byte_text(now) + (f"  ÷ {sizes[0] / now:.3g}" if place else "")
         left.text(max(previous, now) + 0.012 * max(sizes), place, text, va="center", fontsize=9.5)
     left.set(xlim=(0, 1.3 * max(sizes)), xlabel=AXIS["bytes"])
+    left.xaxis.set_major_locator(MaxNLocator(5))
     left.xaxis.set_major_formatter(EngFormatter("B"))
     values, spans = stages[quality].to_numpy(float), _spans(stages, quality)
     right.errorbar(values, places, xerr=spans, fmt="o", color=COLOURS[1], elinewidth=1.2)
@@ -108,7 +121,7 @@ def stage_waterfall(stages: pd.DataFrame | Sequence[Mapping], *, quality=None, o
 
 @styled
 def pareto(frame: pd.DataFrame, *, quality=None, by="notebook", label="ratio", ax=None) -> Axes:
-    """Bytes against quality, a point a run: what no other run dominates in colour, others muted.
+    """Bytes against quality, a point a run: what no other run dominates filled, others open.
 
     frame: as from `read_results`; runs on another corpus are only counted. quality: column of the
     vertical axis (default: `quality_column`). by: column that sets marker and colour. label: column
@@ -125,19 +138,21 @@ def pareto(frame: pd.DataFrame, *, quality=None, by="notebook", label="ratio", a
     ax.set(xlabel=AXIS["bytes"], ylabel=AXIS.get(quality, quality))
     step = {"where": "post", "color": "#BDBDBD", "linewidth": 1.1, "zorder": 1}
     ax.step(front["bytes"], front[quality], **step)
+    spread = kept[quality].max() / max(kept[quality].min(), 1e-9)
     for order, (name, group) in enumerate(kept.groupby(by)):
-        colour, marker = COLOURS[order % len(COLOURS)], MARKERS[order % len(MARKERS)]
-        on = best[group.index]
-        for rows, line, fill in ((group[~on], MUTED, "white"), (group[on], colour, colour)):
-            look = {"fmt": marker, "color": line, "markerfacecolor": fill, "elinewidth": 1.2}
-            look["zorder"] = 2 if fill == "white" else 3
-            ax.errorbar(rows["bytes"], rows[quality], _spans(rows, quality), **look)
+        (colour, marker, _), on = figures.look(order), best[group.index]
+        for rows, fill, faint in ((group[~on], "white", 0.6), (group[on], colour, 1)):
+            look = {"fmt": marker, "color": colour, "markerfacecolor": fill, "elinewidth": 1.2}
+            look |= {"zorder": 1 + 2 * faint, "alpha": faint}
+            spans = _spans(rows, quality)
+            ax.errorbar(rows["bytes"], rows[quality], np.where(spans > 0, spans, np.nan), **look)
         ax.plot([], [], marker, color=colour, label=name)
     if len(front) < len(kept):
-        ax.plot([], [], "o", color=MUTED, markerfacecolor="white", label="dominated")
+        ax.plot([], [], "o", color=MUTED, markerfacecolor="white", label="open: dominated")
     ax.margins(0.08)
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0.2, handletextpad=0.3)
-    figures.log_scale(ax, "x")
+    for scale in ["x"] + ["y"] * bool(spread > 2 and not rising):  # else a few squash the rest
+        figures.log_scale(ax, scale)
     if len(frame) > len(kept):
         ax.set_title(f"other corpora, or no figures: {len(frame) - len(kept)}", fontsize=9.5)
     texts = [f"÷ {v:.3g}" if label == "ratio" else str(v) for v in front.get(label, [])]
@@ -156,11 +171,14 @@ def _spans(rows: pd.DataFrame, quality: str) -> np.ndarray:
 
 
 @styled
-def heat_map(frame: pd.DataFrame, label: str, *, format: str = ".3g", ax=None) -> Axes:
-    """The values of a table as colours and numbers; `label` says of what, NaN stays empty."""
+def heat_map(
+    frame: pd.DataFrame, label: str, *, format: str = ".3g", top: float | None = None, ax=None
+) -> Axes:
+    """The values of a table as colours and numbers; `label` says of what, NaN stays empty. Colours
+    end at `top`, if given, so that a few large values do not make all others alike."""
     values = frame.to_numpy(float)
     ax = new_axes(ax, (2.2 + 0.62 * values.shape[1], 1.4 + 0.36 * values.shape[0]))
-    image = ax.imshow(values, cmap="cividis", aspect="auto")
+    image = ax.imshow(values, cmap="cividis", aspect="auto", vmax=top)
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             look = {"ha": "center", "va": "center", "fontsize": 9}
@@ -172,7 +190,8 @@ def heat_map(frame: pd.DataFrame, label: str, *, format: str = ".3g", ax=None) -
     ax.grid(False)
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
-    ax.figure.colorbar(image, ax=ax, label=label).outline.set_visible(False)
+    ends = "neither" if top is None else "max"
+    ax.figure.colorbar(image, ax=ax, label=label, extend=ends).outline.set_visible(False)
     return ax
 
 
@@ -198,12 +217,18 @@ def bars(values, xlabel, *, intervals=None, highlight=None, format=".3g", ax=Non
 
 
 @styled
-def intervals(rows: Mapping[str, Sequence[float]], xlabel: str, *, references=(), ax=None) -> Axes:
-    """A forest plot: name -> (value, low, high) from the top, with dashed lines at `references`."""
+def intervals(
+    rows: Mapping[str, Sequence[float]], xlabel: str, *, references=(), format="", ax=None
+) -> Axes:
+    """A forest plot: name -> (value, low, high) from the top, with dashed lines at `references`;
+    with a `format`, values are written too."""
     ax, places = row_axes(ax, rows)
     for place, (value, low, high) in zip(places, rows.values()):
         ax.plot((low, high), (place, place), color=COLOURS[0], linewidth=2)
         ax.plot(value, place, "o", color=COLOURS[0])
+        if format:
+            text, end = f"{value:{format}}", {"xytext": (8, 0), "textcoords": "offset points"}
+            ax.annotate(text, (max(value, high), place), **end, va="center", fontsize=9.5)
     for reference in references:
         ax.axvline(reference, **figures.REFERENCE)
     ax.set(xlabel=xlabel)
