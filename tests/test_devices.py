@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from kit import artifact
+from kit.budget.rate import RateLoss, row_sensitivity, set_rate_formats
 from kit.budget.rounding import round_to_budget
 from kit.budget.sensitivity import plan_for_budget, scan
 from kit.core.protocols import pick_device
@@ -24,9 +25,10 @@ from kit.quantization import Format, calibrate, original_mix, quantize_bk_core, 
 from kit.quantization.gptq import gptq
 from kit.quantization.hqq import hqq
 from kit.quantization.integers import pack_layers
+from kit.quantization.token_tables import compose_tables
 from kit.training import TrainConfig, parallel, train
 from kit.training.evaluation import evaluate
-from kit.training.losses import VocabularySample, next_token_loss
+from kit.training.losses import VocabularySample, next_token_loss, training_loss
 from tests.far import FAR, FarTensor, pretended
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -34,6 +36,8 @@ torch.manual_seed(0)
 TOKENS = torch.randint(0, 50, (24, 17))
 TEXT = DataLoader(TensorDataset(TOKENS[:, :-1], TOKENS[:, 1:]), 4, shuffle=True)
 BATCHES = list(itertools.islice(TEXT, 2))
+PARTS = np.full((50, 2), -1)  # what tokens were merged from
+PARTS[30:] = np.stack([np.arange(20), np.arange(5, 25)], 1)
 SHORT = TrainConfig(2)
 
 
@@ -87,7 +91,13 @@ def shrunk(m, folder):
 def budgeted(m, folder):
     formats = {"4": Format(4), "8": Format(8)}
     table = scan(m, BATCHES, formats, "*.moe.w_*")
-    quantize_weights(m, plan_for_budget(m, table, formats, artifact.float32_bytes(m)))
+    quantize_weights(
+        copy.deepcopy(m), plan_for_budget(m, table, formats, artifact.float32_bytes(m))
+    )
+    loss = training_loss(m)
+    compose_tables(m, PARTS, BATCHES, loss)
+    set_rate_formats(m, row_sensitivity(m, BATCHES, loss), 2000)
+    RateLoss(loss, m, artifact.nbytes(m) - 20, BATCHES).finish()
 
 
 def distilled(m, folder):
@@ -103,9 +113,7 @@ def distilled(m, folder):
 
 
 def compressed(m, folder):
-    parts = np.full((50, 2), -1)
-    parts[30:] = np.stack([np.arange(20), np.arange(5, 25)], 1)
-    more = {"token_parts": parts, "token_counts": np.arange(50)[::-1].copy()}
+    more = {"token_parts": PARTS, "token_counts": np.arange(50)[::-1].copy()}
     device = str(next(m.parameters()).device)
     pipeline = CompressionPipeline(m, 3.0, device=device, log=False, **more)
     found, metrics = pipeline.run_pipeline(TEXT, TEXT, 0.5, 0.5, 1, save_dir=folder)

@@ -14,7 +14,8 @@ from torch import nn
 from kit import artifact
 from kit.artifact.layouts import Reader, Writer
 from kit.budget.rate import RateLoss, RateSettings, row_sensitivity, set_rate_formats
-from kit.core.weights import gradients, weight_of
+from kit.core.calibration import gradients
+from kit.core.weights import weight_of
 from kit.data.tokenization import BPETokenizer
 from kit.models import build_model
 from kit.models.moe import Permute

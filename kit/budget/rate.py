@@ -19,8 +19,10 @@ from torch import Tensor
 
 from kit import artifact
 from kit.artifact import layouts
+from kit.core.calibration import gradients
+from kit.core.protocols import device_of, tree_map
 from kit.core.settings import Count, NotNegative, Positive, Share, settings
-from kit.core.weights import MatrixView, Weight, column_view, gradients, weights
+from kit.core.weights import MatrixView, Weight, column_view, weights
 from kit.quantization import formats
 from kit.quantization.fake import FakeQuantize
 from kit.quantization.formats import Format
@@ -171,7 +173,8 @@ class RateLoss:
         self, loss, model: nn.Module, file_bytes: int, batches: list, settings=RateSettings()
     ):
         self.loss, self.model, self.file_bytes = loss, model, file_bytes
-        self.batches, self.settings = batches, settings
+        self.batches = tree_map(lambda tensor: tensor.to(device_of(model)), batches)
+        self.settings = settings
         found = [(weight, weight.find(FakeQuantize)) for weight in weights(model)]
         self.members = [(weight, step) for weight, step in found if step and step.learned]
         if not self.members:

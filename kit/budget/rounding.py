@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from kit import artifact
 from kit.budget.rate import geometric_ratio
 from kit.core import ans
+from kit.core.calibration import gradients
 from kit.core.compiled import compiled, in_threads
 from kit.core.obs import inverse_factor
 from kit.core.protocols import call_of, device_of, tensors_of
 from kit.core.settings import Count, NotNegative, settings
-from kit.core.weights import Weight, gradients, weights
+from kit.core.weights import Weight, weights
 from kit.quantization import formats
 from kit.quantization.column_scale import ColumnScale
 from kit.quantization.fake import FakeQuantize

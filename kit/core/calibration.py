@@ -1,7 +1,7 @@
-"""What a weight sees: second moments of its inputs, from one pass over calibration batches."""
+"""What a weight sees: second moments of its inputs, and its gradients, over some batches."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from kit.core.protocols import LanguageModel, run
+from kit.core.protocols import LanguageModel, device_of, run, tree_map
 from kit.core.weights import Weight, weights
 
 PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "_grouped_mm", "grouped_mm"}
@@ -126,3 +126,18 @@ def input_norms(
     is every weight whose inputs are known; what is named by a narrower pattern must be one."""
     grams = input_grams(model, batches, select, strict=select != "*")
     return {name: gram.diagonal(dim1=-2, dim2=-1).sqrt().float() for name, gram in grams.items()}
+
+
+def gradients(model: nn.Module, batches: Iterable, loss: Callable) -> Iterator[dict[str, Tensor]]:
+    """For each batch, moved to the model's device, the gradients of loss(model, batch) in the
+    trained values of every weight that has one, by name; the model's own are cleared. Raises
+    ValueError without a batch."""
+    batch, device = None, device_of(model)
+    for batch in batches:
+        model.zero_grad(set_to_none=True)
+        loss(model, tree_map(lambda tensor: tensor.to(device), batch)).backward()
+        found = {weight.name: weight.original.grad for weight in weights(model)}
+        model.zero_grad(set_to_none=True)
+        yield {name: grad for name, grad in found.items() if grad is not None}
+    if batch is None:
+        raise ValueError("gradients of a loss got no batch: give at least one")

@@ -8,7 +8,7 @@ go stale, and the view of any weight as a matrix whose rows are outputs.
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
@@ -327,18 +327,3 @@ def materialize(model: nn.Module) -> nn.Module:
             del module._weight_hooks
             _read_weights(module)
     return model
-
-
-def gradients(model: nn.Module, batches: Iterable, loss: Callable) -> Iterator[dict[str, Tensor]]:
-    """For each batch the gradients of loss(model, batch) in the trained values of every weight that
-    has one, by name; the model's own gradients are cleared before and after. Raises ValueError
-    without a batch."""
-    batch = None
-    for batch in batches:
-        model.zero_grad(set_to_none=True)
-        loss(model, batch).backward()
-        found = {weight.name: weight.original.grad for weight in weights(model)}
-        model.zero_grad(set_to_none=True)
-        yield {name: grad for name, grad in found.items() if grad is not None}
-    if batch is None:
-        raise ValueError("gradients of a loss got no batch: give at least one")

@@ -30,8 +30,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from kit.core.calibration import gradients
 from kit.core.steps import Step, Stored, register_step
-from kit.core.weights import Weight, gradients, weights
+from kit.core.weights import Weight, weights
 from kit.models.moe import Permute
 from kit.quantization import kernels
 from kit.quantization.fake import FakeQuantize
