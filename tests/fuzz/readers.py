@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kit import artifact
 from kit.artifact.file import _buffers, serialized
+from kit.artifact.header import SAID
 from kit.core import ans, range_coder
 from kit.core.weights import copy_model, weights
 from kit.data import load_corpus
@@ -208,7 +209,7 @@ def models() -> dict:
 def opened(data: bytes) -> tuple[bytes, dict, list[bytes]]:
     """Magic, header and blobs of an honest file."""
     end = 8 + struct.unpack("<I", data[4:8])[0]
-    header, blobs = json.loads(zlib.decompress(data[8:end])), []
+    header, blobs = json.loads(zlib.decompressobj(zdict=SAID).decompress(data[8:end])), []
     for entry in header["tensors"]:
         for size in entry["sizes"]:
             blobs.append(data[end : end + size])
