@@ -37,7 +37,7 @@ from kit.quantization.integers import (
 )
 from kit.quantization.packing import pack, packed_bytes, unpack
 
-BITS = (2, 3, 4, 5, 6, 8, "ternary")
+BITS = (2, 3, 4, 5, 6, 8, 12, "ternary")
 every_format = st.builds(
     lambda bits, symmetric, granularity, size, scale: Format(
         bits, symmetric or bits == "ternary", granularity, size, "minmax", scale
@@ -293,7 +293,7 @@ def test_a_plan_takes_the_first_pattern_that_matches():
 @pytest.mark.parametrize(
     "build, text",
     [
-        (lambda: Format(7), "bits is 7; it must be one of 2, 3, 4, 5, 6, 8, 16, 'ternary'"),
+        (lambda: Format(7), "bits is 7; it must be one of 2, 3, 4, 5, 6, 8, 12, 16, 'ternary'"),
         (
             lambda: Format(4, granularity="group", group_size=0),
             "group_size is 0; it must be a whole number from 1",
@@ -476,7 +476,9 @@ def test_group_wise_quantizer_gives_the_values_of_the_fake_quantizer(bits, granu
     )
     packed = GroupWiseQuantizer(format).encode(x)
     assert torch.equal(packed(), FakeQuantize(x, format)(x))
-    scales = formats.block_count((35, 19), format) * (2 if format.symmetric else 3)
+    scales = formats.block_count((35, 19), format) * (
+        2 if format.symmetric else 2 + format.integer.itemsize
+    )
     assert packed.nbytes == packed_bytes(x.numel(), bits) + scales
 
 
@@ -599,7 +601,7 @@ def test_hqq_fixes_the_grid_of_a_model():
     assert torch.equal(step.scale, hqq_grid(weight_of(model[0]).original, Format(3))[0])
 
 
-@pytest.mark.parametrize("bits", [8, 3, 2, "ternary"])
+@pytest.mark.parametrize("bits", [12, 8, 3, 2, "ternary"])
 def test_compiled_rounding_is_that_of_torch(bits, monkeypatch):
     torch.manual_seed(0)
     found, weight, grad = [], 4 * torch.randn(7, 33), torch.randn(7, 33)

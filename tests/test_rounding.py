@@ -1,12 +1,15 @@
 """Rounding to a number of bytes: the budget holds, the file is exact, and errors are spread as the
 theory says."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from kit import artifact
+from kit.budget import rounding
 from kit.budget.rounding import RoundingSettings, SampledLoss, curvature, round_to_budget
 from kit.budget.rounding import _sweep as sweep
 from kit.core.obs import column_sweep, inverse_factor
@@ -52,6 +55,40 @@ def divergence(model, reference, batches):
         return sum((a.exp() * (a - b)).sum(-1).mean().item() for a, b in zip(p, q)) / len(batches)
 
 
+@pytest.mark.parametrize("beyond", [1, 60, 400])
+def test_budgets_close_to_the_smallest_file_are_kept_or_refused(beyond):
+    """The smallest: header, scales, small tensors, and codes that are all zero."""
+    dense = tagger()
+    with pytest.raises(ValueError, match="bytes are too few") as refusal:
+        round_to_budget(copy_model(dense), batches(2), 100)
+    least = int(str(refusal.value).split()[-1])
+    model = copy_model(dense)
+    try:
+        round_to_budget(model, batches(2), least + beyond)
+        assert least <= artifact.nbytes(model) <= least + beyond
+    except ValueError as error:
+        assert beyond == 1 and "too few" in str(error)
+
+
+@pytest.mark.parametrize("target", [math.nan, -5, 0])
+def test_numbers_of_bytes_that_no_file_has_are_refused(target):
+    with pytest.raises(ValueError, match=f"{target} bytes are too few"):
+        round_to_budget(tagger(), batches(2), target)
+
+
+def test_generous_budgets_give_codes_of_more_than_eight_bits(tmp_path):
+    """Whose file is as exact as it is large, and is read back to the last bit."""
+    dense, held_out, found = tagger(), batches(6, seed=2), []
+    for target in (artifact.float32_bytes(dense) / ratio for ratio in (5.5, 4, 2.8)):
+        model = round_to_budget(copy_model(dense), batches(), target)
+        assert 0.98 * target <= artifact.save(model, tmp_path / "m.kit") <= target
+        found.append(divergence(model, dense, held_out))
+        loaded = artifact.load(tmp_path / "m.kit", tagger())
+        assert torch.equal(model(held_out[0]), loaded(held_out[0]))
+    assert found[1] < found[0] / 4 and found[2] < found[1] / 4
+    assert {w.find(FakeQuantize).format.bits for w in weights(model, matrices=True)} >= {12}
+
+
 @pytest.mark.parametrize("ratio", [6, 9])
 def test_the_file_fits_reloads_exactly_and_is_better_than_plain_rounding(ratio, tmp_path):
     dense, held_out = tagger(), batches(20, seed=2)
@@ -82,7 +119,7 @@ def test_factors_are_those_of_the_fisher_information():
     s, gram = curvature(layer, x, SampledLoss("features"))["weight"]
     second = sum(part.T @ part for part in x)
     scale = second.diagonal().mean()
-    torch.testing.assert_close(gram, second / scale, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(gram[0], second / scale, atol=0.02, rtol=0.02)
     torch.testing.assert_close(s.mean(), scale / 30, rtol=0.02, atol=0)
     assert s.std() / s.mean() < 0.3
 
@@ -176,6 +213,25 @@ def test_codes_with_feedback_are_those_of_the_column_sweep():
     found = matrix.clone()
     sweep(*(t.numpy() for t in (found, step, zone, upper)), np.float32(7))
     assert (found == wanted.round()).float().mean() > 0.995  # but for ties of float32
+
+
+def test_errors_of_wide_matrices_are_made_up_for_within_blocks(monkeypatch):
+    """As if the factors knew nothing of what columns of different blocks have in common."""
+    torch.manual_seed(0)
+    x = [torch.randn(40, 8) @ torch.randn(8, 70) + 0.2 * torch.randn(40, 70) for _ in range(6)]
+    dense, loss = nn.Linear(70, 30, bias=False), SampledLoss("features")
+    settings = RoundingSettings(damping=1e-8)
+    ((s, whole),) = curvature(dense, x, loss).values()
+    apart = torch.block_diag(whole[0, :24, :24], whole[0, 24:48, 24:48], whole[0, 48:, 48:])
+    models = copy_model(dense), copy_model(dense)
+    one = rounding.Rounded(weights(models[0])[0], s, apart[None], settings)
+    monkeypatch.setattr(rounding, "SPAN", 24)
+    ((_, blocks),) = curvature(dense, x, SampledLoss("features")).values()
+    other = rounding.Rounded(weights(models[1])[0], s, blocks, settings)
+    for rounded in (one, other):
+        rounded.put(0.3)
+    assert blocks.shape == (3, 24, 24) and len(models[0].weight.unique()) > 100
+    assert models[0].weight.isclose(models[1].weight, rtol=1e-5).float().mean() > 0.99
 
 
 def test_factors_of_columns_are_stored_and_go_with_their_columns(tmp_path):

@@ -21,6 +21,7 @@ saves more than it costs: each unit of |code| takes log2(1 / theta) bits in a ge
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ from kit.quantization.formats import HALF, Format
 TRIALS = 6  # of k, after the first guess
 CLOSE = 0.997  # of the bytes asked for: near enough
 PIECE = 256  # rows that a thread rounds at once
+SPAN = 2048  # columns, at most, that make up for each other's errors
 SAMPLE = 1 << 19  # codes of a weight from which the first k is guessed
 
 
@@ -87,21 +89,31 @@ class SampledLoss:
 
 
 def curvature(model: nn.Module, batches: Iterable, loss: Callable) -> dict[str, tuple]:
-    """Factors of the Fisher information of each weight matrix: s (R,), and H (C, C) with a mean
-    diagonal of 1; of those that `loss` reaches. Raises ValueError without a batch."""
+    """Factors of the Fisher information of each weight matrix that `loss` reaches: s (R,), and H
+    with a mean diagonal of 1, its diagonal blocks of at most SPAN columns (blocks, W, W), the last
+    one padded with zeros. Raises ValueError without a batch."""
     views = {weight.name: weight.view for weight in weights(model, matrices=True)}
     sums, batches = {}, list(batches)
     for grads in gradients(model, batches, loss):
         for name in views.keys() & grads.keys():
             grad = views[name].matrix(grads[name].detach()).float()
             rows, columns = sums.get(name, (0.0, 0.0))
-            reached = grad[grad.any(1)]  # few rows of an embedding
-            sums[name] = rows + grad.square().mean(1), columns + reached.T @ reached
+            reached = _spans(grad[grad.any(1)])  # few rows of an embedding
+            sums[name] = rows + grad.square().mean(1), columns + reached.mT @ reached
     for name, (rows, columns) in sums.items():
         if not torch.isfinite(columns).all():
             raise ValueError(f"the gradients of {name!r} hold NaN or infinite values")
-        sums[name] = rows / len(batches), columns / columns.diagonal().mean().clamp(min=1e-30)
+        mean = columns.diagonal(dim1=1, dim2=2).sum() / views[name].columns
+        sums[name] = rows / len(batches), columns / mean.clamp(min=1e-30)
     return sums
+
+
+def _spans(matrix: Tensor, fill: float = 0.0) -> Tensor:
+    """(R, C) -> (blocks, R, W), side by side, the last one padded."""
+    columns = matrix.shape[1]
+    width = -(-columns // -(-columns // SPAN))
+    padded = nn.functional.pad(matrix, (0, -columns % width), value=fill)
+    return padded.unflatten(1, (-1, width)).transpose(0, 1)
 
 
 class Rounded:
@@ -109,14 +121,15 @@ class Rounded:
 
     def __init__(self, weight: Weight, s: Tensor, gram: Tensor, settings: RoundingSettings):
         self.weight, self.settings, view = weight, settings, weight.view
-        upper = inverse_factor(gram.double()[None], settings.damping)[0]
-        cost = upper.diagonal().square().reciprocal()
+        upper = inverse_factor(gram.double(), settings.damping)
+        cost = upper.diagonal(dim1=1, dim2=2).flatten()[: view.columns].square().reciprocal()
         mean = cost.log().mean().exp()
         self.columns = ColumnScale.nearest((mean / cost).sqrt(), view)
         self.matrix = view.matrix(weight.value.detach()).float() / self.columns.scale
-        self.upper = (upper / self.columns.scale).float().contiguous()
+        upper = upper / _spans(self.columns.scale[None], fill=1.0)
+        self.upper = upper.float().flatten(0, 1)[: view.columns].contiguous()
         size = -(-view.rows // settings.most_blocks)
-        self.format = Format(8, granularity="rows", group_size=size, scale="log8")
+        self.format = Format(12, granularity="rows", group_size=size, scale="log8")
         s = formats.to_blocks((s + settings.prior * s.mean())[:, None], self.format, math.nan)
         self.shape = (s.nanmean(1, keepdim=True) * mean.float()).clamp(min=1e-30).rsqrt()
         largest = formats.to_blocks(self.matrix.abs(), self.format).amax(1, keepdim=True)
@@ -155,26 +168,33 @@ class Rounded:
                 _sweep(*(part.numpy() for part in piece), upper, most)
 
         in_threads(work, min(torch.get_num_threads(), -(-len(codes) // PIECE)))
-        tensor = self.weight.view.tensor(codes.to(step) * step[:, None] + 0.0)
+        self.place(codes.to(step) * step[:, None] + 0.0, self.steps(k), int(codes.abs().max()))
+
+    def place(self, matrix: Tensor, steps: Tensor, most: int) -> None:
+        """Puts a matrix of whole steps, at most `most` of them, in place of the weight."""
+        tensor = self.weight.view.tensor(matrix)
         self.weight.set_steps([])
         self.weight.assign(tensor)
-        grid = self.steps(k), None
-        self.weight.put(FakeQuantize(tensor, self.format, self.weight.view, grid=grid))
+        format = replace(self.format, bits=8) if most < 128 else self.format
+        self.weight.put(FakeQuantize(tensor, format, self.weight.view, grid=(steps, None)))
         self.weight.put(self.columns)
 
 
 @compiled(fastmath={"contract", "reassoc", "nsz"})
 def _sweep(rest, step, zone, upper, most):
-    """`kit.core.obs.column_sweep` row by row; in place of `rest` (R, C) come its codes."""
+    """`kit.core.obs.column_sweep` row by row; in place of `rest` (R, C) come its codes. upper
+    (C, W): each column's row of its diagonal block."""
+    width = upper.shape[1]
     for r in range(len(rest)):
         row, least = rest[r], np.float32(0.5) - zone[r]
         for j in range(len(row)):
             size = min(max(np.floor(abs(row[j] / step[r]) + least), np.float32(0)), most)
             code = np.float32(math.copysign(size, row[j]))
-            error = (row[j] - code * step[r]) / upper[j, j]
+            first = j - j % width
+            error = (row[j] - code * step[r]) / upper[j, j - first]
             row[j] = code
-            for c in range(j + 1, len(row)):
-                row[c] -= error * upper[j, c]
+            for c in range(j + 1, min(first + width, len(row))):
+                row[c] -= error * upper[j, c - first]
 
 
 def round_to_budget(
@@ -203,28 +223,33 @@ def round_to_budget(
     for weight in found:
         if weight.name not in large:
             weight.put(FakeQuantize(weight.original.detach(), HALF, weight.view))
-    log_k, slope = _first_guess(rounded, target_bytes)
-    best, last = (0, log_k), (math.nan, math.nan)
-    for _ in range(TRIALS):
+    for one in rounded:
+        one.place(torch.zeros_like(one.matrix), one.steps(1.0), 0)
+    least = artifact.nbytes(model)
+    log_k, slope = _first_guess(rounded, target_bytes - least)
+    coarse, fine, last = math.inf, -math.inf, (math.nan, math.nan)  # log k that fits, that does not
+    for trial in range(4 * TRIALS if least <= target_bytes else 0):
+        if trial >= TRIALS:
+            log_k = coarse if coarse < math.inf else fine + 4
         for one in rounded:
             one.put(2.0**log_k)
         size = artifact.nbytes(model)
         if size <= target_bytes:
-            best = max(best, (size, log_k))
-            if size >= CLOSE * target_bytes or size == last[1]:  # as fine as steps become
-                return model
+            if log_k == coarse or size >= CLOSE * target_bytes or size == last[1]:
+                return model  # size == last[1]: as fine as steps become
+            coarse = log_k
+        else:
+            fine = log_k
         seen = (last[1] - size) / (log_k - last[0]) if log_k != last[0] else 0.0
         slope, last = seen if seen > slope / 20 else slope, (log_k, size)
         log_k += (size - (1 + CLOSE) / 2 * target_bytes) / slope
-    if not best[0]:
-        for weight, value in zip(found, kept):
-            weight.set_steps([])
-            weight.assign(value)
-        what = f"the file takes {size} where most codes are zero"
-        raise ValueError(f"{target_bytes} bytes are too few: {what}")
-    for one in rounded:
-        one.put(2.0 ** best[1])
-    return model
+        if not fine < log_k < coarse:
+            log_k = min((fine + coarse) / 2, fine + 1)
+    for weight, value in zip(found, kept):
+        weight.set_steps([])
+        weight.assign(value)
+    what = f"where every code is zero the file takes {least}"
+    raise ValueError(f"{target_bytes} bytes are too few: {what}")
 
 
 def _first_guess(rounded: list[Rounded], target: float) -> tuple[float, float]:

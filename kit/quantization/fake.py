@@ -112,7 +112,7 @@ class FakeQuantize(Step):
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes int8 (rows, columns), scale and zero point (blocks, 1)."""
+        """Codes `format.integer` (rows, columns), scale and zero point (blocks, 1)."""
         scale, zero = self.grid(weight)
         codes = formats.quantize(self.blocks(weight), scale, zero, self.format)
         return formats.from_blocks(codes, self.shape, self.format), scale.detach(), zero
@@ -133,7 +133,7 @@ class FakeQuantize(Step):
         for part in formats.stored_scale(scale, self.format.scale):
             write.tensor(part)
         if zero is not None:
-            write.tensor(zero.to(torch.int8))
+            write.tensor(zero.to(self.format.integer))
             zero = self.spread(zero).to(torch.int32)
         write.codes(codes, self.format.bits, zero)
         return entry
@@ -151,7 +151,7 @@ class FakeQuantize(Step):
         parts = [read.tensor(*part) for part in formats.stored_shapes(count, format.scale)]
         scale, zero = formats.restored_scale(parts, format.scale), None
         if not format.symmetric:
-            zero = read.tensor((count,), torch.int8).float()[:, None]
+            zero = read.tensor((count,), format.integer).float()[:, None]
         learned, grid = entry.learned, (scale, zero)
         made = cls(torch.zeros(()), format, view, bool(learned), learned or FIRST_STEP, grid)
         inside = zero is None or torch.equal(zero.clamp(format.qmin, format.qmax), zero)

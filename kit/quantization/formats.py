@@ -27,7 +27,7 @@ SHRINKAGES = 65  # ranges that "mse" tries
 class Format:
     """How numbers are stored.
 
-    bits: 2, 3, 4, 5, 6 or 8 for integer codes, "ternary" for {-1, 0, 1}, 16 for IEEE half.
+    bits: 2, 3, 4, 5, 6, 8 or 12 for integer codes, "ternary" for {-1, 0, 1}, 16 for IEEE half.
     symmetric: zero point 0 and scale = max|x| / qmax; else the range [min, max] with 0.
     granularity: what shares a scale: "tensor", "channel" (a row), "group" (`group_size` neighbours
         in a row) or "rows" (`group_size` rows); the last group may be shorter.
@@ -38,7 +38,7 @@ class Format:
     7
     """
 
-    bits: Literal[2, 3, 4, 5, 6, 8, 16, "ternary"] = 8
+    bits: Literal[2, 3, 4, 5, 6, 8, 12, 16, "ternary"] = 8
     symmetric: bool = True
     granularity: Literal["tensor", "channel", "group", "rows"] = "channel"
     group_size: Count = 128
@@ -52,6 +52,11 @@ class Format:
     @property
     def qmin(self) -> int:
         return -1 if self.bits == "ternary" else -(2 ** (self.bits - 1))
+
+    @property
+    def integer(self) -> torch.dtype:
+        """Of codes and zero points."""
+        return torch.int16 if self.bits == 12 else torch.int8
 
     @property
     def qmax(self) -> int:
@@ -200,9 +205,9 @@ def choose_grid(blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
 
 
 def quantize(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Tensor:
-    """Integer codes (int8) of x: round(x / scale) + zero, saturated at [qmin, qmax]."""
+    """Integer codes (`format.integer`) of x: round(x / scale) + zero, saturated at [qmin, qmax]."""
     q = torch.round(x.float() / scale)
-    return (q if zero is None else q + zero).clamp(format.qmin, format.qmax).to(torch.int8)
+    return (q if zero is None else q + zero).clamp(format.qmin, format.qmax).to(format.integer)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:

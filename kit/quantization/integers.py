@@ -54,11 +54,11 @@ class GroupWiseQuantizer(nn.Module):
         self.view, packed = quantizer.view, pack(codes.cpu().numpy(), self.format.bits)
         self.data = torch.from_numpy(np.frombuffer(packed, np.uint8).copy()).to(weight.device)
         self.scale = scale.half() if self.format.scale == "float16" else scale.clone()
-        self.zero = None if zero is None else zero.to(torch.int8)
+        self.zero = None if zero is None else zero.to(self.format.integer)
         return self
 
     def codes(self) -> Tensor:
-        """int8 codes (rows, columns)."""
+        """Codes (rows, columns), `format.integer`."""
         data, bits, shape = self.data, self.format.bits, (self.view.rows, self.view.columns)
         count = math.prod(shape)
         if bits == 8:

