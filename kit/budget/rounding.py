@@ -143,10 +143,8 @@ class Rounded:
         """Step and dead zone (R,) of each row."""
         spread = self.steps(k).expand(-1, self.format.group_size * self.matrix.shape[1])
         step = formats.from_blocks(spread, self.matrix.shape, self.format)[:, 0]
-        size = (self.matrix.abs().mean(1) / step).clamp(min=1e-3)
-        return step, (-torch.log2(geometric_ratio(size)) * self.settings.bit_value / 2).clamp(
-            max=0.5
-        )
+        theta = geometric_ratio((self.matrix.abs().mean(1) / step).clamp(min=1e-3))
+        return step, (-torch.log2(theta) * self.settings.bit_value / 2).clamp(max=0.5)
 
     def estimate(self, k: float) -> float:
         """Bytes of the codes, from some rows and without feedback, which changes them little."""
@@ -172,12 +170,12 @@ class Rounded:
 
     def place(self, matrix: Tensor, steps: Tensor, most: int) -> None:
         """Puts a matrix of whole steps, at most `most` of them, in place of the weight."""
-        tensor = self.weight.view.tensor(matrix)
-        self.weight.set_steps([])
-        self.weight.assign(tensor)
+        weight, tensor = self.weight, self.weight.view.tensor(matrix)
+        weight.set_steps([])
+        weight.assign(tensor)
         format = replace(self.format, bits=8) if most < 128 else self.format
-        self.weight.put(FakeQuantize(tensor, format, self.weight.view, grid=(steps, None)))
-        self.weight.put(self.columns)
+        weight.put(FakeQuantize(tensor, format, weight.view, grid=(steps, None)))
+        weight.put(self.columns)
 
 
 @compiled(fastmath={"contract", "reassoc", "nsz"})
