@@ -6,6 +6,7 @@ from functools import cache
 import torch
 from torch import nn
 
+from kit.core.protocols import device_of
 from kit.models import LanguageModel, ResNetBK, ResNetBKConfig, parameter_count
 
 BODY_SHARE = 0.35  # of the parameters, in the layers; the rest is embedding and output
@@ -59,11 +60,12 @@ def _layer_parameters(config: ResNetBKConfig) -> int:
 
 
 def student_like(teacher: nn.Module, budget: int) -> ResNetBK:
-    """A new ResNetBK of at most `budget` parameters with the teacher's vocabulary. Raises
-    ValueError when the teacher is none of the kit's language models."""
+    """A new ResNetBK of at most `budget` parameters with the teacher's vocabulary, on its device.
+    Raises ValueError when the teacher is none of the kit's language models."""
     if not isinstance(teacher, LanguageModel):
         what = f"the vocabulary of a {type(teacher).__name__} is not known"
         raise ValueError(f"{what}: build the student yourself, or pass make_student")
     experts = getattr(teacher.config, "experts", 4)
     experts = max(experts) if isinstance(experts, tuple) else experts
-    return ResNetBK(config_for_parameters(budget, teacher.config.vocab_size, experts=experts))
+    config = config_for_parameters(budget, teacher.config.vocab_size, experts=experts)
+    return ResNetBK(config).to(device_of(teacher))

@@ -139,7 +139,7 @@ def _rival(
     quantize_weights(model, {n: None for n in tables})
     decoded = {}
     for table, weight in tables.items():
-        decoded[table], arrays = encode(weight.detach())
+        decoded[table], arrays = encode(weight.detach().cpu())
         size += sum(len(zlib.compress(np.ascontiguousarray(a).tobytes(), 9)) for a in arrays)
         model.get_parameter(table).data.zero_()
     size += artifact.save(model, path)
