@@ -97,6 +97,25 @@ def test_a_stream_ends_where_its_bytes_end(cut):
         ans.decode(data[:cut] if cut < 0 else data + bytes(cut), codes.shape)
 
 
+@pytest.mark.parametrize("what", ["levels", "shares"])
+def test_levels_and_shares_that_no_encoder_writes_are_refused(what):
+    codes = matrix(30, 11, 4.0)
+    data = ans.encode(codes)
+    low, symbols, first, second = ans.HEAD.unpack_from(data)
+    at = ans.HEAD.size + 4  # one block
+    levels = range_coder.decode(data[at : at + first], (41, 1))
+    middle = at + first
+    shares = range_coder.decode(data[middle : middle + second], (ans.CONTEXTS, symbols))
+    if what == "levels":
+        levels[0] = ans.CONTEXTS + 1
+    else:
+        shares[:, :2] += np.where(shares.any(1), 1, 0)[:, None] * (shares[:, :1] + 1) * [-1, 1]
+    parts = range_coder.encode(levels), range_coder.encode(shares)
+    forged = ans.HEAD.pack(low, symbols, *map(len, parts)) + data[at - 4 : at]
+    with pytest.raises(ValueError, match="its coded entries are damaged"):
+        ans.decode(forged + b"".join(parts) + data[middle + second :], codes.shape)
+
+
 def test_files_take_the_streams_where_the_adaptive_coder_would_be_slow(monkeypatch):
     monkeypatch.setattr(layouts, "MANY", 1 << 12)
     dense, sparse = matrix(100, 100, 3.0).clip(-7, 7), matrix(100, 100, 0.15)

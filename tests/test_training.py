@@ -5,6 +5,7 @@ import random
 import re
 import resource
 from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kit.core.protocols import LanguageModel
-from kit.training import TrainConfig, learning_rate, train
+from kit.training import TrainConfig, learning_rate, report, train
 from kit.training.checkpoint import read_checkpoint, write_checkpoint
 from kit.training.losses import classification_loss, next_token_loss
 
@@ -186,6 +187,27 @@ def test_it_learns_and_reports():
     with redirect_stdout(io.StringIO()) as silent:
         train(model, loader(), TrainConfig(steps=2), log=False)
     assert silent.getvalue() == ""
+
+
+def test_the_log_is_a_line_in_20_seconds_at_most_with_one_hint_and_a_last_line(monkeypatch, capsys):
+    clock = SimpleNamespace(now=0.0)
+    now = lambda: clock.now
+    monkeypatch.setattr(report, "time", SimpleNamespace(perf_counter=now, process_time=now))
+    monkeypatch.setattr(report, "oversubscribed", lambda share: f"hint: {share:g}")
+    state = {"step": 10, "seconds": 5.0, "tokens": 1000, "finished": False}
+    history, config = [{"loss": 1.5, "lr": 1e-3}], TrainConfig(steps=40)
+    run = SimpleNamespace(**state, device=torch.device("cpu"), history=history, config=config)
+    say, silent = report.Report(True), report.Report(False)
+    line = "step 10/40  loss 1.5000  lr 1.0e-03  200 tokens/s  5 s, about 15 s left\n"
+    for seconds, expected in ((19, ""), (21, line + "hint: 1\n"), (40, ""), (42, line)):
+        clock.now = seconds
+        say(run), silent(run)
+        assert capsys.readouterr().out == expected
+    run.step, run.finished, clock.now = 40, True, 43
+    history[0]["validation"] = 2.0
+    say(run)
+    last = "step 40/40  loss 1.5000  validation 2.0000  lr 1.0e-03  200 tokens/s  5 s\n"
+    assert capsys.readouterr().out == last
 
 
 def test_classifier_in_bfloat16_with_extra_parameters():
