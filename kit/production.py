@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from kit import artifact
-from kit.core.measurement import Latency, measure
+from kit.core.measurement import Latency, flat, measure, relative_error
 from kit.core.protocols import Call, call_with, pick_device
 from kit.core.settings import BelowOne, Positive, Share, settings
 from kit.core.weights import materialize
 from kit.distillation import DistillationTrainer
-from kit.engines.choice import INTEGER, Choice, batch_size, flat, relative_error
+from kit.engines.choice import INTEGER, Choice, batch_size
 from kit.engines.layers import calibrate_inputs, copy_of, dtype_of, float_copy, unwrapped
 from kit.engines.quantized import DEFAULT, QuantizationConfig, QuantizedModel, quantize
 from kit.models import parameter_count
@@ -322,7 +322,8 @@ def _speed_notes(choice: Choice, rows: int) -> list[str]:
     """Says when integers do not pay at this batch size, and where they would."""
     kept = getattr(choice.engine, "kept", {})
     if choice.name in INTEGER:
-        return [f"{name or 'the model'} is computed in floats: {why}" for name, why in kept.items()]
+        names = {why: [n or "the model" for n in kept if kept[n] == why] for why in kept.values()}
+        return [f"computed in floats: {', '.join(n)} ({why})" for why, n in names.items()]
     if choice.table is None:
         return [f"computed in floats, as asked: {choice.name}"]
     table = choice.table.set_index("engine")

@@ -197,6 +197,9 @@ def test_bad_inputs_are_refused_and_what_is_repaired_is_named():
     model, x = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 4)), torch.tensor([1, 2, 3])
     gptq(model, Format(4), [x])
     assert repairable(model, [x]) == ["1.weight"]
+    assert model.unrepaired == {"0.weight": "this Embedding looks its rows up"}
+    gptq(model, {"1.weight": Format(4)}, [x])
+    assert model.unrepaired == {}  # the embedding is not in the plan
     with pytest.raises(ValueError, match="got no batch"):
         gptq(nn.Sequential(nn.Linear(2, 2)), Format(4), [])
     with pytest.raises(ValueError, match="hold NaN or infinite"):

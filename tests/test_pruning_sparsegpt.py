@@ -198,7 +198,7 @@ def test_pruned_weights_stay_pruned():
         ({"sparsity": 0.5, "batches": []}, "at least one batch"),
         (
             {"sparsity": 0.5, "tensors": "embedding.*"},
-            r"'embedding.weight' \(Embedding\) cannot be",
+            "'embedding.weight' cannot be collected, as this Embedding looks its rows up",
         ),
         ({"pattern": (2, 4)}, "needs rows that 4 divides, not the 10 of linear.weight"),
     ],
@@ -211,3 +211,19 @@ def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         prune_sparsegpt(model, **arguments)
     assert not parametrize.is_parametrized(model.linear)
+
+
+def test_weights_without_inputs_stay_and_are_named():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 8), nn.LSTM(8, 6), nn.Linear(6, 4))
+    model[1].forward = lambda x: nn.LSTM.forward(model[1], x)[0]
+    x = torch.randint(0, 5, (9, 7))
+    kept = {name: p.clone() for name, p in model.named_parameters()}
+    prune_sparsegpt(model, [x], 0.5)
+    assert (model[2].weight == 0).float().mean() == 0.5
+    assert set(model.unrepaired) == {"0.weight", "1.weight_ih_l0", "1.weight_hh_l0"}
+    assert "this LSTM shows no inputs" in model.unrepaired["1.weight_ih_l0"]
+    for name in model.unrepaired:
+        assert torch.equal(model.get_parameter(name), kept[name])
+    with pytest.raises(ValueError, match="inputs of none of its weights: prune it by magnitude"):
+        prune_sparsegpt(model[:1], [x], 0.5)

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from kit import artifact
 from kit.core.protocols import call_with
-from kit.pruning import prune_channels
+from kit.models import build_model
+from kit.pruning import prune_channels, prune_layers
 from kit.pruning.units import Verifier, families
 
 IDS = torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -88,3 +90,49 @@ def test_heads_of_a_fused_gpt2_go_whole():
     block = small.transformer.h[0]
     assert block.attn.c_attn.weight.shape == (24, 36) and block.attn.c_proj.weight.shape == (12, 24)
     assert block.mlp.c_fc.weight.shape == (24, 48) and small.config.n_inner == 48
+
+
+class Residual(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        nn.init.normal_(self.inner[2].weight, std=size)
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+def test_the_layers_that_change_least_go():
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(Residual(size) for size in (1.0, 0.01, 2.0, 0.1))
+    heads = nn.ModuleList([nn.Linear(8, 2), nn.Linear(8, 2)])  # a list, but no stack
+    model, x = Stacked(blocks, heads).eval(), torch.randn(32, 8)
+    small = prune_layers(model, [x[:16], (x[16:], None)], 0.5)
+    assert small.removed == ["blocks.1", "blocks.3"] and len(model.blocks) == 4
+    expected = model.heads[0](blocks[2](blocks[0](x)))
+    assert torch.equal(small(x)[0], expected) and len(small.heads) == 2
+    assert len(prune_layers(model, [x], 0.99).blocks) == 1
+    with pytest.raises(ValueError, match="has no stack of which 10% of the layers can go"):
+        prune_layers(model, [x], 0.1)
+    with pytest.raises(ValueError, match="at least one batch"):
+        prune_layers(model, [], 0.5)
+
+
+class Stacked(nn.Module):
+    def __init__(self, blocks, heads):
+        super().__init__()
+        self.blocks, self.heads = blocks, heads
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.heads[0](x), self.heads[1](x)
+
+
+def test_layers_of_the_kits_own_models_go_and_their_files_say_so(tmp_path):
+    shape = {"vocab_size": 40, "d_model": 16, "layers": 3, "d_ff": 24, "channels": 8}
+    model = build_model("ResNetBK", shape).eval()
+    small = prune_layers(model, [IDS], 0.4)
+    assert small.config.layers == 2 and model.config.layers == 3
+    artifact.save(small, tmp_path / "a.kit")
+    assert torch.equal(artifact.load(tmp_path / "a.kit")(IDS), small(IDS))

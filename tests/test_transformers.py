@@ -2,6 +2,7 @@
 user's own."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import tokenizers
@@ -18,6 +19,8 @@ from kit.core.weights import copy_model, weights
 from kit.distillation import DistillationTrainer
 from kit.distillation.cache import build_cache
 from kit.hub import from_pretrained, load, save_pretrained
+from kit.pruning import prune_layers
+from kit.pruning.layers import skipped
 from kit.quantization import FakeQuantize, Format, quantize_weights
 from kit.training import TrainConfig, train
 from kit.training.evaluation import evaluate
@@ -325,3 +328,58 @@ def test_a_model_is_read_by_name_or_the_sentence_says_which_files_to_give(tmp_pa
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="hf:"):
         load("gpt2")
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "mixtral", "t5", "vit"])
+def test_whole_layers_go_and_the_folder_gives_the_smaller_model_back(name, tmp_path):
+    case, counts = CASES[name], {"num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer"}
+    kind, config = type(case.model()), case.model().config
+    vars(config).update(dict.fromkeys(counts & set(vars(config)), 4))
+    model = replace(case, build=lambda: kind._from_config(copy.deepcopy(config))).model()
+    inputs, gone = case.inputs(3, case.sizes[0]), {}
+    small = prune_layers(adapt(model), [inputs], 0.5)
+    assert len(small.removed) == (4 if name == "t5" else 2)
+    assert not {"encoder.block.0", "decoder.block.0"} & set(small.removed)  # hold T5's positions
+    for stack, _, number in (removed.rpartition(".") for removed in small.removed):
+        gone.setdefault(stack, []).append(int(number))
+    with skipped(model, gone):
+        expected = run(model, inputs).logits
+    assert torch.equal(run(small, inputs).logits, expected)
+    assert model.config.num_hidden_layers == 4 and small.config.num_hidden_layers == 2
+    save_pretrained(quantize_weights(small, Format(4)), tmp_path)
+    again = from_pretrained(tmp_path)
+    assert torch.equal(run(again, inputs).logits, run(small, inputs).logits)
+    if name in ("gpt2", "llama", "mixtral", "t5"):  # with a cache, whose layers are numbered
+        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        ids = inputs["input_ids"][:2, :6]
+        tokens = small.generate(ids, use_cache=False, **options)
+        assert torch.equal(again.generate(ids, **options), tokens)
+
+
+def test_a_layer_whose_number_counts_goes_only_where_it_is_the_last():
+    config = transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64)
+    config.scale_attn_by_inverse_layer_idx = True
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.transformer.h[0].requires_grad_(False).apply(
+        lambda m: m.weight.zero_() if hasattr(m, "nf") else None
+    )  # it adds nothing, and would be the first to go
+    small = prune_layers(model, [CASES["gpt2"].inputs(3, 12)], 1 / 3)
+    assert small.removed == ["transformer.h.2"]
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_regression_is_trained_by_its_own_loss_and_not_taken_for_classes(labels):
+    kind = {"num_labels": labels, "problem_type": "regression" if labels == 3 else None}
+    shape = dict(vocab_size=96, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+    config = transformers.BertConfig(**shape, num_attention_heads=2, **kind)
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config).eval()
+    targets = torch.eye(3)[[0, 1, 2, 0]] if labels == 3 else torch.zeros(4, dtype=torch.long)
+    batch = {"input_ids": torch.randint(0, 96, (4, 5)), "labels": targets}
+    with pytest.raises(ValueError, match="BertForSequenceClassification solves a regression"):
+        evaluate(model, [batch])
+    with pytest.raises(ValueError, match="solves a regression"):
+        DistillationTrainer(model, copy_model(model), 1.0, 1.0, 0.0)(model, batch)
+    batch["labels"] = targets.float()
+    assert float(training_loss(model)(model, batch)) == loss_of(model, batch)

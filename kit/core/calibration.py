@@ -7,12 +7,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from kit.core.protocols import LanguageModel, device_of, run, tree_map
-from kit.core.weights import Weight, weights
+from kit.core.weights import Weight, class_of, weights
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "_grouped_mm", "grouped_mm"}
 
 
@@ -49,12 +51,13 @@ class _Products(TorchFunctionMode):
                 self.collect(weight, group, rows)
 
 
-def _patches(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> list[Tensor]:
+def _patches(module: nn.Module, x: Tensor) -> list[Tensor]:
     """What multiplies the weight of each group of a convolution, (positions, columns)."""
     spatial = len(module.kernel_size)
     if x.dim() == spatial + 1:
         x = x.unsqueeze(0)
-    x = F.pad(x, module._reversed_padding_repeated_twice)
+    mode = module.padding_mode.replace("zeros", "constant")
+    x = F.pad(x, module._reversed_padding_repeated_twice, mode)
     for axis in range(spatial):
         window = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
         x = x.unfold(2 + axis, window, module.stride[axis])[..., :: module.dilation[axis]]
@@ -100,8 +103,8 @@ def input_grams(
     for weight in found:
         if _is_output(weight):
             outputs.append(weight)
-        elif isinstance(weight.module, (nn.Conv1d, nn.Conv2d)):
-            if weight.module.padding_mode == "zeros" and weight.attribute == "weight":
+        elif isinstance(weight.module, _ConvNd):
+            if class_of(weight.module) in CONVOLUTIONS and weight.attribute == "weight":
                 watch[weight.name.rpartition(".")[0]] = partial(convolved, weight)
         elif not isinstance(weight.module, nn.Embedding):
             multiplied.append(weight)
@@ -111,19 +114,31 @@ def input_grams(
         collect(weight, 0, x.flatten(0, -2))
     for weight in found:
         if strict and weight.name not in grams:
-            what = f"the inputs of {weight.name!r} ({type(weight.module).__name__})"
-            advice = "select matrices that inputs are multiplied with, in layers that are called"
-            raise ValueError(f"{what} cannot be collected: {advice}")
+            what = f"the inputs of {weight.name!r} cannot be collected, as {_why_unknown(weight)}"
+            raise ValueError(f"{what}: select matrices that inputs are multiplied with")
         if weight.name in grams and not torch.isfinite(grams[weight.name]).all():
             raise ValueError(f"the inputs of {weight.name!r} hold NaN or infinite values")
     return grams
+
+
+def without_inputs(model: nn.Module, known: Iterable[str]) -> dict[str, str]:
+    """The names of all weight matrices but those in `known`, and why no inputs are known."""
+    others = (weight for weight in weights(model, matrices=True) if weight.name not in known)
+    return {weight.name: _why_unknown(weight) for weight in others}
+
+
+def _why_unknown(weight: Weight) -> str:
+    lookup = isinstance(weight.module, (nn.Embedding, nn.EmbeddingBag))
+    does = "looks its rows up" if lookup else "shows no inputs that are multiplied with it"
+    return f"this {class_of(weight.module).__name__} {does}"
 
 
 def input_norms(
     model: nn.Module, batches: Iterable, select: str | Iterable[str] = "*"
 ) -> dict[str, Tensor]:
     """Norm of each input feature over the calibration tokens, float32 (groups, C): for Wanda. "*"
-    is every weight whose inputs are known; what is named by a narrower pattern must be one."""
+    is every weight whose inputs are known (`without_inputs` tells of the others); what is named by
+    a narrower pattern must be one."""
     grams = input_grams(model, batches, select, strict=select != "*")
     return {name: gram.diagonal(dim1=-2, dim2=-1).sqrt().float() for name, gram in grams.items()}
 

@@ -1,4 +1,5 @@
-"""Measurement: calls timed against each other, peak memory, operations, what slows a process."""
+"""Measurement: calls timed against each other, errors of outputs, peak memory, operations, what
+slows a process."""
 
 import ctypes
 import math
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kit.core.protocols import evaluating
+from kit.core.protocols import evaluating, tensors_of
 
 BLOCK, ROUNDS = 0.004, 50  # seconds that a short call is repeated for; blocks of a call at most
+FAINT = 1e-12  # of the power of the strongest output: what float32 can tell from zero beside it
 STATUS = Path("/proc/self/status")
 
 
@@ -87,6 +89,37 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def floats_of(outputs) -> list[Tensor]:
+    """The floating-point and complex tensors of a nest as float32, the latter with a last dimension
+    of two; its other tensors if there are no such."""
+    tensors = tensors_of(outputs)
+    floats = [y for y in tensors if y.is_floating_point() or y.is_complex()]
+    parts = [torch.view_as_real(y) if y.is_complex() else y for y in floats or tensors]
+    return [part.detach().float().cpu() for part in parts]
+
+
+def flat(outputs) -> Tensor:
+    """All values of `floats_of` in one vector."""
+    return torch.cat([torch.zeros(0), *(part.reshape(-1) for part in floats_of(outputs))])
+
+
+def relative_error(outputs, reference) -> float:
+    """Mean squared difference over the reference's mean square, the largest of any tensor's.
+
+    Infinite values that agree are left out. A tensor weaker than FAINT of the strongest counts as
+    if it were that strong. Infinite if shapes differ or the difference is not finite.
+    """
+    found, wanted = floats_of(outputs), floats_of(reference)
+    if [y.shape for y in found] != [r.shape for r in wanted]:
+        return float("inf")
+    kept = [(y == r).logical_and(y.isinf()).logical_not() for y, r in zip(found, wanted)]
+    pairs = [(y[k], r[k]) for y, r, k in zip(found, wanted, kept) if k.any()]
+    powers = torch.tensor([r.square().mean() for _, r in pairs] or [1.0])
+    losses = torch.tensor([(y - r).square().mean() for y, r in pairs] or [0.0])
+    error = (losses / powers.clamp_min(max(FAINT * powers.max().item(), 1e-30))).max().item()
+    return error if error == error else float("inf")
 
 
 def macs(model: nn.Module, example: Tensor | tuple) -> int:

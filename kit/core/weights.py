@@ -223,6 +223,9 @@ def weights(model: nn.Module, select: str | Iterable[str] = "*", matrices=False)
     nothing, and as `original_of`."""
     found, seen = [], set()
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            kind = type(module).__name__
+            raise ValueError(f"a {kind} keeps its code: give the nn.Module that it was made from")
         if "parametrizations" in path.split("."):
             continue
         for attribute in sorted({*module._parameters, *getattr(module, "parametrizations", {})}):

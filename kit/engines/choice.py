@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from kit.core.measurement import measure
+from kit.core.measurement import measure, relative_error
 from kit.core.protocols import Call, call_with, tensors_of, tree_map
 from kit.engines.folding import fold_batch_norms
 from kit.engines.kernels import int8_model
@@ -117,26 +117,6 @@ def opaque(value) -> str:
     elif not isinstance(value, (tuple, list)):
         return type(value).__name__
     return next(filter(None, map(opaque, value)), "")
-
-
-def flat(outputs) -> Tensor:
-    """All floating-point and complex values of a nest in one float32 vector; those of its other
-    tensors if there are no such."""
-    tensors = tensors_of(outputs)
-    floats = [y for y in tensors if y.is_floating_point() or y.is_complex()]
-    parts = [torch.view_as_real(y) if y.is_complex() else y for y in floats or tensors]
-    return torch.cat([torch.zeros(0), *(part.detach().float().reshape(-1).cpu() for part in parts)])
-
-
-def relative_error(outputs, reference) -> float:
-    """Mean squared difference over the reference's mean square, infinite values that agree left
-    out; infinite if the shapes differ or the difference is not finite."""
-    y, r = flat(outputs), flat(reference)
-    if y.shape != r.shape:
-        return float("inf")
-    y, r = y[~(same := y.isinf() & (y == r))], r[~same]
-    error = ((y - r).square().mean() / r.square().mean().clamp_min(1e-30)).item() if len(r) else 0.0
-    return error if error == error else float("inf")
 
 
 def reason_of(error: Exception) -> str:

@@ -17,16 +17,19 @@ import torch.nn.functional as F
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx.helper import get_attribute_value, make_node, make_opsetid
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from kit.core.measurement import measure
+from kit.core.measurement import flat, measure, relative_error
 from kit.core.protocols import Call, call_with, tensors_of, tree_map
 from kit.core.store import digest
-from kit.engines.choice import ROUNDING, flat, opaque, reason_of, relative_error
+from kit.core.weights import original_of, weights
+from kit.engines.choice import ROUNDING, opaque, reason_of
 from kit.engines.layers import IntegerWeight, cast, float_copy, integer_weights
 from kit.engines.runtime import OnnxEngine
 
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 BLOCKS = (32, 64, 128, 256, 16)
+LAYERS = (nn.Linear, _ConvNd)
 SMALLEST = 1024  # values of a tensor; below, nodes that read codes take more bytes than they save
 # Dimensions beside the batch that may change, by the number of dimensions, tried in this order:
 # lengths and image sizes; the same, but features (B, F); lengths that come last; the batch alone.
@@ -56,6 +59,9 @@ class Exported:
 
     def __init__(self, model: nn.Module, call: Call):
         self.name, self.weights, self.call = type(model).__name__, integer_weights(model), call
+        self.matrices, modules = weights(model, matrices=True), model.named_modules()
+        layers = [(name, m) for name, m in modules if isinstance(m, LAYERS)]
+        self.layers = {id(original_of(m, "weight")): name for name, m in layers}
         with torch.no_grad():
             self.template = call(float_copy(model))
         for what, value in (("call", call), ("output", self.template)):
@@ -67,18 +73,36 @@ class Exported:
         """One of the engines `onnx-*`. Raises ValueError if no layer allows it.
 
         stored: with codes also for weights that are computed with in floats, for small files.
+        `kept` of an integer engine says which layers are computed in floats, and why.
         """
-        graph = _Graph(self.proto, self.weights)
+        graph, kept = _Graph(self.proto, self.weights), {}
         if name != "onnx-float32":
             replace, layers = FORMS[name]
             lstms = name == "onnx-int8" and any(n.op_type == "LSTM" for n in self.proto.graph.node)
-            if not graph.rewrite(replace) and not lstms:
+            replaced = graph.rewrite(replace)
+            if not any(replaced.values()) and not lstms:
                 raise ValueError(f"{self.name} has no {layers}")
             if lstms:
                 graph = _Graph(_quantize_lstms(graph.proto), self.weights)
+            kept = self._kept(name, replaced, nn.LSTM if lstms else ())
         if stored:
             graph.store_codes()
-        return OnnxEngine(graph.proto.SerializeToString(), self.template, self.call)
+        engine = OnnxEngine(graph.proto.SerializeToString(), self.template, self.call)
+        engine.kept = kept
+        return engine
+
+    def _kept(self, name: str, replaced: dict[str, bool], kinds) -> dict[str, str]:
+        """Layers and stacked experts that an engine computes in floats, with the reason."""
+        kept, coded = {}, {weight.name for weight in self.weights}
+        for weight in self.matrices:
+            home = self.layers.get(id(weight.original))
+            if home is None and (weight.view.split[0] > 1 or isinstance(weight.module, nn.RNNBase)):
+                home = weight.name
+            computed = home is None or isinstance(weight.module, kinds)
+            if not replaced.get(weight.name, computed):
+                why = f"{name} has no kernel for it" if weight.name in coded else "no integer codes"
+                kept[weight.name if home is None else home] = why
+        return kept
 
 
 def export_graph(model: nn.Module, call: Call) -> ModelProto:
@@ -212,19 +236,21 @@ class _Graph:
             self.proto.graph.initializer.append(numpy_helper.from_array(value, name))
         return name
 
-    def rewrite(self, replace: Callable) -> int:
+    def rewrite(self, replace: Callable) -> dict[str, bool]:
         """Calls replace(self, node, weight, turned) for each node that multiplies by a quantized
-        weight; a node for which that gives False stays. Returns how many are replaced."""
-        replaced = 0
+        weight; a node for which that gives False stays. Returns which weights are replaced in all
+        their products."""
+        replaced: dict[str, bool] = {}
         for node in self.proto.graph.node:
             known = node.op_type in ("Gemm", "MatMul", "Conv")
             weight, turned = self.find(node.input[1]) if known else (None, False)
             flags = {a.name: get_attribute_value(a) for a in node.attribute}
             plain = flags.get("alpha", 1) == flags.get("beta", 1) == 1 and not flags.get("transA")
             fits = weight and plain and turned != (node.op_type == "Conv" or flags.get("transB", 0))
-            if fits and replace(self, node, weight, turned):
-                replaced += 1
-            else:
+            done = bool(fits and replace(self, node, weight, turned))
+            if weight:
+                replaced[weight.name] = replaced.get(weight.name, True) and done
+            if not done:
                 self.nodes.append(node)
         self.finish()
         return replaced

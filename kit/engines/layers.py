@@ -22,6 +22,7 @@ INTEGER_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 class IntegerWeight:
     """A weight as int8 codes (rows, columns) with scales (rows, blocks of a row)."""
 
+    name: str
     codes: Tensor
     scale: Tensor
     format: Format
@@ -68,7 +69,7 @@ def integer_weight(weight: Weight) -> IntegerWeight | None:
     grouped = quantizer.format.granularity == "group"
     scale = scale.reshape(len(codes), -1) if grouped else quantizer.spread(scale)[:, :1]
     grid = _input_grid(weight.module)
-    return IntegerWeight(codes, scale, quantizer.format, quantizer.view, grid)
+    return IntegerWeight(weight.name, codes, scale, quantizer.format, quantizer.view, grid)
 
 
 def integer_weights(model: nn.Module) -> list[IntegerWeight]:
@@ -97,7 +98,7 @@ def copy_of(model: nn.Module) -> nn.Module:
         if any(p is not None and p.layout != torch.strided for p in module._parameters.values()):
             raise ValueError(f"a sparse parameter of {name} cannot be copied: make it dense")
         if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError(f"a {name} keeps its code: give the nn.Module that it was made from")
+            weights(module)  # refuses it
     copied = copy_model(unwrapped(model))
     for name, module in list(copied.named_modules()):
         if unwrapped(module) is not module:

@@ -10,19 +10,12 @@ import torch
 from torch import nn
 
 from kit import artifact
+from kit.core.measurement import relative_error
 from kit.core.protocols import Call, tree_map
 from kit.core.settings import Positive, settings
 from kit.core.weights import copy_model, materialize, weights
 from kit.engines import layers
-from kit.engines.choice import (
-    ENGINES,
-    Choice,
-    batch_size,
-    build_engine,
-    choose_engine,
-    opaque,
-    relative_error,
-)
+from kit.engines.choice import ENGINES, Choice, batch_size, build_engine, choose_engine, opaque
 from kit.engines.layers import INPUT_QUANTIZER, calibrate_inputs, cast, copy_of, dtype_of
 from kit.quantization import HALF, FakeQuantize, Format, quantize_weights
 
@@ -44,7 +37,7 @@ class QuantizationConfig:
     dtype: "int4" and "int8-groups" (groups of 32), "int8" or "float16"; torch.qint8 and the like
         are understood.
     per_channel: a scale for each row of a weight; False: one for the whole weight (int8 only).
-    max_error: for "auto": the allowed relative error (`kit.engines.choice.relative_error`).
+    max_error: for "auto": the allowed relative error (`kit.core.measurement.relative_error`).
     """
 
     backend: Literal[("auto", *ENGINES, *TORCH_BACKENDS)] = "auto"
@@ -83,8 +76,8 @@ class QuantizedModel(nn.Module):
     refuses, such as another size of a fixed graph or a call with a cache, float32 computes. `model`
     is the same network in fake quantization: what is saved, evaluated and trained further, and
     where other attributes are looked up. Floats keep the dtype of the original; engines compute in
-    float32 and below. A change through `.data` is seen in a few values of each tensor: after one of
-    single entries, call `tune`.
+    float32 and below. A change through `.data`, which torch does not count, is seen in 8 values of
+    each tensor (to read all takes as long as a call): after one of single entries, call `tune`.
     """
 
     def __init__(self, model: nn.Module, config=DEFAULT, dtype: torch.dtype = torch.float32):

@@ -96,7 +96,7 @@ class TransformerLM(LanguageModel):
         self.norm = nn.LayerNorm(config.d_model)
 
     def shapes(self) -> dict:
-        return {"d_ff": self.layers[0].ff_in.out_features}
+        return {"d_ff": self.layers[0].ff_in.out_features, "layers": len(self.layers)}
 
 
 @settings

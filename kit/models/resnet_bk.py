@@ -115,4 +115,5 @@ class ResNetBK(LanguageModel):
         found = {"channels": [len(layer.mixer.energy) for layer in self.layers]}
         for axis, name in enumerate(("experts", "d_ff")):
             found[name] = [layer.moe.w_in.shape[axis] for layer in self.layers]
-        return {k: v[0] if len(set(v)) == 1 else tuple(v) for k, v in found.items()}
+        found = {k: v[0] if len(set(v)) == 1 else tuple(v) for k, v in found.items()}
+        return found | {"layers": len(self.layers)}

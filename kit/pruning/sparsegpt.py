@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from kit.core.calibration import input_grams
+from kit.core.calibration import input_grams, without_inputs
 from kit.core.obs import BLOCK, column_sweep, inverse_factor
 from kit.core.settings import BelowOne, checks
 from kit.core.weights import weights
@@ -64,19 +64,23 @@ def prune_sparsegpt(
     """SparseGPT on the selected weights, in place, in the order of use; returns the model.
 
     Each weight's inputs are collected after everything before it is pruned, one pass a weight over
-    `batches` (see `kit.core.protocols.call_of`). Raises ValueError, before anything changes: bad
-    sparsity, pattern or names; inputs that cannot be collected, are not finite or, with a `damping`
-    too small, linearly dependent.
+    `batches` (see `kit.core.protocols.call_of`). "*" is every weight whose inputs are known:
+    `model.unrepaired` maps the others, which stay as they are, to the reason.
+    Raises ValueError, before anything changes: bad sparsity, pattern or names; inputs of a named
+    weight that cannot be collected, are not finite or, with a `damping` too small, dependent.
     """
     batches = list(batches)
-    found = {weight.name: weight for weight in weights(model, tensors, matrices=True)}
-    for weight in found.values():
+    grams = input_grams(model, batches, tensors, strict=tensors != "*")
+    found = {w.name: w for w in weights(model, tensors, matrices=True) if w.name in grams}
+    for name, weight in found.items():
         check_prunable(weight)
+        inverse_factor(grams[name], damping)
         if pattern is not None:
-            criteria.check_pattern(weight.view.columns, *pattern, weight.name)
-    grams = input_grams(model, batches, tensors)
-    for gram in grams.values():
-        inverse_factor(gram, damping)
+            criteria.check_pattern(weight.view.columns, *pattern, name)
+    model.unrepaired = without_inputs(model, grams) if tensors == "*" else {}
+    if not grams:
+        what = f"{type(model).__name__} shows the inputs of none of its weights"
+        raise ValueError(f"{what}: prune it by magnitude")
     for name in grams:
         weight, (gram,) = found[name], input_grams(model, batches, name).values()
         view, allowed = weight.view, weight.view.stack(mask_of(weight))

@@ -11,7 +11,7 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -268,33 +268,40 @@ def _followed(numbers: dict, family: Family, width: int, left: int) -> dict[str,
     return found
 
 
-def describe(model: nn.Module, dense: nn.Module, families: Iterable[Family]) -> None:
-    """Makes a config of transformers say what was cut from `dense`, in place: a change stays if the
-    model built from it then differs from `model` in fewer shapes."""
-    build = getattr(type(model), "_from_config", None)
-    if build is None:
-        return
+def misfit(model: nn.Module, change: dict | None = None) -> float:
+    """Weights with other shapes in a model built from the config, or that with a change."""
     shapes = {weight.name: weight.original.shape for weight in weights(model)}
+    config = copy.deepcopy(model.config)
+    vars(config).update(change or {})
+    with suppress(Exception), torch.device("meta"):
+        built = weights(type(model)._from_config(config))
+        return sum(shapes.get(weight.name) != weight.original.shape for weight in built)
+    return float("inf")
+
+
+def fit_config(model: nn.Module, changes: Iterable[dict]) -> dict:
+    """Makes the first of some changes of the config that lets it fit better; returns it."""
+    now = misfit(model)
+    made = next((change for change in changes if change and misfit(model, change) < now), {})
+    vars(model.config).update(made)
+    return made
+
+
+def describe(model: nn.Module, dense: nn.Module, families: Iterable[Family]) -> None:
+    """Makes a config of transformers say what was cut from `dense`, in place, where it can."""
+    if not hasattr(type(model), "_from_config"):
+        return
     new = {slot: width for layer in layers_of(model) for slot, width in layer.slots.items()}
     old = {slot: width for layer in layers_of(dense) for slot, width in layer.slots.items()}
-
-    def wrong(config) -> float:
-        with suppress(Exception), torch.device("meta"):
-            built = weights(build(copy.deepcopy(config)))
-            return sum(shapes.get(weight.name) != weight.original.shape for weight in built)
-        return float("inf")
-
     seen = []
     for family, slot in [(each, slot) for each in families for slot in each.members[0]]:
         for family.fix in FIXES[1:3]:
-            trial = copy.deepcopy(model.config)
-            changed = _followed(vars(trial), family, old[slot], new[slot])
-            if "widths" in family.fix and getattr(trial, "n_inner", 0) is None:  # GPT-2: 4 d
+            changed = _followed(vars(model.config), family, old[slot], new[slot])
+            if "widths" in family.fix and getattr(model.config, "n_inner", 0) is None:  # GPT-2: 4 d
                 changed["n_inner"] = new[slot]
-            vars(trial).update(changed)
-            if changed and changed not in seen and wrong(trial) < wrong(model.config):
-                for module in (module for module in model.modules() if hasattr(module, "config")):
-                    vars(module.config).update(changed)
+            made = fit_config(model, [changed] * (changed not in seen))
+            for module in (module for module in model.modules() if hasattr(module, "config")):
+                vars(module.config).update(made)
             seen.append(changed)
 
 
@@ -320,22 +327,27 @@ class Verifier:
                 self.call(self.model)
                 break
 
+    def agrees(self, cut: Callable, reading: AbstractContextManager) -> bool:
+        """Whether a copy that `cut` has changed computes what the model does in that context."""
+        small = copy_model(self.model)
+        try:
+            cut(small)
+            with evaluating(small, self.model), reading:
+                outputs = tensors_of(self.call(self.model)), tensors_of(self.call(small))
+            return all(_close(*pair) for pair in zip(*outputs, strict=True))
+        except Exception:  # whatever a model raises that does not fit together
+            return False
+
     def holds(self, families: list[Family]) -> bool:
         """Whether the model without what is gone computes the same as with zeros there."""
-        small, gone = copy_model(self.model), _gone(families)
+        gone = _gone(families)
         readers = [m for m in layers_of(self.model) if not m.follows and m.slot(m.inputs) in gone]
 
         def zero(layer: Layer, x: Tensor) -> Tensor:
             lost = torch.tensor(sorted(gone[layer.slot(layer.inputs)]), device=x.device)
             return x.index_fill(layer.features, lost, 0)
 
-        try:
-            cut(small, families)
-            with evaluating(small, self.model), _hooks(readers, zero):
-                outputs = tensors_of(self.call(self.model)), tensors_of(self.call(small))
-            return all(_close(*pair) for pair in zip(*outputs, strict=True))
-        except Exception:  # whatever a model raises that does not fit together
-            return False
+        return self.agrees(lambda small: cut(small, families), _hooks(readers, zero))
 
     def verified(self, families: list[Family]) -> list[Family]:
         """Those that hold, alone and together."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from kit.core.calibration import input_grams
+from kit.core.calibration import input_grams, without_inputs
 from kit.core.obs import column_sweep, inverse_factor
 from kit.core.weights import MatrixView, weights
 from kit.quantization import formats
@@ -50,8 +50,8 @@ def gptq(
 
     Each weight's inputs come from the model with all before it rounded, one pass a weight over
     `batches` (see `kit.core.protocols.call_of`). What is not multiplied with inputs (embeddings)
-    or hides them (recurrent layers) keeps the nearest codes: `repairable` names the others. Masked
-    weights stay zero. The grids are fixed afterwards.
+    or hides them (recurrent layers) keeps the nearest codes: `model.unrepaired` maps its name to
+    the reason. Masked weights stay zero. The grids are fixed afterwards.
 
     Raises ValueError, the model untouched, without a batch, for inputs that are not finite or, with
     too small a `damping`, linearly dependent, and for a weight changed behind its quantizer.
@@ -66,7 +66,11 @@ def gptq(
             what = f"{weight.name!r} carries a {last[0].kind} step behind its quantizer"
             raise ValueError(f"{what}, which GPTQ cannot see through: leave it out of the plan")
     quantize_weights(model, plan)
-    for name in repairable(model, batches[:1]):
+    repaired = repairable(model, batches[:1])
+    coded = {weight.name for weight, format in planned(model, plan) if format and format.bits != 16}
+    reasons = without_inputs(model, repaired)
+    model.unrepaired = {name: why for name, why in reasons.items() if name in coded}
+    for name in repaired:
         (weight,) = weights(model, name)
         quantizer, view = weight.find(FakeQuantize), weight.view
         (gram,) = input_grams(model, batches, name).values()

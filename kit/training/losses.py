@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kit.core.protocols import TARGETS, Call, LanguageModel, adapt, call_of, tensors_of
+from kit.core.protocols import TARGETS, Call, LanguageModel, adapt, bare, call_of, tensors_of
 from kit.core.settings import Count, settings
 
 IGNORED = -100  # as a target: this token does not count
@@ -317,8 +317,15 @@ def training_loss(model: nn.Module) -> Callable:
 
 
 def labelled(batch, model: nn.Module | None = None) -> Call:
-    """`call_of` a batch, class numbers as int64. Raises ValueError without."""
-    call = call_of(batch, model)
+    """`call_of` a batch, class numbers as int64. Raises ValueError without, and for a model of
+    transformers whose outputs are no logits of classes."""
+    call, config = call_of(batch, model), getattr(bare(model), "config", None)
+    problem = getattr(config, "problem_type", None)
+    if getattr(config, "num_labels", 0) == 1 and not isinstance(model, LanguageModel):
+        problem = "regression"  # as transformers reads it
+    if problem in ("regression", "multi_label_classification"):
+        what = f"{type(bare(model)).__name__} solves a {problem}, whose outputs are no class logits"
+        raise ValueError(f"{what}: train it on mappings by its own loss, and measure that")
     if not isinstance(targets := call.targets, Tensor):
         found = "no targets" if targets is None else f"a {type(targets).__name__} of targets"
         raise ValueError(f"a batch holds {found}: give (inputs, targets) or a dict with labels.")

@@ -2,16 +2,20 @@
 right, with its error measured against the model itself, or refused in one sentence.
 
     python -m notebooks.reference.any_model --rows gpt2 llama --columns gptq sparsegpt
+
+writes what came of each cell into `any_model.json`, beside what stands there.
 """
 
 import argparse
 import copy
+import json
 import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -20,19 +24,23 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from kit import CompressionPipeline, artifact, quick_optimize, quick_quantize
+from kit import CompressionPipeline, QuantizedModel, artifact, quick_optimize, quick_quantize
+from kit.core.measurement import relative_error
 from kit.core.protocols import call_with, evaluating, tensors_of
+from kit.core.store import write_json
 from kit.core.weights import copy_model, materialize, weights
 from kit.distillation import DistillationTrainer
-from kit.engines.choice import relative_error
+from kit.hub import from_pretrained, save_pretrained
 from kit.models import parameter_count
 from kit.production import ProductionModelOptimizer
-from kit.pruning import MagnitudePruner, prune_channels, prune_sparsegpt
+from kit.pruning import MagnitudePruner, prune_channels, prune_layers, prune_sparsegpt
+from kit.pruning.layers import skipped
 from kit.quantization import Format, quantize_weights
-from kit.quantization.gptq import gptq, repairable
+from kit.quantization.gptq import gptq
 from kit.training import TrainConfig
 from kit.training.evaluation import evaluate
 
+RECORD = Path(__file__).with_suffix(".json")
 VOCABULARY, CLASSES = 96, 5
 INT8_ERROR = 2e-2  # of the power of an output: INT8 weights and inputs, random weights
 EXACT = 1e-9  # the same numbers, computed in another order
@@ -240,13 +248,22 @@ def compared(model: nn.Module, reference: nn.Module, inputs, limit: float) -> st
     return within(relative_error(output, expected), limit)
 
 
+@cache
+def tuned(case: Case) -> QuantizedModel:
+    """quick_quantize, the engine chosen on a first call."""
+    model = quick_quantize(case.model())
+    run(model, case.inputs(4, case.sizes[0]))
+    return model
+
+
 def native(case: Case) -> str:
     """quick_quantize, called as the original is."""
-    return _quantized(case, quick_quantize(case.model()), case.inputs(4, case.sizes[0]))
+    return _quantized(case, case.inputs(4, case.sizes[0]))
 
 
-def _quantized(case: Case, model: nn.Module, inputs) -> str:
+def _quantized(case: Case, inputs) -> str:
     """Its error, which is that of the floats that it holds."""
+    model = tuned(case)
     error = compared(model, materialize(model.model), inputs, INT8_ERROR)
     whole = compared(model, case.model(), inputs, torch.inf)
     return f"{whole}, {error} from its own floats, {model.choice.name}"
@@ -254,9 +271,7 @@ def _quantized(case: Case, model: nn.Module, inputs) -> str:
 
 def other_size(case: Case) -> str:
     """Another batch and another length than it was tuned on."""
-    model = quick_quantize(case.model())
-    run(model, case.inputs(4, case.sizes[0]))
-    return _quantized(case, model, case.inputs(3, case.sizes[1]))
+    return _quantized(case, case.inputs(3, case.sizes[1]))
 
 
 def optimized(case: Case) -> str:
@@ -277,6 +292,22 @@ def structured(case: Case) -> str:
     return f"{parameter_count(small) / parameter_count(dense):.0%} left, changed by {changed}"
 
 
+def layers(case: Case) -> str:
+    """Half of the layers of each stack gone: as if the model skipped them, and from a folder."""
+    model, gone = case.model(), {}
+    small = prune_layers(model, [case.inputs(4, case.sizes[0])], 0.5)
+    for stack, _, number in (name.rpartition(".") for name in small.removed):
+        gone.setdefault(stack, []).append(int(number))
+    inputs = [case.inputs(3, size) for size in case.sizes]
+    with skipped(model, gone):
+        error = [compared(small, model, each, EXACT) for each in inputs][-1]
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(small, folder)
+        compared(from_pretrained(folder), small, inputs[0], 0.0)
+    left = parameter_count(small) / parameter_count(model)
+    return f"{error}, {left:.0%} left, without {', '.join(small.removed)}"
+
+
 def stored(case: Case) -> str:
     """Masks and INT4 codes through a file."""
     model, inputs = case.model(), case.inputs(4, case.sizes[0])
@@ -289,13 +320,12 @@ def stored(case: Case) -> str:
 
 
 def repaired(case: Case) -> str:
-    """GPTQ at 3 bits, against rounding to the nearest."""
+    """GPTQ at 4 bits, against rounding to the nearest."""
     dense, batches = case.model(), [case.batch(8, case.sizes[0])]
-    format, inputs = Format(3), case.inputs(8, case.sizes[0])
+    format, inputs = Format(4), case.inputs(8, case.sizes[0])
     nearest = quantize_weights(copy_model(dense), format)
     better = gptq(copy_model(dense), format, batches)
-    sizes = {weight.name: weight.original.numel() for weight in weights(dense, matrices=True)}
-    share = sum(sizes[name] for name in repairable(better, batches)) / sum(sizes.values())
+    share = _repaired_share(better)
     expected = run(dense, inputs)
     errors = [relative_error(run(model, inputs), expected) for model in (better, nearest)]
     if share and not errors[0] < errors[1]:
@@ -303,18 +333,24 @@ def repaired(case: Case) -> str:
     return f"{share:.0%} of weights, {errors[0]:.0e} for {errors[1]:.0e}"
 
 
+def _repaired_share(model: nn.Module) -> float:
+    sizes = {weight.name: weight.original.numel() for weight in weights(model, matrices=True)}
+    return 1 - sum(sizes[name] for name in model.unrepaired) / sum(sizes.values())
+
+
 def surgeon(case: Case) -> str:
-    """SparseGPT at half the weights, against magnitudes."""
+    """SparseGPT at a quarter of the weights whose inputs are known, against magnitudes."""
     dense, batches = case.model(), [case.batch(8, case.sizes[0])]
     inputs = case.inputs(8, case.sizes[0])
-    names = repairable(quantize_weights(copy_model(dense), Format(8)), batches)
-    pruned = prune_sparsegpt(copy_model(dense), batches, 0.5, names)
-    rival = MagnitudePruner(copy_model(dense), names).prune(0.5)
+    pruned = prune_sparsegpt(copy_model(dense), batches, 0.25)
+    every = {weight.name for weight in weights(dense, matrices=True)}
+    names = every - set(pruned.unrepaired)
+    rival = MagnitudePruner(copy_model(dense), names).prune(0.25)
     expected = run(dense, inputs)
     errors = [relative_error(run(model, inputs), expected) for model in (pruned, rival)]
     if not errors[0] < errors[1]:
         raise Wrong(f"SparseGPT's error of {errors[0]:.1e} is over {errors[1]:.1e} of magnitudes")
-    return f"{errors[0]:.0e} for {errors[1]:.0e}"
+    return f"{_repaired_share(pruned):.0%} of weights, {errors[0]:.0e} for {errors[1]:.0e}"
 
 
 def distilled(case: Case) -> str:
@@ -349,7 +385,7 @@ def exported(case: Case) -> str:
 
 def exported_int8(case: Case) -> str:
     """The integer graph in ONNX Runtime."""
-    return _exported(quick_quantize(case.model()), case, INT8_ERROR)
+    return _exported(tuned(case), case, INT8_ERROR)
 
 
 def pipeline(case: Case) -> str:
@@ -380,6 +416,7 @@ COLUMNS = {
     "other_size": other_size,
     "quick_optimize": optimized,
     "structured": structured,
+    "layers": layers,
     "stored": stored,
     "gptq": repaired,
     "sparsegpt": surgeon,
@@ -421,6 +458,12 @@ def table(rows=tuple(CASES), columns=tuple(COLUMNS), log=print) -> pd.DataFrame:
     return pd.DataFrame(made).T
 
 
+def recorded() -> pd.DataFrame:
+    """What stands in `any_model.json`: a row a model, a column for what is done with it."""
+    found = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    return pd.DataFrame(found).T.reindex(index=[r for r in CASES if r in found], columns=COLUMNS)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", nargs="+", default=list(CASES), choices=CASES)
@@ -428,6 +471,10 @@ def main() -> None:
     chosen = parser.parse_args()
     transformers.logging.set_verbosity_error()
     made = table(chosen.rows, chosen.columns, log=lambda text: print(text, flush=True))
+    record = made.combine_first(recorded())
+    write_json(
+        RECORD, {row: record.loc[row].dropna().to_dict() for row in CASES if row in record.index}
+    )
     failed = int(made.map(lambda text: text.startswith("FAILED")).to_numpy().sum())
     print(f"{made.size - failed} of {made.size} cells right or refused, {failed} failed")
 

@@ -14,9 +14,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from kit.core.measurement import measure
+from kit.core.measurement import measure, relative_error
 from kit.core.protocols import call_with
-from kit.engines.choice import relative_error
 from kit.engines.graph import export_graph, quiet
 from kit.engines.quantized import QuantizationConfig, quantize
 from kit.engines.runtime import OnnxEngine
