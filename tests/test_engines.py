@@ -535,3 +535,12 @@ def test_int8_models_say_what_stays_in_floats():
     layers = nn.Sequential(Adapted(16, 16), nn.Linear(16, 16), old)
     integer = int8_model(quantize_weights(layers.eval(), Format(8)))
     assert set(integer.kept) == {"0", "2"} and "Adapted of its own" in integer.kept["0"]
+
+
+def test_an_output_that_no_graph_holds_is_named_with_the_way_out():
+    class Cached(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), object()
+
+    with pytest.raises(ValueError, match="a object in the output .* leave it out"):
+        build_engine(Cached(8, 8).eval(), "onnx-float32", torch.zeros(2, 8))

@@ -66,7 +66,8 @@ class Exported:
             self.template = call(float_copy(model))
         for what, value in (("call", call), ("output", self.template)):
             if opaque(value):
-                raise ValueError(f"a {opaque(value)} in the {what} has no place in an ONNX graph")
+                found = f"a {opaque(value)} in the {what} has no place in an ONNX graph"
+                raise ValueError(f"{found}: leave it out, a cache by use_cache=False")
         self.proto = export_graph(model, call)
 
     def engine(self, name: str, stored: bool = False) -> OnnxEngine:
