@@ -1,0 +1,57 @@
+import torch
+from torch import nn
+
+from kit.core.weights import weights
+from kit.models import ResNetBK, ResNetBKConfig
+from notebooks.reference.ablation import Average, Looped, Muon, orthogonal
+
+SMALL = {"vocab_size": 50, "d_model": 32, "experts": 2, "d_ff": 32, "channels": 16, "tied": True}
+
+
+def test_orthogonal_keeps_the_singular_vectors():
+    torch.manual_seed(0)
+    x = torch.randn(3, 24, 40)
+    for matrix in (x, x.mT):
+        u, s, v = torch.linalg.svd(orthogonal(matrix, 12), full_matrices=False)
+        assert (s > 0.6).all() and (s < 1.3).all()
+        one, _, two = torch.linalg.svd(matrix, full_matrices=False)
+        torch.testing.assert_close(u @ v, one @ two, atol=2e-3, rtol=0)
+
+
+def test_muon_moves_matrices_of_the_body_as_far_as_adam_would_and_the_rest_as_adam_does():
+    torch.manual_seed(0)
+    model = ResNetBK(ResNetBKConfig(layers=1, **SMALL))
+    before = {w.name: w.original.detach().clone() for w in weights(model)}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    for rows in (False, True):
+        optimizer = Muon.on(model, rows)(model.parameters(), lr=0.01, weight_decay=0.0)
+        assert len(optimizer.matrices) == 5  # input, gate, output, two of the experts
+        optimizer.step()
+        for weight in weights(model):
+            moved = (weight.original.detach() - before[weight.name]).square().mean().sqrt()
+            usual = 0.2 * 0.01 if weight.original in optimizer.matrices else 0.01
+            assert 0.6 * usual < moved < 1.4 * usual, weight.name
+            weight.assign(before[weight.name])
+            weight.original.grad = torch.randn_like(weight.original)
+
+
+def test_a_looped_body_is_its_layers_twice():
+    torch.manual_seed(0)
+    model = Looped(ResNetBKConfig(layers=2, **SMALL)).eval()
+    twice = ResNetBK(ResNetBKConfig(layers=4, **SMALL)).eval()
+    twice.layers = nn.ModuleList([*model.layers, *model.layers])
+    for name in ("embedding", "norm"):
+        setattr(twice, name, getattr(model, name))
+    tokens = torch.randint(0, 50, (2, 9))
+    torch.testing.assert_close(model(tokens), twice(tokens))
+
+
+def test_the_average_is_of_the_last_steps():
+    model = nn.Linear(1, 1, bias=False)
+    average = Average(model)
+    for step in range(1, 101):
+        model.weight.data.fill_(step)
+        average(step, 100, model)
+    average.take()
+    torch.testing.assert_close(model.weight.item(), 93.0)  # of 86 to 100
