@@ -1,12 +1,13 @@
 """Ideas for more quality in the same bytes, each alone against the pipeline's distillation, on a
-proxy that takes minutes: 8,000 words of docs, a tied ResNet-BK, one budget, validation text.
+proxy that takes minutes: 4,000 words of docs, a tied ResNet-BK, one budget, validation text.
 
     python -m notebooks.reference.ablation --ideas baseline muon --seeds 0 1
     python -m notebooks.reference.ablation --side  # bytes of docs-100x-0 that are no codes
 
 Runs and dense models are kept in `runs/ablation` and not made again; one that was cut off goes on.
-The record, `ablation.json`, has the side information so far, and none of the trainings. A row: bytes of the file and perplexity of the model from it, and, for an idea, the
-paired difference of log perplexity to the baseline of the same seed, with its 95 % interval.
+The record, `ablation.json`, has the side information so far, and none of the trainings. A row of
+these: bytes of the file and perplexity of the model from it, and, for an idea, the paired
+difference of log perplexity to the baseline of the same seed, with its 95 % interval.
 """
 
 import argparse
