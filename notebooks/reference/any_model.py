@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from kit import CompressionPipeline, QuantizedModel, artifact, quick_optimize, quick_quantize
+from kit.core.calibration import input_grams
 from kit.core.measurement import relative_error
 from kit.core.protocols import call_with, evaluating, tensors_of
 from kit.core.store import write_json
@@ -320,17 +321,31 @@ def stored(case: Case) -> str:
 
 
 def repaired(case: Case) -> str:
-    """GPTQ at 4 bits, against rounding to the nearest."""
-    dense, batches = case.model(), [case.batch(8, case.sizes[0])]
-    format, inputs = Format(4), case.inputs(8, case.sizes[0])
+    """GPTQ at 3 bits, against rounding to the nearest."""
+    dense, batches, format = case.model(), [case.batch(8, case.sizes[0])], Format(3)
     nearest = quantize_weights(copy_model(dense), format)
-    better = gptq(copy_model(dense), format, batches)
-    share = _repaired_share(better)
-    expected = run(dense, inputs)
-    errors = [relative_error(run(model, inputs), expected) for model in (better, nearest)]
-    if share and not errors[0] < errors[1]:
-        raise Wrong(f"GPTQ's error of {errors[0]:.1e} is over {errors[1]:.1e} of the nearest codes")
-    return f"{share:.0%} of weights, {errors[0]:.0e} for {errors[1]:.0e}"
+    return _better(dense, gptq(copy_model(dense), format, batches), nearest, batches)
+
+
+def _better(dense: nn.Module, ours: nn.Module, rival: nn.Module, batches: list) -> str:
+    """The mean error of the repaired layers' outputs, each as a share of their power, on the inputs
+    that reach them in `ours`; and the rival's on the same."""
+    inputs = input_grams(ours, batches, strict=False)
+    exact, errors = {weight.name: weight.value for weight in weights(dense)}, []
+    for model in (ours, rival):
+        shares = []
+        for weight in weights(model, list(inputs), matrices=True):
+            power = [
+                torch.einsum("grc,gcd,grd->", stack, inputs[weight.name], stack)
+                for value in (weight.value - exact[weight.name], exact[weight.name])
+                for stack in [weight.view.stack(value.detach()).double()]
+            ]
+            shares.append(float(power[0] / power[1].clamp(min=1e-300)))
+        errors.append(sum(shares) / len(shares))
+    text = f"{errors[0]:.1e} for {errors[1]:.1e}"
+    if not errors[0] < errors[1]:
+        raise Wrong(f"the layers' error of {text}, which takes no inputs into account")
+    return f"{_repaired_share(ours):.0%} of weights, {text}"
 
 
 def _repaired_share(model: nn.Module) -> float:
@@ -339,18 +354,12 @@ def _repaired_share(model: nn.Module) -> float:
 
 
 def surgeon(case: Case) -> str:
-    """SparseGPT at a quarter of the weights whose inputs are known, against magnitudes."""
+    """SparseGPT at a half of the weights whose inputs are known, against magnitudes."""
     dense, batches = case.model(), [case.batch(8, case.sizes[0])]
-    inputs = case.inputs(8, case.sizes[0])
-    pruned = prune_sparsegpt(copy_model(dense), batches, 0.25)
+    pruned = prune_sparsegpt(copy_model(dense), batches, 0.5)
     every = {weight.name for weight in weights(dense, matrices=True)}
-    names = every - set(pruned.unrepaired)
-    rival = MagnitudePruner(copy_model(dense), names).prune(0.25)
-    expected = run(dense, inputs)
-    errors = [relative_error(run(model, inputs), expected) for model in (pruned, rival)]
-    if not errors[0] < errors[1]:
-        raise Wrong(f"SparseGPT's error of {errors[0]:.1e} is over {errors[1]:.1e} of magnitudes")
-    return f"{_repaired_share(pruned):.0%} of weights, {errors[0]:.0e} for {errors[1]:.0e}"
+    rival = MagnitudePruner(copy_model(dense), every - set(pruned.unrepaired)).prune(0.5)
+    return _better(dense, pruned, rival, batches)
 
 
 def distilled(case: Case) -> str:
@@ -461,7 +470,7 @@ def table(rows=tuple(CASES), columns=tuple(COLUMNS), log=print) -> pd.DataFrame:
 def recorded() -> pd.DataFrame:
     """What stands in `any_model.json`: a row a model, a column for what is done with it."""
     found = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    return pd.DataFrame(found).T.reindex(index=[r for r in CASES if r in found], columns=COLUMNS)
+    return pd.DataFrame(found, dtype=object).T
 
 
 def main() -> None:
@@ -471,10 +480,11 @@ def main() -> None:
     chosen = parser.parse_args()
     transformers.logging.set_verbosity_error()
     made = table(chosen.rows, chosen.columns, log=lambda text: print(text, flush=True))
-    record = made.combine_first(recorded())
-    write_json(
-        RECORD, {row: record.loc[row].dropna().to_dict() for row in CASES if row in record.index}
-    )
+    found = recorded().T.to_dict()
+    for row, cells in made.T.to_dict().items():
+        found[row] = {**found.get(row, {}), **cells}
+    kept = {row: {c: found[row][c] for c in COLUMNS if c in found[row]} for row in found}
+    write_json(RECORD, kept)
     failed = int(made.map(lambda text: text.startswith("FAILED")).to_numpy().sum())
     print(f"{made.size - failed} of {made.size} cells right or refused, {failed} failed")
 
