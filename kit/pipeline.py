@@ -160,7 +160,8 @@ class CompressionPipeline:
         for name in self.stages:
             path = save_dir / f"{name}.kit"
             if not parallel.agreed(path.with_suffix(".json").exists()):
-                self._run_stage(name, previous, teacher, train_loader, steps[name], path)
+                if not parallel.agreed(path.with_suffix(".training").exists()):
+                    self._run_stage(name, previous, teacher, train_loader, steps[name], path)
                 self._record(path, val_loader, baseline)
             previous = path
             found[name] = stage = json.loads(path.with_suffix(".json").read_text())
@@ -215,6 +216,7 @@ class CompressionPipeline:
         record = {"bytes": size, "ratio": self.baseline_bytes / size, "degradation": degradation}
         record |= {"path": str(path), **json.loads(path.with_suffix(".training").read_text())}
         final = {f"final_{key}": value for key, value in quality.items()}
+        path.with_suffix(".checkpoint").unlink(missing_ok=True)
         parallel.agreed(parallel.rank() or write_json(path.with_suffix(".json"), record | final))
 
     def _run_stage(
@@ -238,7 +240,6 @@ class CompressionPipeline:
             training["peak_memory"] = peak_memory(self.device)
             training |= {"history": result.history, "rate": getattr(stage.loss, "history", [])}
             write_json(path.with_suffix(".training"), training)
-            checkpoint.unlink(missing_ok=True)
         parallel.agreed(None)
 
     def _qat(self, previous: Path | None, teacher: nn.Module, batches: list) -> Stage:

@@ -1,6 +1,7 @@
 import copy
 import gc
 import math
+import threading
 import weakref
 
 import pytest
@@ -24,6 +25,7 @@ from kit.distillation import (
     register_divergence,
     register_feature_loss,
 )
+from kit.distillation import cache as caches
 from kit.distillation.cache import TeacherCache, sparse
 from kit.distillation.divergences import (
     DIVERGENCES,
@@ -527,6 +529,34 @@ def test_a_cache_has_the_same_bytes_each_time_and_others_with_another_seed(
         for i, seed in enumerate((3, 3, 4))
     )
     assert first == again != other
+
+
+def test_of_several_that_build_the_same_at_once_one_does(teacher, loader, tmp_path, monkeypatch):
+    fill, changed, every = caches._fill, caches._changed, threading.Event()
+    begun, looks, found = [], [], []
+
+    def slow(*args):
+        begun.append(args)
+        every.wait(20)
+        return fill(*args)
+
+    def looked(path):
+        looks.append(path)
+        if len(looks) == 4:  # three before the lock, and one behind it
+            every.set()
+        return changed(path)
+
+    monkeypatch.setattr(caches, "_fill", slow)
+    monkeypatch.setattr(caches, "_changed", looked)
+    work = lambda: found.append(build_cache(teacher, loader, tmp_path / "cache", k=5))
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(begun) == 1 and len(found) == 3
+    build_cache(teacher, loader, tmp_path / "cache", k=5)  # which has nobody to wait for
+    assert len(begun) == 2
 
 
 def test_training_on_cached_targets(teacher, student, loader, tmp_path):

@@ -16,9 +16,10 @@ import yaml
 
 import kit
 from kit.core.store import write_json
-from kit.lab import batches, parameters
-from kit.lab.batches import Run, main, plan, run_batch
+from kit.lab import batches, parameters, runs
+from kit.lab.batches import main, run_batch
 from kit.lab.parameters import profile_overrides
+from kit.lab.runs import Run, plan
 
 PARAMETERS = """\
 steps = 2       # optimizer steps
@@ -356,7 +357,7 @@ def test_whatever_ends_a_batch_ends_its_kernels_and_the_run_can_continue(
     arguments = [str(notebook), str(grid), "--folder", str(folder)]
     command = [sys.executable, "-m", "kit.lab.batches", *arguments]
     files = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    batch = psutil.Popen(command, cwd=batches.ROOT, **files)
+    batch = psutil.Popen(command, cwd=runs.ROOT, **files)
     [run] = plan(notebook, {"name": ["hang"]}, folder=folder)
     deadline = time.monotonic() + 120
     while not (run.folder / "started").exists() and time.monotonic() < deadline:
@@ -373,7 +374,7 @@ def test_whatever_ends_a_batch_ends_its_kernels_and_the_run_can_continue(
 def test_a_killed_papermill_is_cut_short_and_its_kernel_ends(notebook, tmp_path, script):
     script("import os; os.kill(os.getpid(), 9)")
     [run] = plan(notebook, {"steps": [3]}, folder=tmp_path)
-    orphan = {**os.environ, batches.MARK: str(run.folder)}
+    orphan = {**os.environ, runs.MARK: str(run.folder)}
     orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env=orphan)
     _, failed = run_batch(notebook, {"steps": [3]}, folder=tmp_path)
     assert not failed and run.state() == "new" and orphan.wait(20) == -9
@@ -382,13 +383,25 @@ def test_a_killed_papermill_is_cut_short_and_its_kernel_ends(notebook, tmp_path,
 def test_what_another_batch_runs_or_ran_is_left_alone(notebook, tmp_path, script):
     script("raise SystemExit('must not start')")
     [run] = plan(notebook, {"steps": [3]}, folder=tmp_path)
-    attend = run, Run.execute, False, threading.Event()
+    attend = run, Run.execute, ("new",), threading.Event()
     run.folder.mkdir()
     with run.claim():
         assert batches._attend(*attend).startswith("still being run by another batch")
     write_json(run.folder / "status.json", {"exit_code": 0, "seconds": 1.0})
     write_json(run.folder / "result.json", {})
     assert batches._attend(*attend).startswith("finished by another batch")
+
+
+def test_odd_texts_and_folders_come_through_whole(notebook, tmp_path, script):
+    script(f"import sys, json; json.dump({RECORD}, open(sys.argv[1] + '/result.json', 'w'))")
+    odd = ["a'b\"c", "línea\nzwei", "C:\\new", "{curly} $HOME `x`", "", "yes", "null", "1e-3"]
+    odd += ["- x: y", "日本語", "a" * 300, "../../evil", "#comment = 1", "\t"]
+    folder = tmp_path / "wörk 'quoted'"
+    _, failed = run_batch(notebook, {"name": odd}, folder=folder)
+    places = [run.folder for run in plan(notebook, {"name": odd}, folder=folder)]
+    given = [yaml.safe_load((place / "parameters.yaml").read_text()) for place in places]
+    assert not failed and [one["name"] for one in given] == odd
+    assert len({*places}) == len(odd) and {place.parent for place in places} == {folder}
 
 
 def test_rows_show_what_was_swept_and_grids_have_files_of_their_own(notebook, tmp_path, script):

@@ -57,6 +57,20 @@ def test_places_that_take_no_file_are_named(tmp_path):
     assert sorted(p.name[:6] for p in tmp_path.iterdir()) == ["aaaaaa", "file", "folder", "new"]
 
 
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    path = tmp_path / "a.json"
+    code = "import sys, os; from kit.core.store import atomic; work = atomic(sys.argv[1]);"
+    code += "open(work.__enter__(), 'w').write('{'); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code, path]).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 1 and not path.exists()
+    with atomic(path) as first:
+        assert [*tmp_path.iterdir()] == [first]
+        first.write_text("1")
+        write_json(path, 2)
+        assert first.exists() and read_json(path, int) == 2
+    assert read_json(path, int) == 1 and [*tmp_path.iterdir()] == [path]
+
+
 def test_errors_of_other_files_tell_of_these(tmp_path):
     with pytest.raises(FileNotFoundError, match="'/none/at/all'"):
         with atomic(tmp_path / "a"):

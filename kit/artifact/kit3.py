@@ -16,9 +16,8 @@ def upgraded(header: dict, blobs: list[bytes]) -> tuple[dict, list[bytes]]:
         shape = {"name": entry["name"], "shape": entry["shape"]}
         dtype = {"dtype": None if "format" in entry or entry.get("half") else entry["dtype"]}
         found = {"steps": new} if new else {}
-        tensors.append(
-            {**shape, **dtype, **found, "in": letters, "sizes": [len(part) for part in parts]}
-        )
+        found |= {"in": letters, "sizes": [len(part) for part in parts]}
+        tensors.append({**shape, **dtype, **found})
         made += parts
     return {**header, "tensors": tensors}, made
 

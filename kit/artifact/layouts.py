@@ -57,9 +57,9 @@ class Entries:
         return values.tobytes() if self.bits is None else pack(values, self.bits)
 
     def unpack(self, data: bytes, count: int) -> np.ndarray:
-        return (
-            np.frombuffer(data, self.unit) if self.bits is None else unpack(data, count, self.bits)
-        )
+        if self.bits is None:
+            return np.frombuffer(data, self.unit)
+        return unpack(data, count, self.bits)
 
     def array(self, tensor: Tensor) -> np.ndarray:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -71,12 +71,8 @@ class Entries:
         values = np.array(values, self.unit)  # a copy that may be written
         if self.bits is not None:
             return torch.from_numpy(values).reshape(self.shape)
-        raw = torch.from_numpy(values.view(np.uint8))
-        return (
-            raw.view(self.dtype).reshape(self.shape)
-            if self.count
-            else torch.empty(self.shape, dtype=self.dtype)
-        )
+        raw = torch.from_numpy(values.view(np.uint8)) if self.count else torch.empty(0)
+        return raw.view(self.dtype).reshape(self.shape)
 
 
 class Dense:

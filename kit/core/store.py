@@ -1,12 +1,14 @@
 """Files that appear whole or not at all, names for what they hold, and locks on them."""
 
 import ast
+import glob
 import hashlib
 import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import msgspec
@@ -14,6 +16,11 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch import nn
+
+try:
+    import fcntl
+except ImportError:  # Windows: what a kill leaves stays
+    fcntl = None
 
 
 def cache_dir() -> Path:
@@ -30,16 +37,23 @@ def cache_dir() -> Path:
 @contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path beside `path`, which takes its place on success and is removed on failure.
+    Those that killed processes left of the same path are removed, too.
 
     The file has the permissions that `open` would give it. Raises OSError, which names the path,
     when it cannot be written; a file that was there is whole then.
     """
     path, name = Path(path), None
+    start = f".{path.stem[:50]}.partial-"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{path.stem[:50]}-"
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
-        os.close(handle)
+        for stray in path.parent.glob(f"{glob.escape(start)}*") if fcntl else ():
+            with suppress(OSError), open(stray, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
+                stray.unlink()
+        while name is None or not os.path.exists(name):  # another may take it for a stray
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=start, suffix=path.suffix)
+            held = open(handle, "rb")
+            fcntl.flock(held, fcntl.LOCK_EX) if fcntl else held.close()
         yield Path(name)
         umask = os.umask(0)
         os.umask(umask)
@@ -53,6 +67,7 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         if name is not None:
             Path(name).unlink(missing_ok=True)
+            held.close()
 
 
 def lock(path: str | os.PathLike) -> FileLock:
@@ -147,6 +162,7 @@ def code_digest(names: Sequence[str]) -> str:
     return digest([_computes(file.read_text()) for file in sorted(files)])
 
 
+@cache
 def _computes(source: str) -> str:
     """What a module does, whatever its comments, docstrings and line breaks."""
     tree = ast.parse(source)

@@ -26,7 +26,7 @@ from kit.distillation.objective import SparseTarget, output_of
 from kit.training.losses import FUNCTION_BLOCK
 
 ARRAYS = ("indices", "log_p")
-KINDS = {"temperature": float, "inputs": str, "sampled": float, "rounding": float}
+KINDS = {"made_by": str, "inputs": str, "temperature": float, "sampled": float, "rounding": float}
 KINDS |= dict.fromkeys(("k", "vocabulary", "examples"), Annotated[int, msgspec.Meta(ge=1)])
 Header = msgspec.defstruct("Header", KINDS.items(), forbid_unknown_fields=True)
 
@@ -41,8 +41,9 @@ class CachedCall(Call):
 class TeacherCache:
     """An opened cache: `cache[rows]` is the `SparseTarget` of examples, `wrap` adds it to batches.
 
-    Attributes: temperature, k, vocabulary, examples, inputs (their digest), sampled (the mean
-    probability that a sample stands for), rounding (the largest error of a stored probability).
+    Attributes: temperature, k, vocabulary, examples, inputs (their digest), made_by (of teachers
+    and settings), sampled (the mean probability that a sample stands for), rounding (the largest
+    error of a stored probability).
     """
 
     def __init__(self, path: str | Path):
@@ -136,22 +137,34 @@ def build_cache(
     """Runs the teacher (or several, for their mean) over `loader.dataset` once and keeps `sparse`
     targets: 4k bytes a token (6k beyond 65,536 classes).
 
-    The folder appears when it is complete, in place of one that exists. Raises ValueError for k or
-    temperature out of range and teachers in training mode.
+    The folder appears when it is complete, in place of one that exists. Of processes that build the
+    same at once, one does and the others wait for it. Raises ValueError for k or temperature out of
+    range and teachers in training mode.
     """
     teachers = [teacher] if isinstance(teacher, nn.Module) else teacher
     teachers = [adapt(model) for model in teachers]
     check_evaluating(teachers)
-    path = Path(path)
-    work = path.with_name(path.name + ".partial")
+    path, made_by = Path(path), digest(teachers, k, temperature, seed)
+    work, before = path.with_name(path.name + ".partial"), _changed(path)
     with lock(path):
+        if _changed(path) != before:  # while this process waited
+            cache = TeacherCache(path)
+            if (cache.made_by, cache.inputs) == (made_by, _inputs_digest(loader)):
+                return cache
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         header = _fill(work, teachers, loader, k, temperature, seed)
-        write_json(work / "cache.json", header | {"k": k, "temperature": temperature})
+        header |= {"made_by": made_by, "k": k, "temperature": temperature}
+        write_json(work / "cache.json", header)
         shutil.rmtree(path, ignore_errors=True)
         os.replace(work, path)
         return TeacherCache(path)
+
+
+def _changed(path: Path) -> int | None:
+    """When the cache at `path` was completed."""
+    file = path / "cache.json"
+    return file.stat().st_mtime_ns if file.exists() else None
 
 
 def check_evaluating(teachers: Sequence[nn.Module]) -> None:

@@ -82,8 +82,8 @@ def load_or_train(
             done = _train(dense, loaders, training, path, log, skeleton)
             if parallel.rank() == 0:
                 write_json(record, done)
-                path.with_name("checkpoint").unlink(missing_ok=True)
         parallel.agreed(None)
+        path.with_name("checkpoint").unlink(missing_ok=True)
     found = json.loads(record.read_text())
     test = {k: np.array(v) if isinstance(v, list) else v for k, v in found.pop("test").items()}
     dense = artifact.load(path, skeleton).to(device)

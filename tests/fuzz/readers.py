@@ -33,6 +33,7 @@ from kit.distillation.cache import TeacherCache, build_cache
 from kit.engines.quantized import QuantizedModel, quantize
 from kit.lab import batches
 from kit.lab.records import read_results, read_stages, write_result
+from kit.lab.runs import plan
 from kit.models import build_model, recipe
 from kit.pruning import MagnitudePruner
 from kit.pruning.mask import set_mask
@@ -700,7 +701,7 @@ class Batch(Reader):
         path.write_bytes(self.mutant(path.name, path.read_bytes(), kind, rng))
 
     def read(self, folder, base):
-        runs = batches.plan(
+        runs = plan(
             folder / "n.ipynb", **batches._read(folder / "grid.yaml"), folder=folder / "runs"
         )
         if base.name == "status":
