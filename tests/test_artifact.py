@@ -322,11 +322,17 @@ def test_other_files_are_no_artifacts(saved, data):
         artifact.load(saved)
 
 
+def opened(path):
+    with open(path, "rb") as file:
+        header = unsealed(file, path)
+        return header, [file.read(n) for entry in header["tensors"] for n in entry["sizes"]]
+
+
 def rewrite(path, change):
     """The file with another header and a checksum that fits."""
     data = path.read_bytes()
     length = struct.unpack("<I", data[4:8])[0]
-    header, _ = unsealed(memoryview(data), path)
+    header, _ = opened(path)
     change(header)
     text = zlib.compress(json.dumps(header).encode())  # as files had it before the dictionary
     body = data[:4] + struct.pack("<I", len(text)) + text + data[8 + length : -32]
@@ -399,6 +405,15 @@ def test_a_header_that_unpacks_to_more_than_it_may_is_refused(saved):
         artifact.load(saved)
 
 
+def test_a_header_longer_than_its_file_is_refused_before_it_is_unpacked(saved, monkeypatch):
+    data = saved.read_bytes()[:-32]
+    long = data[:4] + struct.pack("<I", len(data)) + data[8:]
+    saved.write_bytes(long + hashlib.sha256(long).digest())
+    monkeypatch.setattr(zlib, "decompressobj", lambda zdict: None)
+    with pytest.raises(artifact.ArtifactError, match=f"{len(data)} bytes in a file of"):
+        artifact.load(saved)
+
+
 def test_headers_are_packed_with_a_dictionary_that_never_changes(saved):
     """Files with it and from before it are read alike."""
     assert zlib.adler32(SAID) == 1358907766
@@ -411,14 +426,14 @@ def test_headers_are_packed_with_a_dictionary_that_never_changes(saved):
 
 def resealed(path, name, part, change):
     """The file with one part of one tensor changed, and a checksum that fits."""
-    header, blobs = unsealed(memoryview(path.read_bytes()), path)
+    header, blobs = opened(path)
     at = 0
     for entry in header["tensors"]:
         if entry["name"] == name:
             blobs[at + part] = change(bytes(blobs[at + part]))
             entry["sizes"][part] = len(blobs[at + part])
         at += len(entry["sizes"])
-    path.write_bytes(sealed(header, blobs))
+    path.write_bytes(b"".join(sealed(header, blobs)))
 
 
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
@@ -451,7 +466,7 @@ def test_parts_that_contradict_their_step_are_refused(tmp_path):
     quantize_weights(model, Format(4, False, scale="float32", range="mse"))
     artifact.save(model, path, ("dense", "entropy"))
     good = path.read_bytes()
-    header, blobs = unsealed(memoryview(good), path)
+    header, blobs = opened(path)
     entry = next(entry for entry in header["tensors"] if entry["name"] == "weight")
     assert entry["in"] == "dded"  # scales, zero points, codes, mask
     wrong = {

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kit.core.store import atomic
-from kit.data import cache_dir, docs, load_corpus, register_corpus, wikitext
+from kit.data import cache_dir, docs, files, load_corpus, register_corpus, wikitext
 from kit.data.corpus import CORPORA
 from kit.data.tokenization import BPETokenizer, _pieces
 
@@ -59,6 +59,13 @@ def test_pieces_tokenize_as_the_whole(text, size):
     assert parts == BPE._backend.encode(text).ids
 
 
+@given(st.text("abs .!1é\n\t\r\x1c\x85\xa0'"), st.integers(1, 8), st.integers(1, 5))
+def test_a_text_in_blocks_is_the_text(text, size, length):
+    parts = [text[at : at + length] for at in range(0, len(text), length)]
+    assert list(_pieces(parts, size, 3 * size)) == list(_pieces(text, size, 3 * size))
+    assert (BPE.encode(parts) == BPE.encode(text)).all()
+
+
 @pytest.mark.parametrize("long", ["xy" * 5000, "x " * 5000])
 def test_no_piece_of_a_long_line_is_long(long):
     pieces = list(_pieces(long, 100, 1000))
@@ -90,6 +97,49 @@ def test_a_file_is_cut_in_contiguous_blocks_at_line_ends(text, cache):
     assert loaded.sha256 == hashlib.sha256("\0".join(parts).encode()).hexdigest()
     assert loaded.token_counts.sum() == len(loaded.train) and loaded.token_counts.shape == (300,)
     assert loaded.train.dtype == loaded.test.dtype == np.int32
+
+
+@pytest.mark.parametrize("block", [1, 7, 4096])
+def test_the_splits_do_not_depend_on_how_files_are_read(block, tmp_path, monkeypatch):
+    text = (
+        "\ufeffshort\r\n" + "straße 東京 " * 30 + "\n" + "".join(f"line {i}\r" for i in range(40))
+    )
+    (tmp_path / "a.txt").write_bytes(text.encode() + b"end")
+    (tmp_path / "b.txt").write_text("one line\n")
+    monkeypatch.setattr(files, "BLOCK", block)
+    found = {split: "".join(text) for split, text in files.texts(str(tmp_path)).items()}
+    whole = text[1:].replace("\r\n", "\n").replace("\r", "\n") + "end\n"
+    a, b = (whole.rfind("\n", 0, int(share * len(whole))) + 1 for share in (0.9, 0.95))
+    assert found["train"] == whole[:a] + "one line"[:8] and found["validation"] == whole[a:b]
+    assert found["test"] == whole[b:] + "\n"
+
+
+def test_a_byte_that_is_no_text_is_named_with_its_place(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffstraße\n".encode() * 3 + b"and \xff here")
+    with pytest.raises(ValueError, match=f"not UTF-8 .byte 0xff at {3 * 11 + 4}.: convert"):
+        load_corpus(f"text:{tmp_path}")
+
+
+def test_a_text_that_changes_while_it_is_read_leaves_no_tokens(text, cache, monkeypatch):
+    encoded = BPETokenizer.encoded
+
+    def edited(self, parts):
+        yield from encoded(self, parts)
+        text.write_text(lines(400).replace("chain", "train"))
+
+    monkeypatch.setattr(BPETokenizer, "encoded", edited)
+    with pytest.raises(ValueError, match="^The text changed while it was read: call again"):
+        load_corpus(f"text:{text}", 300)
+    assert not [*cache.rglob("*.tokens")]
+
+
+def test_too_little_memory_is_one_sentence(monkeypatch):
+    def none():
+        raise MemoryError
+
+    monkeypatch.setattr("kit.data.corpus.CORPORA", {"docs": none})
+    with pytest.raises(MemoryError, match="^Corpus 'docs' takes more memory than there is: give"):
+        load_corpus("docs")
 
 
 def test_folder_and_glob_give_each_file_to_every_split(tmp_path, cache):
@@ -134,7 +184,7 @@ def test_tokens_come_from_the_cache_the_second_time(text, cache, monkeypatch):
         again.train == first.train
     ).all() and again.tokenizer.to_json() == first.tokenizer.to_json()
     files = [path for path in cache.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} <= {".npz", ".lock"}
+    assert {path.suffix for path in files} <= {".tokens", ".lock"}
     text.write_text(lines(400, seed=1))
     with pytest.raises(TypeError):
         load_corpus(f"text:{text}", 300)

@@ -139,7 +139,7 @@ def test_a_damaged_cache_of_tokens_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setenv("KIT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "a.txt").write_text("one two three four five six seven\n" * 200)
     corpus = load_corpus(f"text:{tmp_path / 'a.txt'}", 265)
-    (file,) = (tmp_path / "cache").rglob("*.npz")
+    (file,) = (tmp_path / "cache").rglob("*.tokens")
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.warns(UserWarning, match="made again"):
         again = load_corpus(f"text:{tmp_path / 'a.txt'}", 265)

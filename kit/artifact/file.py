@@ -7,33 +7,29 @@ whatever they are (kit.core.steps); each tensor takes whichever layout of kit.ar
 smallest.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from kit.artifact import kit3
 from kit.artifact.header import MAGIC, SAME, Entry, Header, sealed, unsealed
-from kit.artifact.layouts import INTEGERS, LAYOUTS, MOST, ArtifactError, Reader, Writer, is_finite
+from kit.artifact.layouts import INTEGERS, LAYOUTS, ArtifactError, Reader, Writer, is_finite
+from kit.artifact.model import activation_modules, extra_state, kind_of, prepared, targets_of
 from kit.core.protocols import bare
 from kit.core.steps import STEPS, Step
 from kit.core.store import atomic
-from kit.core.weights import Weight, materialize, weights
-from kit.models import build_model, recipe
+from kit.core.weights import Weight, materialize
+from kit.models import recipe
 from kit.pruning import mask  # noqa: F401 registers its step
 from kit.quantization import fake, token_tables  # noqa: F401 register their steps
-from kit.quantization.activations import ACTIVATION_MODULES
-
-SPARSEST = 2**10  # entries a byte of a file, beyond MOST in all: larger ones need `load(model=)`
 
 
 def save(model: nn.Module, path: str | os.PathLike, layouts: Sequence[str] = tuple(LAYOUTS)) -> int:
@@ -44,15 +40,14 @@ def save(model: nn.Module, path: str | os.PathLike, layouts: Sequence[str] = tup
     into. Transforms of token tables that are not quantized are multiplied out. The file is written
     whole or not at all. Raises ValueError for a module whose extra state is not plain JSON.
     """
-    data = serialized(model, layouts)
-    with atomic(path) as partial:
-        partial.write_bytes(data)
-    return len(data)
+    parts = _serialized(model, layouts)
+    with atomic(path) as partial, open(partial, "wb") as file:
+        return sum(file.write(part) for part in parts)
 
 
 def nbytes(model: nn.Module, layouts: Sequence[str] = tuple(LAYOUTS)) -> int:
     """Bytes that the file of `save` would have."""
-    return len(serialized(model, layouts))
+    return sum(map(len, _serialized(model, layouts)))
 
 
 def float32_bytes(model: nn.Module) -> int:
@@ -83,25 +78,25 @@ def load(
         tensors than the model, or NaN or infinities where that has none. Nothing is allocated that
         the model or the file's bytes do not justify.
     """
-    header, blobs = _read(path)
     what = "its header"
-    try:
-        filled = _prepared(header, None if model is None else bare(model), sum(map(len, blobs)))
-        targets, made, rest = _targets(filled), [], iter(blobs)
-        for entry in header.tensors:
-            what, target = repr(entry.name), targets[entry.name]
-            original = target.original if isinstance(target, Weight) else target
-            read = Reader(entry.letters, [next(rest) for _ in entry.sizes], original.numel())
-            with torch.no_grad():
-                if isinstance(target, Weight):
-                    _decode(entry, target, read, made, trainable, parts)
-                else:
-                    target.copy_(read.tensor(target.shape, target.dtype, like=target))
-            if read.left:
-                raise ArtifactError("it has more parts than its steps need")
-    except Exception as error:  # steps and models may be anybody's: what they raise is told alike
-        why = str(error).partition("\n")[0][:500] or type(error).__name__
-        raise ArtifactError(f"{path} cannot be read, {what}: {why}") from error
+    with _opened(path) as (header, blobs):
+        try:
+            filled = prepared(header, None if model is None else bare(model))
+            targets, made = targets_of(filled), []
+            for entry in header.tensors:
+                what, target = repr(entry.name), targets[entry.name]
+                original = target.original if isinstance(target, Weight) else target
+                read = Reader(entry.letters, [next(blobs) for _ in entry.sizes], original.numel())
+                with torch.no_grad():
+                    if isinstance(target, Weight):
+                        _decode(entry, target, read, made, trainable, parts)
+                    else:
+                        target.copy_(read.tensor(target.shape, target.dtype, like=target))
+                if read.left:
+                    raise ArtifactError("it has more parts than its steps need")
+        except Exception as error:  # steps and models may be anybody's: all they raise is told
+            why = str(error).partition("\n")[0][:500] or type(error).__name__
+            raise ArtifactError(f"{path} cannot be read, {what}: {why}") from error
     return (filled if model is None else model).eval()
 
 
@@ -113,9 +108,10 @@ def describe(path: str | os.PathLike):
     """
     import pandas as pd
 
-    header, _ = _read(path)
     rows = []
-    for entry in header.tensors:
+    with _opened(path) as (header, _):
+        tensors = header.tensors
+    for entry in tensors:
         sizes, letters = np.array(entry.sizes), np.array(list(entry.letters))
         formats = [getattr(s, "format", {}) for kind, s in entry.steps
                    if kind in STEPS and STEPS[kind].carries]  # fmt: skip
@@ -138,22 +134,25 @@ def describe(path: str | os.PathLike):
 
 def serialized(model: nn.Module, layouts: Sequence[str] = tuple(LAYOUTS)) -> bytes:
     """The bytes of the file."""
+    return b"".join(_serialized(model, layouts))
+
+
+def _serialized(model: nn.Module, layouts: Sequence[str]) -> Iterator[bytes]:
     model = bare(model)
-    header = {"model": recipe(model), "modules": _activation_modules(model), "tensors": []}
-    if extra := _extra_state(model):
+    header = {"model": recipe(model), "modules": activation_modules(model), "tensors": []}
+    if extra := extra_state(model):
         header["extra"] = extra
     blobs, written = [], {}
-    for name, target in _targets(model).items():
+    for name, target in targets_of(model).items():
         write = Writer(layouts)
         if isinstance(target, Weight):
             with torch.no_grad():
                 entry = _encode(target, write, written)
         else:
             write.tensor(target)
-            entry = _kind(target)
+            entry = kind_of(target)
         entry |= {"in": write.letters} if write.letters != "d" else {}
-        sizes = [len(blob) for blob in write.blobs]
-        header["tensors"].append({"name": name, **entry, "sizes": sizes})
+        header["tensors"].append({"name": name, **entry, "sizes": [*map(len, write.blobs)]})
         blobs += write.blobs
     return sealed(header, blobs)
 
@@ -182,7 +181,7 @@ def _encode(weight: Weight, write: Writer, written: dict[Step, int]) -> dict:
         else:
             entries[i] = [steps[i].kind, steps[i].encode(seen[i], stored, write)]
             written[steps[i]] = len(written)
-    return _kind(weight.original) | ({"steps": entries} if entries else {})
+    return kind_of(weight.original) | ({"steps": entries} if entries else {})
 
 
 def _leading(steps: Sequence[Step | type[Step]], name: str) -> tuple[int | None, int]:
@@ -198,161 +197,37 @@ def _leading(steps: Sequence[Step | type[Step]], name: str) -> tuple[int | None,
     return carrier, carrier + 1
 
 
-def _kind(tensor: Tensor) -> dict:
-    dtype = {} if tensor.dtype == torch.float32 else {"dtype": _name(tensor.dtype)}
-    return {"shape": list(tensor.shape), **dtype}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _targets(model: nn.Module) -> dict[str, Weight | Tensor]:
-    """Everything that a file holds, by name: weights and buffers."""
-    return {weight.name: weight for weight in weights(model)} | dict(_buffers(model))
-
-
-def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for path, module in model.named_modules():
-        if "parametrizations" in path.split("."):
-            continue
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield (f"{path}.{name}" if path else name), buffer
-
-
-def _activation_modules(model: nn.Module) -> dict:
-    kinds = tuple(ACTIVATION_MODULES.values())
-    found = {path: module for path, module in model.named_modules() if type(module) in kinds}
-    outer = {path: m for path, m in found.items() if path.rpartition(".")[0] not in found}
-    return {path: {"class": type(m).__name__, **m.settings()} for path, m in outer.items()}
-
-
-def _extra_state(model: nn.Module) -> dict:
-    found = {}
-    for path, module in model.named_modules():
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            found[path] = module.get_extra_state()
-            try:
-                json.dumps(found[path], allow_nan=False)
-            except (TypeError, ValueError):
-                raise ValueError(
-                    f"the extra state of {path!r} is no plain JSON, all that a file holds"
-                ) from None
-    return found
-
-
 # Reading
 
 
-def _read(path: str | os.PathLike) -> tuple[Header, list]:
-    """Header and blobs of a file that is whole."""
-    data = memoryview(Path(path).read_bytes())
-    try:
-        header, blobs = unsealed(data, path)
-        if data[:4] != MAGIC:
-            header, blobs = kit3.upgraded(header, [bytes(blob) for blob in blobs])
-        header = msgspec.convert(header, Header)
-        for entry in header.tensors:
-            kinds = [STEPS[kind].settings if kind in STEPS else Any for kind, _ in entry.steps]
-            entry.steps = [(kind, msgspec.convert(stated, known))
-                           for (kind, stated), known in zip(entry.steps, kinds)]  # fmt: skip
-    except Exception as error:  # it may be any JSON
-        if isinstance(error, ArtifactError):
-            raise
-        why = f"{type(error).__name__}: {error}".partition("\n")[0][:500]
-        raise ArtifactError(f"{path} has no readable header ({why}): write it again") from None
-    return header, blobs
+@contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[tuple[Header, Iterator[bytes]]]:
+    """Header of a file that is whole, and its blobs, read one by one."""
+    with open(path, "rb") as file:
+        try:
+            earlier = file.read(4) != MAGIC
+            header = unsealed(file, path)
+            blobs = (_part(file, size) for entry in header["tensors"] for size in entry["sizes"])
+            if earlier:
+                header, blobs = kit3.upgraded(header, map(bytes, blobs))
+            header = msgspec.convert(header, Header)
+            for entry in header.tensors:
+                kinds = [STEPS[kind].settings if kind in STEPS else Any for kind, _ in entry.steps]
+                entry.steps = [(kind, msgspec.convert(stated, known))
+                               for (kind, stated), known in zip(entry.steps, kinds)]  # fmt: skip
+        except Exception as error:  # it may be any JSON
+            if isinstance(error, ArtifactError):
+                raise
+            why = f"{type(error).__name__}: {error}".partition("\n")[0][:500]
+            raise ArtifactError(f"{path} has no readable header ({why}): write it again") from None
+        yield header, iter(blobs)
 
 
-def _prepared(header: Header, model: nn.Module | None, held: int) -> nn.Module:
-    """The model to fill, with modules and extra state, after all that the header says was held
-    against it, or against a skeleton that takes no memory. held: bytes of the file's tensors."""
-    shown = _skeleton(header, held) if model is None else model
-    with torch.device("meta"):
-        modules = {name: _quantizer(stated) for name, stated in header.modules.items()}
-    kinds = (nn.Identity, *ACTIVATION_MODULES.values())
-    for name in modules:
-        path, _, leaf = name.rpartition(".")
-        holder = shown.get_submodule(path)
-        if not isinstance(holder._modules.get(leaf), kinds) and (not leaf or hasattr(holder, leaf)):
-            raise ArtifactError(f"the model has no place for a quantizer at {name!r}")
-    for name in header.extra.keys() ^ _extra_state(shown).keys():
-        raise ArtifactError(f"extra state of {name!r} is in one of file and model only")
-    _check_tensors(header, shown, modules)
-    if model is None:
-        with torch.random.fork_rng(devices=[]):
-            model = build_model(header.model.kind, header.model.config)
-    for name, stated in header.modules.items():
-        model.set_submodule(name, _quantizer(stated))
-    for name, state in header.extra.items():
-        model.get_submodule(name).set_extra_state(state)
-    return model
-
-
-def _quantizer(stated: dict) -> nn.Module:
-    """The activation quantizer that the header states: a class of the kit's and its settings."""
-    made = ACTIVATION_MODULES[stated["class"]](**{k: v for k, v in stated.items() if k != "class"})
-    if json.dumps({"class": stated["class"], **made.settings()}) != json.dumps(stated):
-        raise ArtifactError(f"{stated} are not the settings of a {stated['class']}")
-    return made
-
-
-class _Calls(TorchFunctionMode):
-    """Ends the building of a model that calls torch more often than its tensors can need, and
-    writes to none of them, as a skeleton holds no values."""
-
-    def __init__(self, left: int):
-        super().__init__()
-        self.left = left
-
-    def __torch_function__(self, function, types, arguments=(), options=None):
-        self.left -= 1
-        if self.left < 0:
-            raise ArtifactError("its config describes more layers than it holds tensors of")
-        name, options = getattr(function, "__name__", ""), options or {}
-        if name.endswith("_") and not name.endswith("__"):
-            return (*arguments, *options.values())[0]
-        return function(*arguments, **options)
-
-
-def _skeleton(header: Header, held: int) -> nn.Module:
-    """The kit's own model of the header, on the meta device. No size in its config can exceed the
-    entries of its tensors, and these not by far the bytes that are there."""
-    if header.model is None:
-        raise ArtifactError("it holds a model that is not the kit's: pass load(path, model=...)")
-    entries = sum(math.prod(entry.shape) for entry in header.tensors)
-    if entries > MOST + SPARSEST * held:
-        much = f"{entries:,} entries in {held:,} bytes"
-        raise ArtifactError(f"{much} are hardly a model: pass load(path, model=...) if they are")
-    for name, value in header.model.config.items():
-        for size in value if isinstance(value, list) else [value]:
-            if isinstance(size, int) and size > entries:
-                raise ArtifactError(f"its config has {name} = {value} for {entries:,} entries")
-    grad = torch.set_grad_enabled(torch.is_grad_enabled())  # stays, wherever the building ends
-    with grad, torch.device("meta"), _Calls(100 * (len(header.tensors) + 10)):
-        return build_model(header.model.kind, header.model.config)
-
-
-def _check_tensors(header: Header, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-    """Raises ArtifactError unless the file has the tensors of the model and these modules."""
-    inside = tuple(f"{name}." for name in modules)
-    targets = {k: v for k, v in _targets(model).items() if not k.startswith(inside)}
-    targets |= {f"{k}.{name}": b for k, m in modules.items() for name, b in m.named_buffers()}
-    stored = {entry.name: entry for entry in header.tensors}
-    if len(stored) < len(header.tensors):
-        raise ArtifactError("it has two tensors of one name")
-    for name in stored.keys() ^ targets.keys():
-        here, there = ("file", "model") if name in stored else ("model", "file")
-        where = f"in the {here} but not in the {there}"
-        raise ArtifactError(f"it does not fit: {name!r} is {where}; use the same config")
-    for name, target in targets.items():
-        tensor, entry = target.original if isinstance(target, Weight) else target, stored[name]
-        ours = _name(tensor.dtype), list(tensor.shape)
-        theirs = entry.dtype or ours[0], entry.shape
-        if ours != theirs:
-            kinds = "{} of shape {}, the model expects {} of shape {}".format(*theirs, *ours)
-            raise ArtifactError(f"it holds {name!r} as {kinds}: convert it first")
+def _part(file: BinaryIO, size: int) -> bytearray:
+    data = bytearray(size)
+    if file.readinto(data) < size:
+        raise ArtifactError("the file was cut while it was read")
+    return data
 
 
 def _decode(entry: Entry, weight: Weight, read: Reader, made: list, trainable: bool, parts) -> None:

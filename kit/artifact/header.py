@@ -1,12 +1,12 @@
 """The header of a file: what it may state, of which types and sizes, and the bytes around it."""
 
 import hashlib
-import itertools
 import json
+import os
 import struct
 import zlib
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, BinaryIO
 
 import msgspec
 from msgspec import Meta, field
@@ -17,6 +17,7 @@ from kit.core.steps import Stored
 MAGIC, EARLIER = b"KIT4", (b"KIT1", b"KIT2")
 READABLE = MAGIC, b"KIT3"
 CHECKSUM = 32
+BLOCK = 2**20  # bytes that are checked at a time
 SAME = "="  # in place of a step: the one that was written as the n-th
 EXPANSION = 100  # of a header's text at most, over the bytes it is compressed to, and a megabyte
 Count = Annotated[int, Meta(ge=0, lt=2**48)]
@@ -64,33 +65,39 @@ class Header(Stored):
     extra: dict[str, Any] = {}
 
 
-def sealed(header: dict, blobs: Sequence[bytes]) -> bytes:
-    """A file of this header and these blobs."""
-    text, pack = (
-        json.dumps(header, separators=(",", ":"), allow_nan=False),
-        zlib.compressobj(9, zdict=SAID),
-    )
-    text = pack.compress(text.encode()) + pack.flush()
-    body = MAGIC + struct.pack("<I", len(text)) + text + b"".join(blobs)
-    return body + hashlib.sha256(body).digest()
+def sealed(header: dict, blobs: Sequence[bytes]) -> Iterator[bytes]:
+    """The parts of a file of this header and these blobs."""
+    pack, check = zlib.compressobj(9, zdict=SAID), hashlib.sha256()
+    text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
+    text = pack.compress(text) + pack.flush()
+    for part in (MAGIC + struct.pack("<I", len(text)) + text, *blobs):
+        check.update(part)
+        yield part
+    yield check.digest()
 
 
-def unsealed(data: memoryview, path) -> tuple[dict, list[memoryview]]:
-    """The JSON of the header, not yet checked, and the blobs of a file that is whole."""
-    if data[:4] in EARLIER:
+def unsealed(file: BinaryIO, path) -> dict:
+    """The JSON of the header, not yet checked, of a file that is whole; it is at the blobs then."""
+    size, magic = file.seek(0, os.SEEK_END), os.pread(file.fileno(), 8, 0)
+    if magic[:4] in EARLIER:
         raise ArtifactError(f"{path} was written by an earlier version of the kit: make it again")
-    if data[:4] not in READABLE:
-        raise ArtifactError(f"{path} is not a kit artifact: it begins with {bytes(data[:4])!r}")
-    if len(data) < 8 + CHECKSUM or hashlib.sha256(data[:-CHECKSUM]).digest() != data[-CHECKSUM:]:
+    if magic[:4] not in READABLE:
+        raise ArtifactError(f"{path} is not a kit artifact: it begins with {magic[:4]!r}")
+    check = hashlib.sha256()
+    file.seek(0)
+    for at in range(0, size - CHECKSUM, BLOCK):
+        check.update(file.read(min(BLOCK, size - CHECKSUM - at)))
+    if size < 8 + CHECKSUM or check.digest() != file.read():
         raise ArtifactError(f"{path} is damaged (its checksum differs): copy or write it again")
-    start, unpack = 8 + int.from_bytes(data[4:8], "little"), zlib.decompressobj(zdict=SAID)
-    text = unpack.decompress(data[8:start], EXPANSION * start + 2**20)
+    length, unpack = int.from_bytes(magic[4:], "little"), zlib.decompressobj(zdict=SAID)
+    if (held := size - 8 - length - CHECKSUM) < 0:
+        raise ValueError(f"it is said to have {length} bytes in a file of {size}")
+    file.seek(8)
+    text = unpack.decompress(file.read(length), EXPANSION * length + 2**20)
     if not unpack.eof or unpack.unused_data:
         raise ValueError("its text is longer or shorter than it may be")
     header = msgspec.json.decode(text)
     sizes = [size for entry in header["tensors"] for size in entry["sizes"]]
-    held = len(data) - CHECKSUM - start
     if sum(sizes) != held or min(sizes, default=0) < 0:
         raise ValueError(f"it announces {sum(sizes)} bytes of tensors but there are {held}")
-    ends = [*itertools.accumulate(sizes, initial=start)]
-    return header, [data[a:b] for a, b in itertools.pairwise(ends)]
+    return header

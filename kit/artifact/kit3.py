@@ -2,12 +2,13 @@
 
 import math
 import struct
+from collections.abc import Iterable
 
 from kit.artifact.layouts import LAYOUTS
 from kit.quantization.formats import Format
 
 
-def upgraded(header: dict, blobs: list[bytes]) -> tuple[dict, list[bytes]]:
+def upgraded(header: dict, blobs: Iterable[bytes]) -> tuple[dict, list[bytes]]:
     """Header and blobs as KIT4 has them; the codes stay as they are, to the byte. Raises any
     exception for a header that is none."""
     tensors, made, source, steps = [], [], iter(blobs), _Count()

@@ -68,7 +68,7 @@ class Entries:
         return np.frombuffer(flat.view(torch.uint8).numpy().tobytes(), self.unit)
 
     def tensor(self, values: np.ndarray) -> Tensor:
-        values = np.array(values, self.unit)  # a copy that may be written
+        values = np.require(values, self.unit, "W")  # a copy where it may not be written
         if self.bits is not None:
             return torch.from_numpy(values).reshape(self.shape)
         raw = torch.from_numpy(values.view(np.uint8)) if self.count else torch.empty(0)
@@ -146,7 +146,9 @@ class Coded:
     def decode(self, kind: Entries, data: bytes) -> np.ndarray:
         if kind.bits is None:
             raise ArtifactError("its layout is for codes, which it does not hold")
-        codes = self.coder.decode(data, kind.shape).reshape(-1) + kind.zeros()
+        codes = self.coder.decode(data, kind.shape).reshape(-1)
+        if kind.origin is not None:
+            codes = codes + kind.origin
         half = 1 if kind.bits == "ternary" else 2 ** (kind.bits - 1)
         top = 1 if kind.bits == "ternary" else half - 1
         if codes.size and not -half <= codes.min() <= codes.max() <= top:

@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from typing import Annotated
 
 import numpy as np
@@ -13,19 +13,28 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from kit.core.settings import Meta, checks
 
+Text = str | Iterable[str]  # or blocks of it, the same each time that they are asked for
+LEARNED = 2**13  # pieces at most that merges are learned from: more take memory and change little
 VocabularySize = Annotated[int, Meta(ge=257, le=2**24)]  # bytes are 256 of the tokens
 _CUT = re.compile(r"[ \t\n](?=\S)")  # byte-level pre-tokenization always begins a word here
 
 
-def _pieces(text: str, size: int = 8_000, most: int = 16_000) -> Iterator[str]:
+def blocks(text: Text) -> Iterable[str]:
+    return [text] if isinstance(text, str) else text
+
+
+def _pieces(text: Text, size: int = 8_000, most: int = 16_000) -> Iterator[str]:
     """The text in pieces of about `size` characters that tokenize as the whole text would; where
     there is no white space, of `most`: the time to learn from a word grows with its square."""
-    start = 0
-    while start < len(text):
-        cut = _CUT.search(text, start + size, start + most)
-        end = cut.start() if cut else start + most
-        yield text[start:end]
-        start = end
+    held = ""
+    for block in chain(blocks(text), [None]):
+        held, start = held + (block or ""), 0
+        while start < len(held) if block is None else start + most <= len(held):
+            cut = _CUT.search(held, start + size, start + most)
+            end = cut.start() if cut else start + most
+            yield held[start:end]
+            start = end
+        held = held[start:]
 
 
 class BPETokenizer:
@@ -36,8 +45,9 @@ class BPETokenizer:
 
     @classmethod
     @checks
-    def train(cls, text: str, vocab_size: VocabularySize) -> "BPETokenizer":
-        """Learns `vocab_size - 256` merges that occur at least twice in the text.
+    def train(cls, text: Text, vocab_size: VocabularySize) -> "BPETokenizer":
+        """Learns `vocab_size - 256` merges that occur at least twice in the text, of which the
+        first 64 million characters count.
 
         Raises ValueError when vocab_size is under 257, or over what the text supports.
         """
@@ -47,7 +57,7 @@ class BPETokenizer:
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         settings = {"min_frequency": 2, "initial_alphabet": alphabet, "show_progress": False}
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, **settings)
-        backend.train_from_iterator(_pieces(text), trainer)
+        backend.train_from_iterator(islice(_pieces(text), LEARNED), trainer)
         if (reached := backend.get_vocab_size()) < vocab_size:
             problem = f"vocab_size={vocab_size} is larger than the training text supports"
             raise ValueError(f"{problem}: byte-level BPE reaches {reached} tokens, choose fewer.")
@@ -57,12 +67,15 @@ class BPETokenizer:
     def vocab_size(self) -> int:
         return self._backend.get_vocab_size()
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: Text) -> np.ndarray:
         """Tokens of the text: int32 (tokens,)."""
-        pieces, ids = _pieces(text), [np.empty(0, np.int32)]
+        return np.concatenate([np.empty(0, np.int32), *self.encoded(text)])
+
+    def encoded(self, text: Text) -> Iterator[np.ndarray]:
+        """The tokens of the text, part after part, in the memory of one."""
+        pieces = _pieces(text)
         while batch := list(islice(pieces, 256)):  # encodings take many times the memory of ids
-            ids += [np.array(e.ids, np.int32) for e in self._backend.encode_batch_fast(batch)]
-        return np.concatenate(ids)
+            yield from (np.array(e.ids, np.int32) for e in self._backend.encode_batch_fast(batch))
 
     def decode(self, ids) -> str:
         """The text behind the tokens; bytes that are no UTF-8 (a cut character) become U+FFFD."""

@@ -158,8 +158,8 @@ class FakeQuantize(Step):
         if not inside or not torch.equal(made.grid(scale)[0], scale):
             raise ValueError(f"its scales or zero points are none of {format}")
         origin = None if zero is None else made.spread(zero).to(torch.int32)
-        codes = read.codes(made.shape, format.bits, origin)
-        blocks = formats.dequantize(formats.to_blocks(codes, format), scale, zero)
+        blocks = formats.to_blocks(read.codes(made.shape, format.bits, origin), format)
+        blocks = formats.dequantize(blocks, scale, zero)
         value = view.tensor(formats.from_blocks(blocks, made.shape, format)).to(dtype)
         if format.range == "minmax" and not learned and not entry.fixed:
             made.scale = made.zero = None

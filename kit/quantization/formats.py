@@ -212,7 +212,7 @@ def quantize(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> T
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     """scale * (codes - zero), float32."""
-    return (codes.float() if zero is None else codes.float() - zero) * scale
+    return (codes if zero is None else codes.float() - zero) * scale  # as floats, in one pass
 
 
 class _FakeQuantize(torch.autograd.Function):

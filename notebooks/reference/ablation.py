@@ -281,7 +281,9 @@ def looped(path: Path, shape: dict, corpus: Corpus) -> nn.Module:
 
 def side_bytes(file: Path) -> dict:
     """Bytes of the header and of the codes of scales in a file, in other codings."""
-    header, blobs = unsealed(memoryview(file.read_bytes()), file)
+    with open(file, "rb") as opened:
+        header = unsealed(opened, file)
+        parts = iter([opened.read(n) for entry in header["tensors"] for n in entry["sizes"]])
     text = json.dumps(header, separators=(",", ":")).encode()
     filters = [{"id": lzma.FILTER_LZMA1, "dict_size": 1 << 16}]
     pack = zlib.compressobj(9, zdict=SAID)
@@ -291,9 +293,9 @@ def side_bytes(file: Path) -> dict:
         "JSON, LZMA": len(lzma.compress(text, lzma.FORMAT_RAW, filters=filters)),
         "JSON, zlib with a dictionary": len(pack.compress(text) + pack.flush()),
     }
-    parts, plain, deltas = iter(blobs), 0, 0
+    plain, deltas = 0, 0
     for entry in header["tensors"]:
-        own = [bytes(next(parts)) for _ in entry["sizes"]]
+        own = [next(parts) for _ in entry["sizes"]]
         if "log8" in str(entry.get("steps")):  # its first part: codes of scales, a byte each
             codes = np.frombuffer(own[0], np.uint8).astype(np.int64)
             coded = range_coder.encode(np.diff(codes, prepend=0)[:, None])

@@ -24,8 +24,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kit import artifact
-from kit.artifact.file import _buffers, serialized
+from kit.artifact.file import serialized
 from kit.artifact.header import SAID
+from kit.artifact.model import buffers_of
 from kit.core import ans, range_coder
 from kit.core.weights import copy_model, weights
 from kit.data import load_corpus
@@ -234,7 +235,7 @@ def resized(header: dict, blobs: list[bytes]) -> dict:
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
     found = {weight.name: weight.value.detach() for weight in weights(model)}
-    return found | {f"buffer {name}": buffer for name, buffer in _buffers(model)}
+    return found | {f"buffer {name}": buffer for name, buffer in buffers_of(model)}
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:
@@ -643,7 +644,7 @@ class Tokens(Reader):
         self.texts = {name: data for base in Text().bases for name, data in base.files.items()}
         with tempfile.TemporaryDirectory() as folder:
             corpus = self.corpus(Path(folder))
-            (path,) = Path(folder).rglob("*.npz")
+            (path,) = Path(folder).rglob("*.tokens")
             name = str(path.relative_to(folder))
             return [Base("words", {name: path.read_bytes()}, {"tokens": corpus.train})]
 
