@@ -115,6 +115,15 @@ def test_other_bytes_than_the_encoder_s_are_refused():
             coding.decode(noise, (100, 100))
 
 
+@pytest.mark.parametrize("first", [2**31 - 1, -(2**31 - 1), 10**6, 170])
+def test_a_stream_that_begins_beyond_the_range_is_refused(first):
+    data = bytearray(coding.encode(np.array([[first, 3, 3, 3]])))
+    assert data[:6] == bytes.fromhex("00fffffffeff")
+    data[4] = 255  # the one start that no code has; after four bytes it falls on the true one
+    with pytest.raises(ValueError, match="no range-coded stream"):
+        coding.decode(data, (1, 4))
+
+
 def test_zeros_take_almost_nothing():
     assert len(round_trip(np.zeros((1000, 1000), np.int64))) < 2000
 

@@ -257,7 +257,7 @@ def _decode(data, codes):
     coder = np.array([0, 0xFFFFFFFF, 0, 0, 5], np.uint64)
     for i in range(5):
         coder[0] = ((coder[0] << BYTE) | _byte(data, np.uint64(i))) & MASK
-    read = _pass(codes, data, coder, True)
+    read = coder[0] < coder[1] and _pass(codes, data, coder, True)  # beyond: by no encoder
     return read and _byte(data, np.uint64(0)) == coder[0] == 0 and coder[4] >= len(data)
 
 

@@ -125,10 +125,12 @@ class Worker:
         self.pipe.send((name, number, seed))
         try:
             while not self.pipe.poll(0.5):
-                if self._cpu() - used > SECONDS or time.perf_counter() - start > WALL:
+                busy, wall = self._cpu() - used, time.perf_counter() - start
+                if busy > SECONDS or wall > WALL:
                     self.process.kill()
                     self.process.join()
-                    return found | {"outcome": "hang", "said": "", "seconds": SECONDS}
+                    said = f"{busy:.1f} s of processor time in {wall:.0f} s"
+                    return found | {"outcome": "hang", "said": said, "seconds": busy}
             return self.pipe.recv()
         except (EOFError, ConnectionError):
             self.process.join()
