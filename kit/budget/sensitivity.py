@@ -95,11 +95,11 @@ def plan_for_budget(
     Raises ValueError if no choice of formats fits.
     """
     dense, room = materialize(model), budget
-    for _ in range(8):
+    for turn in range(16):
         plan = {name: formats[label] for name, label in _chosen(table, "format", room).items()}
         plan |= {weight.name: HALF for weight in weights(dense) if weight.name not in plan}
         size = artifact.nbytes(convert(copy_model(dense), plan))
         if size <= budget:
             return plan
-        room -= max(size - budget, 16)
+        room -= max(size - budget, 4 << turn)  # the same choice came again: by more and more
     raise ValueError(f"no choice of formats fits {budget} bytes: the last one tried takes {size}")
