@@ -63,7 +63,7 @@ def integer_weight(weight: Weight) -> IntegerWeight | None:
     """The integer form of a weight; None where integer kernels take none: float, half,
     12 bits, asymmetric, or changed by steps behind its quantizer."""
     quantizer = packable(weight)
-    if quantizer is None or not quantizer.format.symmetric or quantizer.format.bits > 8:
+    if quantizer is None or not quantizer.format.symmetric or quantizer.format.qmax > 127:
         return None
     codes, scale, _ = quantizer.codes(weight.before(quantizer.rank))
     grouped = quantizer.format.granularity == "group"

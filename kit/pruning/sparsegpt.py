@@ -70,6 +70,8 @@ def prune_sparsegpt(
     weight that cannot be collected, are not finite or, with a `damping` too small, dependent.
     """
     batches = list(batches)
+    for weight in weights(model, tensors, matrices=True) if tensors != "*" else ():
+        check_prunable(weight)
     grams = input_grams(model, batches, tensors, strict=tensors != "*")
     found = {w.name: w for w in weights(model, tensors, matrices=True) if w.name in grams}
     for name, weight in found.items():

@@ -15,7 +15,7 @@ import torch
 import torch._dynamo  # once, not in every process
 from torch.utils.data import DataLoader, TensorDataset
 
-from kit.core.store import code_digest
+from kit.core.store import atomic, code_digest
 from kit.data import load_corpus
 from kit.data.tokenization import BPETokenizer
 from kit.distillation import cache as teacher_cache
@@ -120,7 +120,8 @@ class Tokens(Work):
     def call(self, folder):
         draw = random.Random(0)
         text = "".join(" ".join(draw.choices(WORDS, k=12)) + ".\n" for _ in range(20_000))
-        (folder / "text.txt").write_text(text) if not (folder / "text.txt").exists() else None
+        with atomic(folder / "text.txt") as new:  # as several write it at once
+            new.write_text(text)
         os.environ["KIT_CACHE"] = str(folder / "cache")
         load_corpus(f"text:{folder / 'text.txt'}", 300)
 
