@@ -31,6 +31,7 @@ from kit.quantization import quantizers
 from kit.training import TrainConfig, train
 from kit.training.evaluation import evaluate
 from kit.training.losses import classification_loss
+from tests.test_engines import Steps
 
 FAST = QuantizationConfig(backend="torch-int8")  # a named engine: nothing is exported or measured
 
@@ -407,17 +408,9 @@ def test_a_quantized_model_is_called_as_the_original_is(backend):
 
 
 def test_another_size_than_the_exported_one_is_computed_all_the_same():
-    class Loop(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(8, 3)
-
-        def forward(self, x):
-            return sum(self.layer(x[:, t]).tanh() for t in range(x.shape[1]))
-
     torch.manual_seed(0)
     for model, first, other in [
-        (Loop().eval(), (4, 6, 8), (4, 9, 8)),
+        (Steps().eval(), (4, 6, 8), (4, 9, 8)),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), (2, 3, 8, 8), (1, 3, 11, 9)),
         (mlp(16, 4).eval(), (16,), (3, 16)),
     ]:

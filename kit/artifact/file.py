@@ -40,14 +40,14 @@ def save(model: nn.Module, path: str | os.PathLike, layouts: Sequence[str] = tup
     into. Transforms of token tables that are not quantized are multiplied out. The file is written
     whole or not at all. Raises ValueError for a module whose extra state is not plain JSON.
     """
-    parts = _serialized(model, layouts)
+    parts = serialized(model, layouts)
     with atomic(path) as partial, open(partial, "wb") as file:
         return sum(file.write(part) for part in parts)
 
 
 def nbytes(model: nn.Module, layouts: Sequence[str] = tuple(LAYOUTS)) -> int:
     """Bytes that the file of `save` would have."""
-    return sum(map(len, _serialized(model, layouts)))
+    return sum(map(len, serialized(model, layouts)))
 
 
 def float32_bytes(model: nn.Module) -> int:
@@ -132,12 +132,8 @@ def describe(path: str | os.PathLike):
 # Writing
 
 
-def serialized(model: nn.Module, layouts: Sequence[str] = tuple(LAYOUTS)) -> bytes:
-    """The bytes of the file."""
-    return b"".join(_serialized(model, layouts))
-
-
-def _serialized(model: nn.Module, layouts: Sequence[str]) -> Iterator[bytes]:
+def serialized(model: nn.Module, layouts: Sequence[str] = tuple(LAYOUTS)) -> Iterator[bytes]:
+    """The bytes of the file, part after part."""
     model = bare(model)
     header = {"model": recipe(model), "modules": activation_modules(model), "tensors": []}
     if extra := extra_state(model):

@@ -78,7 +78,9 @@ def sealed(header: dict, blobs: Sequence[bytes]) -> Iterator[bytes]:
 
 def unsealed(file: BinaryIO, path) -> dict:
     """The JSON of the header, not yet checked, of a file that is whole; it is at the blobs then."""
-    size, magic = file.seek(0, os.SEEK_END), os.pread(file.fileno(), 8, 0)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    magic = file.read(8)
     if magic[:4] in EARLIER:
         raise ArtifactError(f"{path} was written by an earlier version of the kit: make it again")
     if magic[:4] not in READABLE:

@@ -113,11 +113,12 @@ def row_sensitivity(model: nn.Module, batches: Iterable, loss: Callable) -> dict
     entry of a vector: the diagonal Fisher information, up to a factor, which says how much an error
     there costs. For embeddings it falls with token frequency. Raises ValueError without a batch."""
     views = {weight.name: _view(weight) for weight in weights(model)}
-    sums, batches = {}, list(batches)
+    sums, count = {}, 0
     for grads in gradients(model, batches, loss):
+        count += 1
         for name, grad in grads.items():
             sums[name] = sums.get(name, 0) + views[name].matrix(grad).square().mean(1)
-    return {name: total / len(batches) for name, total in sums.items()}
+    return {name: total / count for name, total in sums.items()}
 
 
 def _block_sensitivity(name: str, quantizer: FakeQuantize, sensitivity: dict) -> Tensor:

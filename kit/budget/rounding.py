@@ -93,8 +93,9 @@ def curvature(model: nn.Module, batches: Iterable, loss: Callable) -> dict[str, 
     with a mean diagonal of 1, its diagonal blocks of at most SPAN columns (blocks, W, W), the last
     one padded with zeros. Raises ValueError without a batch."""
     views = {weight.name: weight.view for weight in weights(model, matrices=True)}
-    sums, batches = {}, list(batches)
+    sums, count = {}, 0
     for grads in gradients(model, batches, loss):
+        count += 1
         for name in views.keys() & grads.keys():
             grad = views[name].matrix(grads[name].detach()).float()
             rows, columns = sums.get(name, (0.0, 0.0))
@@ -104,7 +105,7 @@ def curvature(model: nn.Module, batches: Iterable, loss: Callable) -> dict[str, 
         if not torch.isfinite(columns).all():
             raise ValueError(f"the gradients of {name!r} hold NaN or infinite values")
         mean = columns.diagonal(dim1=1, dim2=2).sum() / views[name].columns
-        sums[name] = rows / len(batches), columns / mean.clamp(min=1e-30)
+        sums[name] = rows / count, columns / mean.clamp(min=1e-30)
     return sums
 
 

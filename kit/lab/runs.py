@@ -22,9 +22,8 @@ import kit
 from kit.core.settings import Meta, Seed, checked
 from kit.core.store import digest, lock, read_json
 from kit.lab.parameters import assigned, chosen, profile_overrides, unknown
-from kit.lab.records import RESULT
+from kit.lab.records import RESULT, ROOT
 
-ROOT = Path(kit.__file__).resolve().parents[1]
 STATUS, LOG, PARAMETERS = "status.json", "log.txt", "parameters.yaml"
 THREADS = [f"{library}_NUM_THREADS" for library in ("OMP", "MKL", "OPENBLAS", "NUMBA", "RAYON")]
 NO_START = "Address already in use|Kernel died before replying|Kernel didn't respond"

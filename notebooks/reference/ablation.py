@@ -317,12 +317,10 @@ def small_tensors(file: Path) -> list[dict]:
     steps = {w.name: FakeQuantize(w.value.detach(), SMALL_FORMAT, w.view, True) for w in small}
     sensitivity = row_sensitivity(model, batches, training_loss(model))
     mean = {w.name: sensitivity[w.name].mean() for w in small}
+    largest = max(map(max, sensitivity.values()))
     for power, factor in ((0.5, -9), (0.5, -8), (0.42, -8), (0.42, -7)):
         for weight in small:
-            step, relative = (
-                steps[weight.name],
-                mean[weight.name] / max(map(max, sensitivity.values())),
-            )
+            step, relative = steps[weight.name], mean[weight.name] / largest
             finest = weight.original.detach().abs().max() / 127
             step.set_grid(torch.maximum(relative.clamp(min=1e-8) ** -power * 2.0**factor, finest))
             weight.put(step)

@@ -259,7 +259,7 @@ class Artifact(Reader):
     def bases(self):
         found = []
         for name, (model, layouts, blank) in models().items():
-            data = serialized(model, layouts)
+            data = b"".join(serialized(model, layouts))
             extra = {"blank": blank, "state": state_of(model)}
             found.append(Base(name, {"a.kit": data}, extra))
         before = np.load(DATA / "kit3.npz")
@@ -347,7 +347,7 @@ class Artifact(Reader):
                 raise Contradiction(f"{name} is not finite")
         self.compare_headers(opened(path.read_bytes()), trainable)
         again = folder / "again.kit"
-        again.write_bytes(serialized(trainable))
+        again.write_bytes(b"".join(serialized(trainable)))
         if not same(state_of(self.load(again, base, False)), state):
             raise Contradiction("saved again it is something else")
         return "other"
@@ -362,7 +362,7 @@ class Artifact(Reader):
                     raise Contradiction(f"its config has {name}={value}, the model {config[name]}")
         if magic != b"KIT4":
             return
-        _, saved, _ = opened(serialized(model))
+        _, saved, _ = opened(b"".join(serialized(model)))
         if stated["modules"] != saved["modules"]:
             raise Contradiction(f"its modules are {stated['modules']}")
         if stated.get("extra", {}) != saved.get("extra", {}):
@@ -396,7 +396,7 @@ class Quantized(Artifact):
             torch.manual_seed(0)
             blank = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
             model = quantize(blank, calibration=[torch.randn(4, 6)] if calibrated else None)
-            data, copied = serialized(model.model), copy_model(blank)
+            data, copied = b"".join(serialized(model.model)), copy_model(blank)
             extra = {"blank": copied, "state": state_of(model.model)}
             found.append(Base(f"calibrated {calibrated}", {"a.kit": data}, extra))
         return found
