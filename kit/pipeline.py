@@ -159,15 +159,16 @@ class CompressionPipeline:
         previous, found = None, {}
         for name in self.stages:
             path = save_dir / f"{name}.kit"
-            if not parallel.agreed(path.with_suffix(".json").exists()):
+            if due := not parallel.agreed(path.with_suffix(".json").exists()):
                 if not parallel.agreed(path.with_suffix(".training").exists()):
                     self._run_stage(name, previous, teacher, train_loader, steps[name], path)
                 self._record(path, val_loader, baseline)
             previous = path
             found[name] = stage = json.loads(path.with_suffix(".json").read_text())
-            quality = "error" if "final_accuracy" in stage else "perplexity"
-            smaller = f"{stage['bytes']:,} bytes, {stage['ratio']:.1f}x smaller"
-            self._say(f"{name}: {smaller}, {stage['degradation']:+.1%} {quality}")
+            if due:
+                quality = "error" if "final_accuracy" in stage else "perplexity"
+                smaller = f"{stage['bytes']:,} bytes, {stage['ratio']:.1f}x smaller"
+                self._say(f"{name}: {smaller}, {stage['degradation']:+.1%} {quality} on val_loader")
             if name == until:
                 break
         final = found[name]

@@ -130,9 +130,23 @@ def test_every_stage_ends_at_no_learning_rate(trained, tmp_path, monkeypatch):
     assert len(rates) == 80 and all(stage[-1] == 0 < stage[:-1].min() for stage in stages)
 
 
-def test_finished_stages_are_read_not_run(trained, finished, monkeypatch):
+def test_finished_stages_are_read_not_run(trained, finished, monkeypatch, capsys):
     monkeypatch.setattr("kit.pipeline.train", None)
-    assert run(trained, finished[0])[1] == finished[2]
+    assert run(trained, finished[0], log=True)[1] == finished[2]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and said[0].startswith("target of 12x")
+
+
+def test_until_ends_after_a_stage(trained, finished, monkeypatch):
+    monkeypatch.setattr("kit.pipeline.train", None)
+    pipeline = CompressionPipeline(trained[0], 12.0, log=False)
+    model, metrics = pipeline.run_pipeline(*trained[1:], 1, 1, 2, finished[0], until="pruning")
+    assert metrics["compression_ratio"] == finished[2]["stage_metrics"]["pruning"]["ratio"]
+    assert list(metrics["stage_metrics"]) == ["qat", "pruning"]
+    tokens = next(iter(trained[2]))[0]
+    assert torch.equal(model(tokens), artifact.load(finished[0] / "pruning.kit")(tokens))
+    with pytest.raises(ValueError, match="until is 'prune'; it must be one of qat, pruning"):
+        pipeline.run_pipeline(*trained[1:], save_dir=finished[0], until="prune")
 
 
 def test_other_settings_need_another_folder(trained, finished):

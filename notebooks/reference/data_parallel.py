@@ -1,4 +1,5 @@
-"""Training in two processes of one thread each beside one process of two threads: tokens a second.
+"""What a second process buys: training in two processes of one thread each beside one process of
+two threads, in tokens a second, and a batch of notebooks on two Dask workers beside one (seconds).
 
 python -m notebooks.reference.data_parallel --out runs/data_parallel
 """
@@ -8,16 +9,21 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
 from kit.core.store import write_json
+from kit.lab.batches import run_batch
 from kit.lab.records import environment
 from kit.models import build_model
 from kit.training import TrainConfig, parallel, train
 
 BATCH, WINDOW, VOCABULARY = 32, 128, 4096
+NOTEBOOK = Path(__file__).resolve().parents[1] / "05_full_pipeline.ipynb"
 
 
 def launch(module: str, *arguments: str, processes: int) -> None:
@@ -47,6 +53,23 @@ def work(steps: int, threads: int, file: Path) -> None:
             print(result.tokens / result.seconds, file=lines)
 
 
+def batch(workers: int, runs: int = 4) -> float:
+    """Seconds of a batch of the pipeline's notebook, in the smoke profile, on so many workers of
+    one thread; nothing is left of an earlier one but what Python and numba compiled."""
+    import distributed
+
+    with tempfile.TemporaryDirectory() as place, patch.dict(os.environ, KIT_CACHE=place):
+        options = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": ":0"}
+        with distributed.LocalCluster(**options, memory_limit=None) as cluster:
+            start = time.perf_counter()
+            found, failed = run_batch(
+                NOTEBOOK, {"seed": list(range(runs))}, folder=place,
+                scheduler=cluster.scheduler_address,
+            )  # fmt: skip
+            assert len(found) == runs and not failed, failed
+            return time.perf_counter() - start
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -72,6 +95,10 @@ def main() -> None:
         rates = [float(line) for line in (options.out / f"{name}.txt").read_text().split()]
         found[name] = {"tokens/s": statistics.median(rates), "rounds": rates}
     two, one = (row["tokens/s"] for row in found.values())
+    with patch.dict(os.environ, KIT_PROFILE="smoke"):
+        seconds = [[batch(workers) for workers in (1, 2)] for _ in range(options.rounds)]
+    found["batch of 4 on 1 and 2 workers, seconds"] = seconds
+    found["batch's speed-up"] = statistics.median(alone / both for alone, both in seconds)
     load = os.getloadavg()[0]
     record = {**environment(), **found, "ratio": two / one, "load": load, "batch": [BATCH, WINDOW]}
     print(record)
