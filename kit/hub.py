@@ -36,15 +36,16 @@ def save_pretrained(model: nn.Module, folder: str | Path, tokenizer=None) -> int
     return artifact.save(model, Path(folder) / FILE)
 
 
-def from_pretrained(folder: str | Path, trainable: bool = False) -> nn.Module:
+def from_pretrained(folder: str | Path, trainable: bool = False, packed=False) -> nn.Module:
     """The model in a folder of `save_pretrained`, in evaluation mode, with its steps on if
-    `trainable`; no other weights are needed. Raises ValueError for a folder that holds none."""
+    `trainable`, in the memory of its codes if `packed` (`kit.artifact.load`); no other weights are
+    needed. Raises ValueError for a folder that holds none."""
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), artifact.without_values():
         model = getattr(transformers, config.architectures[0])._from_config(config)
     if (Path(folder) / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return artifact.load(Path(folder) / FILE, model, trainable)
+    return artifact.load(Path(folder) / FILE, model, trainable, packed=packed)
 
 
 def load(name: str) -> nn.Module:

@@ -560,3 +560,35 @@ def test_range_coded_files_of_the_first_versions_are_refused(tmp_path):
     (tmp_path / "a").write_bytes(body + hashlib.sha256(body).digest())
     with pytest.raises(artifact.ArtifactError, match="earlier version"):
         artifact.load(tmp_path / "a", parts=np.load(DATA / "kit3.npz")["parts"])
+
+
+class Mixed(nn.Module):
+    """A table shared with an output layer of its own bias and, as a bare tensor, with the model;
+    layers that can be packed and layers that cannot."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.output = nn.Embedding(30, 12), nn.Linear(12, 30)
+        self.output.weight = self.bare = self.table.weight
+        self.memory, self.inner = nn.LSTM(12, 12), nn.Linear(12, 12)
+        self.norm = nn.BatchNorm1d(12)
+
+    def forward(self, ids):
+        x = self.norm(self.memory(self.table(ids))[0].mT).mT
+        return self.output(torch.relu(self.inner(x))) + x @ self.bare.T
+
+
+@pytest.mark.parametrize("which", ["*", "bare", "inner.*", "memory.*"])
+def test_any_model_is_read_into_packed_layers(tmp_path, which):
+    torch.manual_seed(0)
+    model, other = Mixed(), Mixed()
+    model(TOKENS % 30)  # statistics of the norm
+    quantize_weights(model.eval(), {which: Format(4)})
+    artifact.save(model, tmp_path / "a")
+    with artifact.without_values():
+        empty = Mixed()
+    for into in (other, copy_model(model), empty):
+        packed = artifact.load(tmp_path / "a", into, packed=True)
+        assert torch.equal(packed(TOKENS % 30), model(TOKENS % 30))
+        assert not any(p.is_meta for p in packed.parameters())
+        assert (type(packed.inner) is nn.Linear) == (which not in ("*", "inner.*"))

@@ -143,6 +143,7 @@ def test_every_order_of_steps_is_computed_alike_everywhere(tmp_path_factory, tie
     assert b"".join(artifact.file.serialized(trainable)) == data
     assert masks(trainable) == masks(model)
     assert same(outputs(pack_layers(model)), expected)
+    assert same(outputs(artifact.load(path, parts=PARTS, packed=True)), expected)
     assert same(outputs(copy.deepcopy(model)), expected) and same(
         outputs(materialize(model)), expected
     )

@@ -509,6 +509,7 @@ def test_packed_model_equals_the_fake_quantized_one(plan, tied):
     layers = [m for m in packed.modules() if isinstance(m, (QuantizedMoELayer, QuantizedLinear))]
     assert len(layers) >= 2 and packed.layers[0].moe.usage.shape == model.layers[0].moe.usage.shape
     assert packed.layers[0].moe.w_in.shape == model.layers[0].moe.w_in.shape
+    assert torch.equal(pack_layers(packed)(tokens), packed(tokens))
 
 
 def test_moe_layer_from_float_counts_usage_and_keeps_shapes():

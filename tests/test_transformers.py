@@ -22,6 +22,7 @@ from kit.hub import from_pretrained, load, save_pretrained
 from kit.pruning import prune_layers
 from kit.pruning.layers import skipped
 from kit.quantization import FakeQuantize, Format, quantize_weights
+from kit.quantization.integers import QuantizedEmbedding, QuantizedLinear
 from kit.training import TrainConfig, train
 from kit.training.evaluation import evaluate
 from kit.training.losses import next_token_loss, training_loss
@@ -328,6 +329,45 @@ def test_a_model_is_read_by_name_or_the_sentence_says_which_files_to_give(tmp_pa
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="hf:"):
         load("gpt2")
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "mixtral", "t5", "vit"])
+def test_a_folder_is_read_in_the_memory_of_its_codes(name, tmp_path, monkeypatch):
+    """At no time are there the floats of more than the layers that are being read."""
+    case, floats, decode = CASES[name], [], artifact.file._decode
+    model = quantize_weights(case.model().eval(), Format(4))
+    save_pretrained(model, tmp_path)
+
+    def noting(entry, weight, *rest):
+        decode(entry, weight, *rest)
+        tables = [w.original for w in weights(weight.model, matrices=True) if w.steps]
+        floats.append(sum(x.numel() for x in tables if not x.is_meta))
+
+    monkeypatch.setattr(artifact.file, "_decode", noting)
+    packed, inputs = from_pretrained(tmp_path, packed=True), case.inputs(2, 16)
+    found, wanted = (run(m, inputs)[0] for m in (packed, model))
+    assert torch.equal(found, wanted)
+    layers = [m for m in packed.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
+    plain = [m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding)]
+    assert len(layers) == len(plain)
+    assert max(floats) <= max(m.weight.numel() for m in plain)
+
+
+def test_what_has_no_values_is_refused(tmp_path):
+    model = CASES["llama"].model()
+    artifact.save(model, tmp_path / "a.kit")
+    with torch.device("meta"):
+        empty = type(model)._from_config(model.config)
+    with pytest.raises(artifact.ArtifactError, match=r"inv_freq.*kit\.artifact\.without_values"):
+        artifact.load(tmp_path / "a.kit", empty)
+    with artifact.without_values():
+        empty = type(model)._from_config(model.config)
+    assert all(p.is_meta for p in empty.parameters())
+    inputs = CASES["llama"].inputs(2, 16)
+    again = artifact.load(tmp_path / "a.kit", empty)
+    assert torch.equal(run(again, inputs).logits, run(model.eval(), inputs).logits)
+    with pytest.raises(ValueError, match="trainable=True and packed=True"):
+        artifact.load(tmp_path / "a.kit", model, trainable=True, packed=True)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "mixtral", "t5", "vit"])

@@ -26,10 +26,12 @@ from kit.artifact.model import activation_modules, extra_state, kind_of, prepare
 from kit.core.protocols import bare
 from kit.core.steps import STEPS, Step
 from kit.core.store import atomic
-from kit.core.weights import Weight, materialize
+from kit.core.weights import Weight, materialize, weights
 from kit.models import recipe
 from kit.pruning import mask  # noqa: F401 registers its step
 from kit.quantization import fake, token_tables  # noqa: F401 register their steps
+from kit.quantization.integers import LAYERS as PACKED
+from kit.quantization.integers import pack_layers, packed_parts
 
 
 def save(model: nn.Module, path: str | os.PathLike, layouts: Sequence[str] = tuple(LAYOUTS)) -> int:
@@ -64,36 +66,51 @@ def tensor_bytes(weight: Weight) -> int:
 
 
 def load(
-    path: str | os.PathLike, model: nn.Module | None = None, trainable: bool = False, parts=None
-) -> nn.Module:
+    path: str | os.PathLike, model: nn.Module | None = None, trainable: bool = False, parts=None,
+    packed: bool = False,
+) -> nn.Module:  # fmt: skip
     """The model in the file, in evaluation mode, its weights multiplied out to floats.
 
     Its outputs equal those of the model that was saved, to the last bit.
 
     Args:
-        model: an instance to fill and return, for models that are not the kit's own.
+        model: an instance to fill and return, for models that are not the kit's own; made within
+            `without_values`, it takes no memory before.
         trainable: put the steps of the saved model back on, so that training can go on.
         parts: (V, 2), what each token was merged from, for tables composed of them.
+        packed: for inference in little memory, on the CPU: layers as `pack_layers` makes them, one
+            after another, so that no more than one layer's floats are there at a time.
     Raises ArtifactError: the file is no artifact, was cut or edited, contradicts itself, has other
         tensors than the model, or NaN or infinities where that has none. Nothing is allocated that
         the model or the file's bytes do not justify.
     """
+    if trainable and packed:
+        raise ValueError(
+            "trainable=True and packed=True: packed layers cannot be trained, give one"
+        )
     what = "its header"
     with _opened(path) as (header, blobs):
         try:
             filled = prepared(header, None if model is None else bare(model))
             targets, made = targets_of(filled), []
+            layers = _emptied(filled, targets) if packed else {}
             for entry in header.tensors:
-                what, target = repr(entry.name), targets[entry.name]
+                what, target = repr(entry.name), targets.pop(entry.name)
                 original = target.original if isinstance(target, Weight) else target
                 read = Reader(entry.letters, [next(blobs) for _ in entry.sizes], original.numel())
                 with torch.no_grad():
                     if isinstance(target, Weight):
-                        _decode(entry, target, read, made, trainable, parts)
+                        kept = trainable or entry.name in layers
+                        _decode(entry, target, read, made, kept, parts)
                     else:
                         target.copy_(read.tensor(target.shape, target.dtype, like=target))
                 if read.left:
                     raise ArtifactError("it has more parts than its steps need")
+                for name in layers.get(entry.name, ()):
+                    for path, layer in packed_parts(filled.get_submodule(name)).items():
+                        filled.set_submodule(f"{name}.{path}".rstrip("."), layer)
+            if packed and any(weight.steps for weight in weights(filled)):
+                filled = model = pack_layers(filled)
         except Exception as error:  # steps and models may be anybody's: all they raise is told
             why = str(error).partition("\n")[0][:500] or type(error).__name__
             raise ArtifactError(f"{path} cannot be read, {what}: {why}") from error
@@ -226,6 +243,25 @@ def _part(file: BinaryIO, size: int) -> bytearray:
     return data
 
 
+def _emptied(model: nn.Module, targets: dict) -> dict[str, list[str]]:
+    """Takes the values of all weights away. Returns, for each matrix of a layer that can be packed,
+    the paths of the layers that can once it is read, the matrices being read in their order."""
+    names, found, outer = {}, {}, ()
+    for name, target in targets.items():
+        if isinstance(target, Weight):
+            target.become(torch.empty_like(target.original, device="meta"))
+            names[id(target.original)] = name
+    order = {key: i for i, key in enumerate(names)}
+    for path, module in model.named_modules():
+        if path and isinstance(module, tuple(PACKED)) and not path.startswith(outer):
+            outer += (f"{path}.",)
+            held = {id(weight.original) for weight in weights(module, matrices=True)}
+            for key in sorted(held, key=order.get):
+                last = found.setdefault(names[key], [])
+            last.append(path)
+    return found
+
+
 def _decode(entry: Entry, weight: Weight, read: Reader, made: list, trainable: bool, parts) -> None:
     """Fills a weight with its stored value and puts its steps on, or what they compute in place."""
     kinds, original = [], weight.original
@@ -258,7 +294,11 @@ def _decode(entry: Entry, weight: Weight, read: Reader, made: list, trainable: b
             value = _checked(steps[i](value), original)
         if i < leading and value is not stored and not torch.equal(value, stored):
             raise ArtifactError("a step that it shares changes its stored value")
-    weight.assign(stored if trainable else value)
+    value = stored if trainable else value
+    if original.is_meta:
+        weight.become(value.clone(memory_format=torch.contiguous_format))
+    else:
+        weight.assign(value)
     if trainable and steps:
         weight.set_steps(steps)
 

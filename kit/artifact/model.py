@@ -2,7 +2,10 @@
 
 import json
 import math
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 import torch.nn as nn
@@ -77,14 +80,37 @@ def prepared(header: Header, model: nn.Module | None) -> nn.Module:
     for name in header.extra.keys() ^ extra_state(shown).keys():
         raise ArtifactError(f"extra state of {name!r} is in one of file and model only")
     _check_tensors(header, shown, modules)
+    for name, buffer in () if model is None else model.named_buffers():
+        if buffer.is_meta:
+            advice = "make the model within kit.artifact.without_values()"
+            raise ArtifactError(f"buffer {name!r} is on the meta device, without values: {advice}")
     if model is None:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), without_values():
             model = build_model(header.model.kind, header.model.config)
     for name, stated in header.modules.items():
         model.set_submodule(name, _quantizer(stated))
     for name, state in header.extra.items():
         model.get_submodule(name).set_extra_state(state)
     return model
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Parameters that this thread gives to modules are on the meta device, and take no memory until
+    `load` fills the model.
+
+    >>> with without_values():
+    ...     model = nn.Linear(50_000, 50_000)
+    """
+    plain, here = nn.Module.register_parameter, threading.get_ident()
+
+    def register(module, name, parameter):
+        if parameter is not None and not parameter.is_meta and threading.get_ident() == here:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        plain(module, name, parameter)
+
+    with patch.object(nn.Module, "register_parameter", register):
+        yield
 
 
 def _quantizer(stated: dict) -> nn.Module:

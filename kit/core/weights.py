@@ -203,17 +203,22 @@ class Weight:
     def select(self, select: Callable[[Tensor], Tensor]) -> None:
         """Keeps the entries that `select` picks from any tensor of this shape; steps are resized.
         Raises ValueError, and changes nothing, if a step cannot be."""
-        old, steps = self.original, self.steps
-        x, resized = select(old.detach()).clone(), []
-        new = nn.Parameter(x, requires_grad=old.requires_grad)
+        kept = x = select(self.original.detach()).clone()
+        resized = []
         with torch.no_grad():
-            for step in steps:
+            for step in self.steps:
                 resized.append(step.resized(select, x))
                 x = resized[-1](x)
+        self.become(kept, resized)
+
+    def become(self, values: Tensor, steps: Sequence[Step] = ()) -> None:
+        """Replaces trained values, by others of any shape, and steps, wherever they are shared."""
+        old = self.original
+        new = nn.Parameter(values, requires_grad=old.requires_grad)
         self.set_steps([])
         for module, attribute in _holders(self.model, old):
             setattr(module, attribute, new)
-        self.set_steps(resized)
+        self.set_steps(steps)
 
 
 def weights(model: nn.Module, select: str | Iterable[str] = "*", matrices=False) -> list[Weight]:

@@ -94,7 +94,9 @@ def _packed(module: nn.Module, attribute: str = "weight") -> GroupWiseQuantizer:
 
 
 def _fixed(value: Tensor | None) -> nn.Parameter | None:
-    return None if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
+    if value is None or value.is_meta:  # `artifact.load` fills this very one later
+        return value
+    return nn.Parameter(value.detach().clone(), requires_grad=False)
 
 
 class _Packed(nn.Module):
@@ -176,19 +178,28 @@ def pack_layers(model: nn.Module) -> nn.Module:
     layers; other weights are multiplied out. Its outputs equal those of `model` in evaluation mode,
     to the last bit. A weight that several layers share is packed in each of them.
     """
-    made = {name: layer for name, module in model.named_modules() if (layer := _pack(module))}
+    made = packed_parts(model)
     if "" in made:
         return made[""].eval()
     copy = materialize(model)
     for name, layer in made.items():
-        if not any(name.startswith(f"{outer}.") for outer in made):
-            copy.set_submodule(name, layer)
+        copy.set_submodule(name, layer)
     return copy.eval()
+
+
+def packed_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The packed layers of `pack_layers`, by the path of what they take the place of."""
+    made = {name: layer for name, module in model.named_modules() if (layer := _pack(module))}
+    if "" in made:
+        return {"": made[""]}
+    inside = tuple(f"{name}." for name in made)
+    return {name: layer for name, layer in made.items() if not name.startswith(inside)}
 
 
 def _pack(module: nn.Module) -> nn.Module | None:
     for kind, (layer, attributes) in LAYERS.items():
         fits = is_plain(module, kind) or (kind is MoE and isinstance(module, MoE))
+        fits = fits and not isinstance(module, layer)
         if fits and all(packable(weight_of(module, name)) for name in attributes):
             return layer(module)
     return None

@@ -7,8 +7,10 @@ missing (brotli, zstandard, nncodec) are left out.
 """
 
 import argparse
+import contextlib
 import copy
 import functools
+import gc
 import importlib.util
 import json
 import multiprocessing
@@ -16,6 +18,7 @@ import tempfile
 import time
 import zlib
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -23,13 +26,14 @@ import torch
 from torch import nn
 
 from kit import artifact
-from kit.budget import SampledLoss, round_to_budget
+from kit.budget import SampledLoss, rate, round_to_budget
 from kit.core import ans, range_coder
 from kit.core.measurement import measure, peak_memory
 from kit.core.store import write_json
 from kit.lab.records import environment
 from kit.quantization import Format, quantize_weights
 from kit.quantization.packing import pack
+from kit.training import TrainConfig, train
 
 KINDS = {"INT4": (7, 2.2), "INT8": (127, 30.0), "mostly zero": (7, 0.3)}  # largest code, its spread
 
@@ -135,7 +139,8 @@ SIZES[124] = (768, 12, 50257)
 
 def cost(shape: tuple[int, int, int]) -> dict:
     """CPU seconds of each step for a Decoder of this width, layers and vocabulary, and the peak of
-    this process's memory after it (bytes)."""
+    memory in it over what was held before (bytes); of a training under a rate, the share of its
+    time that coding takes."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = Decoder(*shape).eval()
@@ -143,10 +148,12 @@ def cost(shape: tuple[int, int, int]) -> dict:
     row = {"parameters": sum(p.numel() for p in model.parameters())}
 
     def timed(what: str, call):
-        start = time.process_time()
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        start, held = time.process_time(), peak_memory()
         result = call()
         row[f"{what}, s"] = time.process_time() - start
-        row[f"{what}, peak bytes"] = peak_memory()
+        row[f"{what}, peak bytes"] = peak_memory() - held
         return result
 
     def step():
@@ -158,12 +165,53 @@ def cost(shape: tuple[int, int, int]) -> dict:
     quantized = quantize_weights(copy.deepcopy(model), Format(4))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.kit"
-        row["bytes"] = timed("save", lambda: artifact.save(quantized, path))
-        timed("load", lambda: artifact.load(path, quantized))
+        row["bytes"] = timed("save", functools.partial(artifact.save, quantized, path))
+        del quantized
+        for name, packed in (("load", False), ("load packed", True)):
+            with artifact.without_values():
+                empty = Decoder(*shape)
+            timed(name, functools.partial(artifact.load, path, empty, packed=packed))
+            del empty
     batches = [(torch.randint(shape[2], (4, 32)), None) for _ in range(8)]
     target = artifact.float32_bytes(model) // 8
-    timed("rounding", lambda: round_to_budget(model, batches, target, SampledLoss()))
+    timed("rounding", lambda: round_to_budget(copy.deepcopy(model), batches, target, SampledLoss()))
+    row["share of coding"] = coding_share(model, shape[2])
     return row
+
+
+def coding_share(model: nn.Module, vocabulary: int, steps: int = 200, seen: int = 40) -> float:
+    """Of the CPU time of training under a rate, to a twelfth of the float32 bytes, in steps of 256
+    tokens: what the coder takes. Measured in the first steps, where it codes most."""
+    ids = torch.randint(vocabulary, (4, 64))
+    target = artifact.float32_bytes(model) // 12
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch).flatten(0, 1), batch.flatten())
+
+    spent = 0.0
+
+    def counted(function):
+        def called(*arguments):
+            nonlocal spent
+            start = time.process_time()
+            result = function(*arguments)
+            spent += time.process_time() - start
+            return result
+
+        return called
+
+    def until(step: int, *_) -> None:
+        if step == seen:
+            raise KeyboardInterrupt
+
+    rate.set_rate_formats(model, rate.row_sensitivity(model, [ids], loss), 2.5 * target)
+    term = rate.RateLoss(loss, model, target, [ids])
+    more = {"extra_parameters": term.parameters(), "hooks": [term.step, until], "log": False}
+    with patch.object(rate.RateLoss, "coded", counted(rate.RateLoss.coded)):
+        start = time.process_time()
+        with contextlib.suppress(KeyboardInterrupt):
+            train(model, [ids], TrainConfig(steps), loss=term, **more)
+        return spent / (time.process_time() - start)
 
 
 def main() -> None:
