@@ -1,9 +1,13 @@
 import torch
 from torch import nn
 
+from kit import artifact
+from kit.budget import row_sensitivity, set_rate_formats
 from kit.core.weights import weights
 from kit.models import ResNetBK, ResNetBKConfig
-from notebooks.reference.ablation import Average, Looped, Muon, orthogonal
+from kit.quantization.fake import FakeQuantize
+from kit.training.losses import training_loss
+from notebooks.reference.ablation import Average, Chosen, Looped, Muon, orthogonal
 
 SMALL = {"vocab_size": 50, "d_model": 32, "experts": 2, "d_ff": 32, "channels": 16, "tied": True}
 
@@ -55,3 +59,25 @@ def test_the_average_is_of_the_last_steps():
         average(step, 100, model)
     average.take()
     torch.testing.assert_close(model.weight.item(), 93.0)  # of 86 to 100
+
+
+def test_chosen_codes_move_a_step_towards_zero_until_the_file_fits():
+    torch.manual_seed(0)
+    model = ResNetBK(ResNetBKConfig(layers=1, **SMALL)).eval()
+    batches, loss = [torch.randint(0, 50, (2, 4, 9)).unbind()], training_loss(model)
+    set_rate_formats(model, row_sensitivity(model, batches, loss), 4000)
+    size = artifact.nbytes(model)
+    chosen = Chosen(loss, model, size - 300, batches)
+
+    def codes():
+        steps = [(w, w.find(FakeQuantize)) for w in weights(model)]
+        steps = [(w, s) for w, s in steps if s.learned]
+        return torch.cat([s.codes(w.before(s.rank))[0].flatten().float() for w, s in steps])
+
+    before = codes()
+    chosen.finish()
+    after = codes()
+    moved = after != before
+    assert size - 320 <= artifact.nbytes(model) <= size - 300
+    assert torch.equal(after[moved], (before - before.sign())[moved])
+    assert 10 < moved.sum() < len(before) / 2

@@ -19,7 +19,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from kit import artifact
 from kit.artifact.header import SAID, unsealed
 from kit.budget import RateLoss, RateSettings, row_sensitivity, set_rate_formats
-from kit.budget.rate import SMALL_FORMAT
+from kit.budget import rate as rates
 from kit.core import range_coder
 from kit.core.measurement import tune_process
 from kit.core.store import read_json, write_json
@@ -65,13 +65,14 @@ class Idea:
 
     student: the dense model that is compressed; teachers: those that it learns from.
     muon: for matrices of the body. rated: whether small tensors are under the rate too, or in eight
-    bits.
+    bits. above: times the budget that training aims at, where `Chosen` codes take the rest away.
     """
 
     student: str = "dense"
     teachers: Sequence[str] = ("dense",)
     muon: str = ""
     rated: bool = False
+    above: float | None = None
 
 
 IDEAS = {
@@ -82,6 +83,8 @@ IDEAS = {
     "ensemble": Idea(teachers=("dense", "dense-1")),
     "wide": Idea(student="wide"),
     "looped": Idea(student="looped"),
+    "chosen": Idea(above=1.012),
+    "chosen-4": Idea(above=1.04),
 }
 MODELS = {  # name -> fields that differ from SHAPE
     "dense": {},
@@ -153,7 +156,10 @@ def compressed(student, teachers, corpus: Corpus, idea: Idea, seed: int, place: 
             if not step.learned:
                 first = settings.rate.first_step
                 weight.put(FakeQuantize(before, step.format, step.view, True, first))
-    rate = RateLoss(distill, model, BUDGET, batches[:2], settings.rate)
+    kind, rate_settings = RateLoss, settings.rate
+    if idea.above:
+        kind, rate_settings = Chosen, replace(settings.rate, aim=idea.above)
+    rate = kind(distill, model, BUDGET, batches[:2], rate_settings)
     average = Average(model)
     plain = torch.optim.AdamW
     if idea.muon:
@@ -171,6 +177,37 @@ def compressed(student, teachers, corpus: Corpus, idea: Idea, seed: int, place: 
     average.take()
     rate.finish()
     yield "-average", model
+
+
+class Chosen(RateLoss):
+    """Ends by rate-distortion: codes go a step towards zero, those first whose squared error, times
+    the sensitivity of their row, grows least for each bit that the code gets shorter."""
+
+    def finish(self) -> None:
+        sensitivity, moves = row_sensitivity(self.model, self.batches, self.loss), []
+        for weight, step in self.members:
+            kept = weight.before(step.rank).detach().clone()
+            codes, scale, _ = step.codes(kept)
+            codes, scale, values = codes.float(), step.spread(scale), step.view.matrix(kept)
+            lower = codes - codes.sign()
+            cost = (values - lower * scale).square() - (values - codes * scale).square()
+            cost *= step.spread(rates._block_sensitivity(weight.name, step, sensitivity))
+            means = step.blocks(step.view.tensor(codes.abs())).mean(1, keepdim=True)
+            bits = -rates.geometric_ratio(means.clamp(min=1e-3)).log2()
+            score = (cost / step.spread(bits)).masked_fill(codes == 0, math.inf)
+            moves.append((weight, kept, *map(step.view.tensor, (lower * scale, score))))
+        ordered = torch.cat([score[score < math.inf] for *_, score in moves]).sort().values
+        low, high = 0, len(ordered) - 1 if artifact.nbytes(self.model) > self.file_bytes else 0
+        while low < high:
+            self._move(moves, ordered[middle := (low + high) // 2])
+            fits = artifact.nbytes(self.model) <= self.file_bytes
+            low, high = (low, middle) if fits else (middle + 1, high)
+        self._move(moves, ordered[low])
+
+    @torch.no_grad()
+    def _move(self, moves: list, most: Tensor) -> None:
+        for weight, kept, lower, score in moves:
+            weight.assign(torch.where(score <= most, lower, kept))
 
 
 class Average:
@@ -314,7 +351,8 @@ def small_tensors(file: Path) -> list[dict]:
     model = artifact.load(file, trainable=True, parts=corpus.tokenizer.parts)
     before, size = evaluate(model, glance), artifact.nbytes(model)
     small = [w for w in weights(model) if w.original.numel() < settings.small]
-    steps = {w.name: FakeQuantize(w.value.detach(), SMALL_FORMAT, w.view, True) for w in small}
+    coarse = rates.SMALL_FORMAT
+    steps = {w.name: FakeQuantize(w.value.detach(), coarse, w.view, True) for w in small}
     sensitivity = row_sensitivity(model, batches, training_loss(model))
     mean = {w.name: sensitivity[w.name].mean() for w in small}
     largest = max(map(max, sensitivity.values()))
