@@ -80,8 +80,8 @@ def load_or_train(
     torch.manual_seed(training.seed)
     text, dense, made_by = opened(model, corpus, vocab_size, train_bytes)
     if model.startswith(PRETRAINED):
-        most = getattr(dense.config.get_text_config(), "max_position_embeddings", seq_len)
-        if seq_len > most:
+        most = getattr(dense.config.get_text_config(), "max_position_embeddings", None)
+        if most and seq_len > most:
             raise ValueError(f"seq_len is {seq_len}, but {model} has {most} positions: choose less")
         training, settings = None, {"vocab_size": vocab_size, **of_training, **settings}
     if dense is None:
