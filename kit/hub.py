@@ -10,6 +10,7 @@ from torch import nn
 from kit import artifact
 from kit.core.protocols import bare
 from kit.core.weights import class_of, weights
+from kit.data.tokenization import BPETokenizer
 
 FILE = "model.kit"
 
@@ -61,8 +62,31 @@ def load(name: str) -> nn.Module:
         kind = getattr(transformers, config.architectures[0])
         return kind.from_pretrained(home, use_safetensors=True).eval()
     except Exception as error:  # whatever the library meets, in one sentence
-        reason = str(error).strip().partition("\n")[0][:200]
         raise ValueError(
-            f"{name!r} cannot be read ({reason}): give hf: and a folder with config.json and "
-            "model.safetensors, or, with a network, hf: and the id of a model"
+            f"{name!r} cannot be read ({_reason(error)}): give hf: and a folder with config.json "
+            "and model.safetensors, or, with a network, hf: and the id of a model"
         ) from None
+
+
+def load_tokenizer(name: str, vocab_size: int) -> BPETokenizer:
+    """The tokenizer that comes with the model of `load`, which knows `vocab_size` tokens. Raises
+    ValueError where there is none, and for one that is not fast."""
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(name.removeprefix("hf:"))
+        if not found.is_fast:
+            raise ValueError(f"{type(found).__name__} is a slow one")
+        if len(found) <= len(found.all_special_ids):  # made up where no file is
+            raise ValueError("no file of one is there")
+    except Exception as error:
+        raise ValueError(
+            f"{name!r} has no fast tokenizer ({_reason(error)}): put its tokenizer.json, and "
+            "tokenizer_config.json, beside the model"
+        ) from None
+    backend = found.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return BPETokenizer(backend, vocab_size)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]

@@ -15,6 +15,7 @@ import nbformat
 import pytest
 
 from kit.lab.execute import clean
+from tests.test_opened import saved
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -32,14 +33,14 @@ def parameters_of(notebook):
     return next(c.source for c in cells if "parameters" in c.metadata.get("tags", []))
 
 
-def papermill(notebook, folder):
+def papermill(notebook, folder, *more):
     parameters = parameters_of(notebook)
     arguments = ["papermill", "-k", "python3", str(notebook), str(folder / notebook.name)]
     if "vocab_size" in parameters:
         arguments += ["-f", str(ROOT / "notebooks/params/smoke.yaml")]
     if "out = " in parameters:
         arguments += ["-p", "out", str(folder / "run")]
-    return run(arguments)
+    return run([*arguments, *more])
 
 
 def nbval(notebook):
@@ -74,6 +75,16 @@ def test_papermill_runs_on_the_smoke_profile(notebook, executions):
     if "out = " in parameters_of(notebook):
         record = json.loads((folder / "run" / "result.json").read_text())
         assert record["notebook"] == notebook.stem
+
+
+def test_a_pretrained_model_goes_through_the_pipeline(tmp_path):
+    notebook, model = ROOT / "notebooks/05_full_pipeline.ipynb", saved(tmp_path / "model")
+    done = papermill(notebook, tmp_path, "-p", "model", model, "-p", "train_bytes", "60000")
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert record["parameters"]["model"] == model and record["curves"]["dense"] == []
+    assert record["bytes"] <= record["dense"]["bytes"] / 6
+    assert record["tied_bytes"] == record["dense"]["bytes"]  # GPT-2 has one table
 
 
 @pytest.mark.parametrize("notebook", COMPARED, ids=lambda p: p.stem)

@@ -85,17 +85,30 @@ def test_a_name_that_means_something_else_has_the_type_of_its_default():
 
 
 def test_a_model_that_a_notebook_is_not_for_is_refused_in_one_sentence(tmp_path):
-    own = tmp_path / "mine.py"
+    own, folder, empty = tmp_path / "mine.py", tmp_path / "model", tmp_path / "empty"
     own.write_text("")
+    folder.mkdir()
+    empty.mkdir()
+    (folder / "config.json").write_text("{}")
     known = parameters.MODELS
-    assert parameters.parameters({"model": "lstm"}, known)["model"] == "lstm"
-    assert parameters.parameters({"model": f"{own}:make"}, (*known, parameters.OWN))
+    for model in ("lstm", f"{own}:make", f"hf:{folder}", "hf:gpt2", "hf:org/some-model.1"):
+        assert parameters.parameters({"model": model}, known)["model"] == model
     for model, models in (
         ("gru", known),
-        ("hf:gpt2", known),
+        ("gpt2", known),
         ("lstm", ["resnet_bk"]),
-        (f"{own}:make", known),
-        (f"{own}x:make", (*known, parameters.OWN)),
+        (f"{own}:make", known[:3]),
+        (f"hf:{folder}", ["resnet_bk"]),
+        (f"{own}x:make", known),
+        (f"{own}:", known),
+        (f"{own}", known),
+        (f"{folder}", known),
+        (f"hf:{empty}", known),
+        (f"hf:{tmp_path / 'nothing'}", known),
+        (f"hf:{folder / 'config.json'}", known),
+        ("hf:", known),
+        ("hf:a/b/c", known),
+        *((kind, known) for kind in known[3:]),
     ):
         with pytest.raises(ValueError, match="^model is .*; it must be one of [^\n]*09_pretrained"):
             parameters.parameters({"model": model}, models)

@@ -59,8 +59,9 @@ def register_corpus(name: str) -> Callable[[Callable], Callable]:
 
 @checks
 def load_corpus(
-    name: str = "docs", vocab_size: VocabularySize = 4096, train_bytes: Count | None = None
-) -> Corpus:
+    name: str = "docs", vocab_size: VocabularySize = 4096, train_bytes: Count | None = None,
+    tokenizer: BPETokenizer | None = None,
+) -> Corpus:  # fmt: skip
     """Reads, splits and tokenizes a text. The tokenizer learns from the training text alone.
 
     Args:
@@ -68,9 +69,11 @@ def load_corpus(
             `"text:<UTF-8 file, folder or glob>"`; or a name given to `register_corpus`.
         train_bytes: use about this much of the training text (its beginning), and at most an eighth
             of it of each other split: for trials, since figures on other lengths do not compare.
+        tokenizer: a pretrained model's, in place of one that learns `vocab_size` tokens.
 
     Raises ValueError or FileNotFoundError: unknown name, no such file, text that is empty or not
-    UTF-8, vocab_size under 257 or over what the text supports; MemoryError: too little for it.
+    UTF-8, vocab_size under 257 or over what the text supports, a token outside of the vocabulary
+    of the tokenizer given; MemoryError: too little for it.
     """
     kind, colon, place = str(name).partition(":")
     if kind + colon not in CORPORA:
@@ -85,7 +88,7 @@ def load_corpus(
             if not any(block.strip() for block in blocks(texts[split])):
                 raise ValueError(f"The {split} split of corpus {name!r} is empty: give more text.")
         sha256, utf8_bytes = _summed(texts)
-        tokenizer, tokens = _tokens(texts, sha256, vocab_size)
+        tokenizer, tokens = _tokens(texts, sha256, vocab_size, tokenizer)
     except MemoryError:
         raise MemoryError(f"Corpus {name!r} takes more memory than there is: give more.") from None
     return Corpus(name, tokenizer, *tokens, utf8_bytes=utf8_bytes, sha256=sha256)
@@ -113,11 +116,13 @@ def _beginning(text: Text, most: int) -> str:
     return data[:most].decode(errors="ignore")
 
 
-def _tokens(texts: Texts, sha256: str, vocab_size: int) -> tuple[BPETokenizer, list[np.ndarray]]:
+def _tokens(
+    texts: Texts, sha256: str, vocab_size: int, given: BPETokenizer | None
+) -> tuple[BPETokenizer, list[np.ndarray]]:
     """The tokenizer and each split's tokens: learned and encoded, or from the cache in one file."""
 
     def build(temporary: Path) -> None:
-        tokenizer, counts, check = BPETokenizer.train(texts["train"], vocab_size), [], 0
+        tokenizer, counts, check = given or BPETokenizer.train(texts["train"], vocab_size), [], 0
         with open(temporary, "wb") as file:
             for split in SPLITS:
                 counts.append(0)
@@ -139,12 +144,14 @@ def _tokens(texts: Texts, sha256: str, vocab_size: int) -> tuple[BPETokenizer, l
                 raise ValueError("its checksum differs")
             file.seek(held - length)
             tail = msgspec.json.decode(file.read(length), type=Tail)
-        tokenizer = BPETokenizer.from_json(tail.tokenizer)
+        tokenizer = given or BPETokenizer.from_json(tail.tokenizer)
         if 4 * sum(tail.tokens) != held - length or tokenizer.vocab_size != vocab_size:
             raise ValueError(f"its tokens are not of a vocabulary of {vocab_size}")
         ids = np.asarray(np.memmap(path, np.int32, "c", shape=sum(tail.tokens)))  # pages on demand
         return tokenizer, np.split(ids, np.cumsum(tail.tokens)[:-1])
 
-    recipe = code_digest(["data/tokenization.py"]), tokenizers.__version__
+    recipe = [code_digest(["data/tokenization.py"]), tokenizers.__version__]
+    if given:
+        vocab_size, recipe = given.vocab_size, [*recipe, given.to_json()]
     path = cache_dir() / "tokens" / f"{digest(sha256, vocab_size, *recipe)}.tokens"
     return cached(path, build, read)

@@ -16,7 +16,7 @@ from kit.core.settings import Meta, checks
 Text = str | Iterable[str]  # or blocks of it, the same each time that they are asked for
 LEARNED = 2**13  # pieces at most that merges are learned from: more take memory and change little
 VocabularySize = Annotated[int, Meta(ge=257, le=2**24)]  # bytes are 256 of the tokens
-_CUT = re.compile(r"[ \t\n](?=\S)")  # byte-level pre-tokenization always begins a word here
+_CUT = re.compile(r"[ \t](?=\S)|(?<=\n)(?=\S)")  # byte-level pre-tokenization always begins a word here
 
 
 def blocks(text: Text) -> Iterable[str]:
@@ -38,10 +38,11 @@ def _pieces(text: Text, size: int = 8_000, most: int = 16_000) -> Iterator[str]:
 
 
 class BPETokenizer:
-    """Byte-level byte-pair encoding (Sennrich et al. 2016): decode(encode(text)) is the text."""
+    """Byte-level byte-pair encoding (Sennrich et al. 2016): decode(encode(text)) is the text. Or
+    what a pretrained model comes with (`kit.hub.load_tokenizer`), and its size of vocabulary."""
 
-    def __init__(self, backend: tokenizers.Tokenizer):
-        self._backend = backend
+    def __init__(self, backend: tokenizers.Tokenizer, vocab_size: int | None = None):
+        self._backend, self.vocab_size = backend, vocab_size or backend.get_vocab_size()
 
     @classmethod
     @checks
@@ -63,32 +64,40 @@ class BPETokenizer:
             raise ValueError(f"{problem}: byte-level BPE reaches {reached} tokens, choose fewer.")
         return cls(backend)
 
-    @property
-    def vocab_size(self) -> int:
-        return self._backend.get_vocab_size()
-
     def encode(self, text: Text) -> np.ndarray:
         """Tokens of the text: int32 (tokens,)."""
         return np.concatenate([np.empty(0, np.int32), *self.encoded(text)])
 
     def encoded(self, text: Text) -> Iterator[np.ndarray]:
-        """The tokens of the text, part after part, in the memory of one."""
+        """The tokens of the text, none added, part after part, in the memory of one. Raises
+        ValueError for one outside of the vocabulary."""
         pieces = _pieces(text)
         while batch := list(islice(pieces, 256)):  # encodings take many times the memory of ids
-            yield from (np.array(e.ids, np.int32) for e in self._backend.encode_batch_fast(batch))
+            for encoding in self._backend.encode_batch_fast(batch, add_special_tokens=False):
+                ids = np.array(encoding.ids, np.int32)
+                if (last := ids.max(initial=0)) >= self.vocab_size:
+                    what = f"token {last} of the text is outside of a vocabulary of"
+                    advice = "give the tokenizer that the model was trained with"
+                    raise ValueError(f"{what} {self.vocab_size}: {advice}.")
+                yield ids
 
     def decode(self, ids) -> str:
         """The text behind the tokens; bytes that are no UTF-8 (a cut character) become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     @cached_property
-    def parts(self) -> np.ndarray:
-        """The two tokens that each was merged from, -1 twice for a byte: int32 (vocab_size, 2)."""
+    def parts(self) -> np.ndarray | None:
+        """The two tokens before it that each was merged from, -1 twice for a byte: int32
+        (vocab_size, 2). None for a pretrained model's tokens that are not all made so."""
         state = json.loads(self.to_json())["model"]
         ids, parts = state["vocab"], np.full((self.vocab_size, 2), -1, np.int32)
+        if state["type"] != "BPE" or max(ids.values()) >= self.vocab_size:
+            return None
         for left, right in reversed(state["merges"]):  # the first merge that makes a token counts
+            if left + right not in ids:  # with a prefix inside of words
+                return None
             parts[ids[left + right]] = ids[left], ids[right]
-        return parts
+        return parts if (parts.max(1) < np.arange(self.vocab_size)).all() else None
 
     def to_json(self) -> str:
         return self._backend.to_str()

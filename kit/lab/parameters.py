@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import importlib.util
 import os
+import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,8 +19,8 @@ from kit.data.tokenization import VocabularySize
 
 PROFILES = Path(__file__).resolve().parents[2] / "notebooks" / "params"
 Ratio = Annotated[float, Meta(ge=1, le=1e9)]
-OWN = "module.py:function"
-MODELS = ("resnet_bk", "lstm", "transformer")
+OWN, PRETRAINED = "file.py:function", "hf:<folder or hub id>"
+MODELS = ("resnet_bk", "lstm", "transformer", OWN, PRETRAINED)
 Text = Annotated[str, Meta(min_length=1)]
 SHARED = [  # kinds, and the names of what is of that kind in any notebook
     (Text, "model corpus out runs records device"),
@@ -47,8 +48,9 @@ def parameters(namespace: Mapping, models: Iterable[str] = ()) -> dict:
     """The parameters among a notebook's globals, checked and printed; its first cell after them is
     `globals().update(settings := parameters(globals()))`.
 
-    models: what `model` may be, where a notebook's methods are not for any; "module.py:function"
-    stands for a function of yours that takes the vocabulary's size.
+    models: what `model` may be, where a notebook's methods are not for any; OWN stands for a
+    function of yours that takes the vocabulary's size, PRETRAINED for a causal language model of
+    transformers, in a folder or on the hub.
     What `$KIT_PROFILE` sets holds but for what papermill was given. Raises ValueError for a value
     that its parameter cannot have, and for what papermill was given without a parameter.
     """
@@ -61,8 +63,9 @@ def parameters(namespace: Mapping, models: Iterable[str] = ()) -> dict:
     values |= {name: profile[name] for name in profile.keys() - given}
     values = {name: checked(name, value, KINDS[name]) for name, value in values.items()}
     model = values.get("model")
-    if models and model not in models and not (OWN in models and own(model)):
-        advice = "00_your_model takes any module, 09_pretrained models of transformers"
+    named = {OWN: own, PRETRAINED: pretrained}
+    if models and not any(named.get(kind, kind.__eq__)(model) for kind in models):
+        advice = "with files that are there; 00_your_model takes any module, 09_pretrained encoders"
         raise ValueError(f"model is {model!r}; it must be one of {', '.join(models)}: {advice}.")
     if (track := values.get("track")) and importlib.util.find_spec(track) is None:
         raise ValueError(f"track is {track!r}, which is not installed: pip install {track}")
@@ -75,6 +78,13 @@ def own(model: str) -> bool:
     """Whether a model is "file.py:function", of a file that is there."""
     file, _, function = model.rpartition(":")
     return file.endswith(".py") and Path(file).is_file() and function.isidentifier()
+
+
+def pretrained(model: str) -> bool:
+    """Whether a model is "hf:" and a folder with a config, or what may be an id of the hub."""
+    kind, _, home = model.partition(":")
+    distant = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", home) and not Path(home).exists()
+    return kind == "hf" and (Path(home, "config.json").is_file() or bool(distant))
 
 
 def assigned(source: str) -> dict[str, ast.expr]:

@@ -33,8 +33,8 @@ from notebooks.reference.baseline import Baseline
 BODY = Format(4, granularity="group", group_size=64, range="mse")
 
 
-def token_parts(dense: Baseline) -> np.ndarray:
-    """What each token was merged from, (V, 2)."""
+def token_parts(dense: Baseline) -> np.ndarray | None:
+    """What each token was merged from, (V, 2), if it was."""
     return dense.corpus.tokenizer.parts
 
 
@@ -54,8 +54,8 @@ def row(name: str, size: int, test: Evaluation, dense: Baseline, **more) -> dict
 
 
 def measured(name: str, path: Path, dense: Baseline, **more) -> dict:
-    """The row of an artifact, loaded from its file."""
-    test = evaluate(artifact.load(path, parts=token_parts(dense)), dense.loaders.test)
+    """The row of an artifact made of the dense model, loaded from its file."""
+    test = evaluate(dense.load(path), dense.loaders.test)
     return row(name, Path(path).stat().st_size, test, dense, **more)
 
 
@@ -114,8 +114,10 @@ def small_model(
         loss=training_loss(model),
         log=False,
     )
-    artifact.save(model, path := Path(folder) / f"small_{dense.corpus.tokenizer.vocab_size}.kit")
-    return measured(f"small model, {dense.corpus.tokenizer.vocab_size:,} words", path, dense)
+    words = dense.corpus.tokenizer.vocab_size
+    size = artifact.save(model, path := Path(folder) / f"small_{words}.kit")
+    test = evaluate(artifact.load(path), dense.loaders.test)
+    return row(f"small model, {words:,} words", size, test, dense)
 
 
 # Rivals: the two token tables in another way, everything else in BODY; no training, like `rounded`
@@ -143,7 +145,7 @@ def _rival(
         size += sum(len(zlib.compress(np.ascontiguousarray(a).tobytes(), 9)) for a in arrays)
         model.get_parameter(table).data.zero_()
     size += artifact.save(model, path)
-    model = artifact.load(path)
+    model = dense.load(path)
     for table, rows in decoded.items():
         model.get_parameter(table).data.copy_(rows)
     return row(name, size, evaluate(model, dense.loaders.test), dense)
@@ -207,7 +209,7 @@ def uniform_zlib(dense: Baseline, bits: int, folder: Path) -> dict:
     return row(
         f"uniform {bits} bits + zlib",
         len(zlib.compress(path.read_bytes(), 9)),
-        evaluate(artifact.load(path), dense.loaders.test),
+        evaluate(dense.load(path), dense.loaders.test),
         dense,
     )
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from kit import artifact
 from kit.core.store import read_json
-from kit.data import load_corpus, token_loaders
+from kit.data import token_loaders
 from kit.lab.records import RESULT
+from kit.models import recipe
 from kit.training.evaluation import evaluate
+from notebooks.reference.baseline import opened
 
 
 def remeasure(folder: str | Path) -> tuple[dict, dict]:
@@ -23,10 +25,12 @@ def remeasure(folder: str | Path) -> tuple[dict, dict]:
     """
     record = read_json(Path(folder) / RESULT)
     settings, path = record["parameters"], Path(folder) / record["artifact"]
-    corpus = load_corpus(settings["corpus"], settings["vocab_size"], settings["train_bytes"])
+    data = (settings[name] for name in ("corpus", "vocab_size", "train_bytes"))
+    corpus, module, _ = opened(settings.get("model", ""), *data)
     if corpus.sha256 != record["corpus"]["sha256"]:
         raise ValueError(f"{folder} was measured on another text: install the versions it names")
-    model = artifact.load(path, parts=corpus.tokenizer.parts)
+    skeleton = module if module is not None and recipe(module) is None else None
+    model = artifact.load(path, skeleton, parts=corpus.tokenizer.parts)
     test = evaluate(model, token_loaders(corpus, settings["batch_size"], settings["seq_len"]).test)
     found = {"bytes": path.stat().st_size, "perplexity": test.perplexity}
     return found, {name: record[name] for name in found}

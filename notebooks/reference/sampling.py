@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from kit.core.protocols import device_of, evaluating
+from kit.training.losses import logits_of
 
 
 def continue_text(
@@ -17,7 +18,7 @@ def continue_text(
     generator = torch.Generator().manual_seed(seed)
     with evaluating(model):
         for _ in range(tokens):
-            logits = model(torch.tensor([ids[-window:]], device=device))[0, -1].cpu()
+            logits = logits_of(model(torch.tensor([ids[-window:]], device=device)))[0, -1].cpu()
             drawn = logits.argmax()
             if temperature:
                 p = (logits / temperature).softmax(-1)
