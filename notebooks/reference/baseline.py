@@ -78,11 +78,8 @@ def load_or_train(
     chosen.setdefault("precision", "bfloat16" if has_fast_bfloat16(device) else "float32")
     training = TrainConfig(**chosen)
     torch.manual_seed(training.seed)
-    text, dense, made_by = opened(model, corpus, vocab_size, train_bytes)
+    text, dense, made_by = opened(model, corpus, vocab_size, train_bytes, seq_len)
     if model.startswith(PRETRAINED):
-        most = getattr(dense.config.get_text_config(), "max_position_embeddings", None)
-        if most and seq_len > most:
-            raise ValueError(f"seq_len is {seq_len}, but {model} has {most} positions: choose less")
         training, settings = None, {"vocab_size": vocab_size, **of_training, **settings}
     if dense is None:
         dense = _build(model, text.tokenizer.vocab_size, settings)
@@ -111,10 +108,10 @@ def load_or_train(
 
 
 def opened(
-    model: str, corpus: str, vocab_size: int, train_bytes: int | None
+    model: str, corpus: str, vocab_size: int, train_bytes: int | None, seq_len: int
 ) -> tuple[Corpus, nn.Module | None, object]:
-    """A corpus in the tokens of a model; the model, and what tells it from others, or None twice
-    for a name of the kit's.
+    """A corpus in the tokens of a model that reads windows of `seq_len`; the model, and what tells
+    it from others, or None twice for a name of the kit's.
 
     model: "hf:" and a folder, or an id of the hub: a pretrained causal language model of
     transformers, in float32, with its fast tokenizer; or "file.py:function", which makes one from
@@ -124,8 +121,11 @@ def opened(
     if model.startswith(PRETRAINED):
         module = hub.load(model).float()
         module.config.use_cache = False  # of keys and values, which only generation needs
-        size = _vocabulary(model, module)
-        text = load_corpus(corpus, 257, train_bytes, hub.load_tokenizer(model, size))
+        most = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+        if most and seq_len > most:
+            raise ValueError(f"seq_len is {seq_len}, but {model} has {most} positions: choose less")
+        tokenizer = hub.load_tokenizer(model, _vocabulary(model, module))
+        text = load_corpus(corpus, train_bytes=train_bytes, tokenizer=tokenizer)
         return text, module, [digest(module), text.tokenizer.to_json()]
     make = runpy.run_path(file).get(function) if file else None
     if file and not callable(make):

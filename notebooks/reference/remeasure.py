@@ -25,7 +25,7 @@ def remeasure(folder: str | Path) -> tuple[dict, dict]:
     """
     record = read_json(Path(folder) / RESULT)
     settings, path = record["parameters"], Path(folder) / record["artifact"]
-    data = (settings[name] for name in ("corpus", "vocab_size", "train_bytes"))
+    data = (settings[name] for name in ("corpus", "vocab_size", "train_bytes", "seq_len"))
     corpus, module, _ = opened(settings.get("model", ""), *data)
     if corpus.sha256 != record["corpus"]["sha256"]:
         raise ValueError(f"{folder} was measured on another text: install the versions it names")
