@@ -500,13 +500,15 @@ def nncodec(task: Task, qp: int) -> tuple[int, nn.Module]:
     """NNCodec (ISO/IEC 15938-17) at a quantization parameter, from -40 (fine) to -16. What it
     imports for its example data is not needed."""
     unused = [name for name in ("torchvision", "cv2", "h5py") if not importlib.util.find_spec(name)]
-    with patch.dict(sys.modules, {name: MagicMock() for name in unused}):
-        from nncodec import nn as codec
+    sys.modules.update({name: MagicMock() for name in unused})
+    from nncodec import nn as codec
 
+    for name in unused:
+        del sys.modules[name]
     model = copy.deepcopy(task.model)
-    stream = codec.encode(copy.deepcopy(model), {"qp": qp})
-    state = codec.decode(stream)
-    model.load_state_dict({k: torch.as_tensor(v) for k, v in state.items()}, strict=False)
+    stream = codec.encode({k: v.numpy() for k, v in model.state_dict().items()}, {"qp": qp})
+    state = {k: torch.as_tensor(v) for k, v in codec.decode(stream).items()}
+    model.load_state_dict(state)
     return len(stream), model
 
 
@@ -517,11 +519,9 @@ def onnxruntime(task: Task) -> tuple[int, nn.Module]:
 
     from kit.engines.graph import export_graph, quiet
 
-    first = task.held_out[0]
-    inputs = tuple(first.values()) if isinstance(first, dict) else (first,)
     with quiet(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"
-        graph = export_graph(task.model, inputs)
+        graph = export_graph(task.model, call_of(task.held_out[0]))
         del graph.graph.value_info[:]
         ort.quantize_dynamic(graph, path, per_channel=True, weight_type=ort.QuantType.QInt8)
         size, session = path.stat().st_size, InferenceSession(path)
