@@ -506,9 +506,11 @@ def nncodec(task: Task, qp: int) -> tuple[int, nn.Module]:
     for name in unused:
         del sys.modules[name]
     model = copy.deepcopy(task.model)
-    stream = codec.encode({k: v.numpy() for k, v in model.state_dict().items()}, {"qp": qp})
+    values = {k: v.numpy() for k, v in model.state_dict().items() if v.is_floating_point()}
+    with tempfile.TemporaryDirectory() as folder:
+        stream = codec.encode(values, {"qp": qp, "results": folder})
     state = {k: torch.as_tensor(v) for k, v in codec.decode(stream).items()}
-    model.load_state_dict(state)
+    model.load_state_dict(model.state_dict() | state)
     return len(stream), model
 
 
