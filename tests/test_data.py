@@ -9,8 +9,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+import tokenizers
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 
 from kit.core.store import atomic
 from kit.data import cache_dir, docs, files, load_corpus, register_corpus, wikitext
@@ -52,11 +54,24 @@ def test_bpe_gives_back_any_text(text):
     assert tokens.dtype == np.int32 and BPE.decode(tokens) == text
 
 
-@given(st.text("abs .!1é\n\t\r\x1c\x85\xa0'"), st.integers(1, 8))
+LLAMA = (  # how Llama 3 parts words: newlines go with spaces and punctuation before them
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+WORDS = [
+    pre_tokenizers.ByteLevel(add_prefix_space=False),
+    pre_tokenizers.Split(tokenizers.Regex(LLAMA), "isolated"),
+]
+
+
+@settings(max_examples=400)
+@given(st.text("abs  .!1é_\n\n\t\r\x1c\x85\xa0'"), st.integers(1, 8))
 def test_pieces_tokenize_as_the_whole(text, size):
-    assert "".join(_pieces(text, size)) == text
-    parts = [i for piece in _pieces(text, size) for i in BPE._backend.encode(piece).ids]
-    assert parts == BPE._backend.encode(text).ids
+    pieces = list(_pieces(text, size))
+    assert "".join(pieces) == text
+    for words in WORDS:
+        parts = [word for piece in pieces for word, _ in words.pre_tokenize_str(piece)]
+        assert parts == [word for word, _ in words.pre_tokenize_str(text)]
 
 
 @given(st.text("abs .!1é\n\t\r\x1c\x85\xa0'"), st.integers(1, 8), st.integers(1, 5))

@@ -16,7 +16,7 @@ from kit.core.settings import Meta, checks
 Text = str | Iterable[str]  # or blocks of it, the same each time that they are asked for
 LEARNED = 2**13  # pieces at most that merges are learned from: more take memory and change little
 VocabularySize = Annotated[int, Meta(ge=257, le=2**24)]  # bytes are 256 of the tokens
-_CUT = re.compile(r"[ \t](?=\S)|(?<=\n)(?=\S)")  # words begin here, in any byte-level encoding
+_CUT = re.compile(r"[ \t](?=\S)|(?<=[^\W_])\n(?=\S)")  # no encoding joins these to what is before
 
 
 def blocks(text: Text) -> Iterable[str]:
