@@ -21,6 +21,7 @@ from torch import nn
 from kit import artifact
 from kit.artifact.header import SAID, sealed, unsealed
 from kit.artifact.layouts import LAYOUTS, Reader, Writer
+from kit.budget import round_to_budget
 from kit.core.steps import STEPS, Step, register_step
 from kit.core.weights import copy_model, materialize, weight_of, weights
 from kit.models import build_model
@@ -36,7 +37,9 @@ from kit.quantization import (
     quantize_weights,
     quantizers,
 )
+from kit.quantization.integers import QuantizedEmbedding, QuantizedLinear, pack_layers
 from kit.quantization.packing import packed_bytes
+from kit.quantization.token_tables import order_rows
 
 FORMATS = [
     Format(8),
@@ -560,6 +563,26 @@ def test_range_coded_files_of_the_first_versions_are_refused(tmp_path):
     (tmp_path / "a").write_bytes(body + hashlib.sha256(body).digest())
     with pytest.raises(artifact.ArtifactError, match="earlier version"):
         artifact.load(tmp_path / "a", parts=np.load(DATA / "kit3.npz")["parts"])
+
+
+def test_rounded_and_arranged_models_are_packed_with_the_steps_behind_their_codes(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))
+    batches = torch.randn(6, 16, 64)
+    round_to_budget(model, batches, artifact.float32_bytes(model) // 8)
+    artifact.save(model, tmp_path / "a")
+    with artifact.without_values():
+        empty = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))
+    packed = artifact.load(tmp_path / "a", empty, packed=True)
+    assert [type(layer) for layer in packed] == [QuantizedLinear, nn.ReLU, QuantizedLinear]
+    assert torch.equal(packed(batches[0]), model(batches[0]))
+    held = sum(t.nbytes for t in (*packed.parameters(), *packed.buffers()))
+    assert held < 0.4 * artifact.float32_bytes(model)
+    table = small_lm(tied=True)
+    order_rows(table, np.arange(50)[::-1].copy())
+    packed = pack_layers(quantize_weights(table, Format(4)))
+    assert type(packed.embedding) is QuantizedEmbedding
+    assert torch.equal(packed(TOKENS), table(TOKENS))
 
 
 class Mixed(nn.Module):

@@ -10,8 +10,8 @@ from torch.nn.parameter import UninitializedParameter
 from kit.core.protocols import call_of, tree_map
 from kit.core.weights import MatrixView, Weight, copy_model, materialize, weights
 from kit.quantization.activations import ActivationQuantizer, calibrate
+from kit.quantization.fake import packable
 from kit.quantization.formats import Format
-from kit.quantization.integers import packable
 
 INPUT_QUANTIZER = "input_quantizer"
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)

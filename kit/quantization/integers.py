@@ -5,6 +5,7 @@ layer reads these, with the very values of the fake quantizer: outputs agree to 
 computes with the integers themselves is in kit.engines.
 """
 
+import copy
 import math
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from kit.core.weights import is_plain, materialize, matrix_view, weight_of
 from kit.models import MoE
 from kit.quantization import formats
-from kit.quantization.fake import FakeQuantize, packable, quantize_weights
+from kit.quantization.fake import FakeQuantize, quantize_weights
 from kit.quantization.formats import Format
 from kit.quantization.packing import pack, unpack
 from kit.quantization.plans import INT4_GROUPS, INT8
@@ -34,12 +35,13 @@ class GroupWiseQuantizer(nn.Module):
     data: Tensor  # uint8
     scale: Tensor  # (blocks, 1)
     zero: Tensor | None
+    after: nn.ModuleList  # steps of a weight behind its quantizer
 
     def __init__(self, format: Format = INT4_GROUPS):
         super().__init__()
         if format.bits == 16:
             raise ValueError("a half-precision format has no codes to pack: use tensor.half()")
-        self.format, self.view = format, None
+        self.format, self.view, self.after = format, None, nn.ModuleList()
         for name in ("data", "scale", "zero"):
             self.register_buffer(name, None)
 
@@ -75,7 +77,10 @@ class GroupWiseQuantizer(nn.Module):
         blocks = formats.to_blocks(self.codes(), self.format)
         values = formats.dequantize(blocks, self.scale.float(), zero)
         shape = self.view.rows, self.view.columns
-        return self.view.tensor(formats.from_blocks(values, shape, self.format))
+        value = self.view.tensor(formats.from_blocks(values, shape, self.format))
+        for step in self.after:
+            value = step(value)
+        return value
 
     @property
     def nbytes(self) -> int:
@@ -83,14 +88,22 @@ class GroupWiseQuantizer(nn.Module):
         return sum(part.nbytes for part in parts if part is not None)
 
 
+def _coded(module: nn.Module, attribute: str = "weight") -> FakeQuantize | None:
+    """The quantizer that gives a weight codes, whatever steps are behind it."""
+    quantizer = weight_of(module, attribute).find(FakeQuantize)
+    return None if quantizer is None or quantizer.format.bits == 16 else quantizer
+
+
 def _packed(module: nn.Module, attribute: str = "weight") -> GroupWiseQuantizer:
-    weight = weight_of(module, attribute)
-    quantizer = packable(weight)
+    weight, quantizer = weight_of(module, attribute), _coded(module, attribute)
     if quantizer is None:
         what = f"{type(module).__name__}.{attribute} is not quantized"
         raise ValueError(f"{what}: call quantize_weights first")
     seen = weight.before(quantizer.rank).detach()
-    return GroupWiseQuantizer(quantizer.format).take(quantizer, seen)
+    packed = GroupWiseQuantizer(quantizer.format).take(quantizer, seen)
+    behind = [step for step in weight.steps if step.rank > quantizer.rank]
+    packed.after.extend(copy.deepcopy(behind))
+    return packed
 
 
 def _fixed(value: Tensor | None) -> nn.Parameter | None:
@@ -146,8 +159,8 @@ class QuantizedMoELayer(MoE):
         nn.Module.__init__(self)
         self.packed_in, self.packed_out = _packed(moe, "w_in"), _packed(moe, "w_out")
         self.top_k, self.balance_loss = moe.top_k, moe.balance_loss.detach()
-        quantized = packable(weight_of(moe.router)) is not None
-        self.router = QuantizedLinear(moe.router) if quantized else materialize(moe.router)
+        coded = _coded(moe.router) is not None
+        self.router = QuantizedLinear(moe.router) if coded else materialize(moe.router)
         self.b_in, self.b_out = _fixed(moe.b_in), _fixed(moe.b_out)
         self.register_buffer("usage", moe.usage.clone(), persistent=False)
 
@@ -181,10 +194,10 @@ def pack_layers(model: nn.Module) -> nn.Module:
     made = packed_parts(model)
     if "" in made:
         return made[""].eval()
-    copy = materialize(model)
+    packed = materialize(model)
     for name, layer in made.items():
-        copy.set_submodule(name, layer)
-    return copy.eval()
+        packed.set_submodule(name, layer)
+    return packed.eval()
 
 
 def packed_parts(model: nn.Module) -> dict[str, nn.Module]:
@@ -200,6 +213,6 @@ def _pack(module: nn.Module) -> nn.Module | None:
     for kind, (layer, attributes) in LAYERS.items():
         fits = is_plain(module, kind) or (kind is MoE and isinstance(module, MoE))
         fits = fits and not isinstance(module, layer)
-        if fits and all(packable(weight_of(module, name)) for name in attributes):
+        if fits and all(_coded(module, name) for name in attributes):
             return layer(module)
     return None
