@@ -13,6 +13,7 @@ from torch import nn
 from transformers import BatchEncoding
 
 from kit import CompressionPipeline, artifact
+from kit.budget import round_to_budget
 from kit.core.calibration import input_grams
 from kit.core.protocols import Call, LanguageModel, adapt, bare, call_of
 from kit.core.weights import copy_model, weights
@@ -53,6 +54,29 @@ def test_the_protocol_gives_the_loss_that_the_model_itself_returns(name):
             value = float(next_token_loss(one, batch))
         assert value == pytest.approx(loss_of(model, batch), rel=1e-5)
     assert bare(adapted) is model and adapted.config is model.config
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 4)
+
+    def forward(self, ids, mask=None, labels=None):
+        x = self.table(ids)
+        return x if mask is None else x * mask[..., None]
+
+
+def test_a_mask_is_not_taken_for_labels():
+    model, ids = Masked(), torch.randint(9, (2, 5))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    for one in (mask, mask.bool(), mask.float()):
+        with pytest.raises(ValueError, match="looks like 'mask' of Masked: give a dict"):
+            round_to_budget(model, [(ids, one)], 100)
+    for batch in ((ids, mask, ids), {"ids": ids, "mask": mask}):
+        assert torch.equal(call_of(batch)(model), model(ids, mask))
+    for labels in (ids, ids[:, 0], mask[:, 0], None):
+        assert torch.equal(call_of((ids, labels))(model), model(ids))
+    assert call_of((ids, mask))(nn.Embedding(9, 4)).shape == (2, 5, 4)
 
 
 def test_no_logits_are_formed_and_gradients_are_those_of_the_model():

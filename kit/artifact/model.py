@@ -169,7 +169,8 @@ def _check_tensors(header: Header, model: nn.Module, modules: dict[str, nn.Modul
     for name in stored.keys() ^ targets.keys():
         here, there = ("file", "model") if name in stored else ("model", "file")
         where = f"in the {here} but not in the {there}"
-        raise ArtifactError(f"it does not fit: {name!r} is {where}; use the same config")
+        advice = "make the model as the saved one was: config, pruning, quick_quantize"
+        raise ArtifactError(f"it does not fit: {name!r} is {where}; {advice}")
     for name, target in targets.items():
         tensor, entry = target.original if isinstance(target, Weight) else target, stored[name]
         ours = _name(tensor.dtype), list(tensor.shape)

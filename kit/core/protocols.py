@@ -6,6 +6,8 @@ large vocabulary are never all in memory. `adapt` gives that protocol to somebod
 """
 
 import copy
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -134,18 +136,35 @@ def _has_linear_logits(model: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Call:
-    """How a model is called: `model(*args, **kwargs)`; and what the answer is compared with."""
+    """How a model is called: `model(*args, **kwargs)`; and what the answer is compared with. Raises
+    ValueError where that looks like the mask which the model takes next."""
 
     args: tuple = ()
     kwargs: dict = field(default_factory=dict)
     targets: Tensor | None = None
 
     def __call__(self, model: Callable):
+        y, mask = self.targets, _mask_at(type(model), len(self.args))
+        if mask and isinstance(y, Tensor) and y.shape == getattr(self.args[0], "shape", None):
+            if ((y == 0) | (y == 1)).all():
+                what = f"the last entry of a batch is its labels, but this one looks like {mask!r}"
+                advice = f"give a dictionary such as {{'labels': ...}}, or (inputs, {mask}, labels)"
+                raise ValueError(f"{what} of {type(model).__name__}: {advice}")
         return model(*self.args, **self.kwargs)
 
     def to(self, device: torch.device | str) -> "Call":
         parts = self.args, self.kwargs, self.targets
         return Call(*(tree_map(lambda t: t.to(device), part) for part in parts))
+
+
+@functools.lru_cache(256)
+def _mask_at(kind: type, place: int) -> str:
+    """The name of the argument at this place of a model's forward, if it is a mask; or ""."""
+    try:
+        names = list(inspect.signature(kind.forward).parameters)[1:]
+    except (AttributeError, TypeError, ValueError):
+        return ""
+    return names[place] if 0 < place < len(names) and "mask" in names[place] else ""
 
 
 TARGETS = ("labels", "targets", "target", "label")  # keys of a mapping for what is to be predicted

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import runpy
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,9 +128,7 @@ def opened(
         tokenizer = hub.load_tokenizer(model, _vocabulary(model, module))
         text = load_corpus(corpus, train_bytes=train_bytes, tokenizer=tokenizer)
         return text, module, [digest(module), text.tokenizer.to_json()]
-    make = runpy.run_path(file).get(function) if file else None
-    if file and not callable(make):
-        raise ValueError(f"model is {model!r}, but {file} has no function {function!r}: name one")
+    make = function_of(model) if file else None
     text = load_corpus(corpus, vocab_size, train_bytes)
     if make is None:
         return text, None, None
@@ -137,6 +136,15 @@ def opened(
     if (found := _vocabulary(model, module)) != size:
         raise ValueError(f"model is {model!r}, with logits of {found} tokens: it must have {size}")
     return text, module, (function, Path(file).read_text())
+
+
+def function_of(name: str) -> Callable:
+    """The function of "file.py:function". Raises ValueError where the file has none."""
+    file, _, function = name.rpartition(":")
+    found = runpy.run_path(file).get(function)
+    if not callable(found):
+        raise ValueError(f"model is {name!r}, but {file} has no function {function!r}: name one")
+    return found
 
 
 def _vocabulary(name: str, model: nn.Module) -> int:
