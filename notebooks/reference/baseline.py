@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kit import artifact, hub
+from kit import artifact
 from kit.core.measurement import has_fast_bfloat16, peak_memory
 from kit.core.protocols import device_of, evaluating
 from kit.core.store import cache_dir, code_digest, digest, lock, write_json
@@ -120,6 +120,8 @@ def opened(
     """
     file, _, function = model.rpartition(":")
     if model.startswith(PRETRAINED):
+        from kit import hub  # transformers takes seconds
+
         module = hub.load(model).float()
         module.config.use_cache = False  # of keys and values, which only generation needs
         most = getattr(module.config.get_text_config(), "max_position_embeddings", None)
