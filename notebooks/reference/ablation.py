@@ -5,7 +5,7 @@ proxy that takes minutes: 4,000 words of docs, a tied ResNet-BK, one budget, val
     python -m notebooks.reference.ablation --side  # bytes of docs-100x-0 that are no codes
 
 Runs and dense models are kept in `runs/ablation` and not made again; one that was cut off goes on.
-The record, `ablation.json`, has the side information so far, and none of the trainings. A row of
+The record, `ablation.json`, has the side information and the trainings that were run. A row of
 these: bytes of the file and perplexity of the model from it, and, for an idea, the paired
 difference of log perplexity to the baseline of the same seed, with its 95 % interval.
 """
