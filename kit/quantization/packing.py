@@ -3,6 +3,7 @@
 import numpy as np
 
 TRITS = np.array([1, 3, 9, 27, 81], np.uint8)
+SHIFTS = {bits: np.arange(0, 8, bits, np.uint8) for bits in (1, 2, 4)}
 
 
 def packed_bytes(count: int, bits: int | str) -> int:
@@ -23,6 +24,9 @@ def pack(codes: np.ndarray, bits: int | str) -> bytes:
     unsigned = (flat + 2 ** (bits - 1)).astype("<u2" if bits > 8 else "u1")
     if bits == 8:
         return unsigned.tobytes()
+    if 8 % bits == 0:
+        parts = np.pad(unsigned, (0, -len(flat) % (8 // bits))).reshape(-1, 8 // bits)
+        return np.bitwise_or.reduce(parts << SHIFTS[bits], axis=1).tobytes()
     raw = unsigned[:, None].view(np.uint8)
     planes = np.unpackbits(raw, axis=1, bitorder="little")[:, :bits]
     return np.packbits(planes, bitorder="little").tobytes()
@@ -35,7 +39,10 @@ def unpack(data: bytes, count: int, bits: int | str) -> np.ndarray:
     if bits == "ternary":
         return (raw[:, None] // TRITS % 3).astype(np.int8).reshape(-1)[:count] - np.int8(1)
     if bits == 8:
-        return (raw.astype(np.int16) - 128).astype(np.int8)
+        return (raw ^ 0x80).view(np.int8)
+    if 8 % bits == 0:
+        parts = raw[:, None] >> SHIFTS[bits] & np.uint8(2**bits - 1)
+        return parts.reshape(-1)[:count].view(np.int8) - np.int8(2 ** (bits - 1))
     planes = np.unpackbits(raw, bitorder="little")[: count * bits].reshape(count, bits)
     whole = np.packbits(planes, axis=1, bitorder="little").reshape(-1)
     unsigned = whole.view("<u2" if bits > 8 else "u1").astype(np.int16)

@@ -9,6 +9,7 @@ missing (brotli, zstandard, nncodec) are left out.
 import argparse
 import contextlib
 import copy
+import ctypes
 import functools
 import gc
 import importlib.util
@@ -135,48 +136,64 @@ class Decoder(nn.Module):
 
 SIZES = {1: (96, 4, 6000), 4: (192, 6, 8000), 16: (384, 6, 14000), 64: (640, 9, 32000)}
 SIZES[124] = (768, 12, 50257)
+SMALLEST = (64, 1, 500)
 
 
-def cost(shape: tuple[int, int, int]) -> dict:
-    """CPU seconds of each step for a Decoder of this width, layers and vocabulary, and the peak of
-    memory in it over what was held before (bytes); of a training under a rate, the share of its
-    time that coding takes."""
+def timed(row: dict, what: str, call):
+    """Notes CPU seconds of a call, and the peak of memory in it over what was held before."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed is not there to be used again
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    start, held = time.process_time(), peak_memory()
+    result = call()
+    row |= {f"{what}, s": time.process_time() - start, f"{what}, peak bytes": peak_memory() - held}
+    return result
+
+
+def cost(shape: tuple[int, int, int], path: Path) -> dict:
+    """What each step takes (`timed`) for a Decoder of this width, layers and vocabulary, saved as
+    `path`; of training under a rate, the share of its time that coding takes."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = Decoder(*shape).eval()
     ids = torch.randint(shape[2], (4, 32))
     row = {"parameters": sum(p.numel() for p in model.parameters())}
 
-    def timed(what: str, call):
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        start, held = time.process_time(), peak_memory()
-        result = call()
-        row[f"{what}, s"] = time.process_time() - start
-        row[f"{what}, peak bytes"] = peak_memory() - held
-        return result
-
     def step():
         nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
         torch.optim.AdamW(model.parameters()).step()
 
-    timed("training step", step)
+    timed(row, "training step", step)
     model.zero_grad(set_to_none=True)
     quantized = quantize_weights(copy.deepcopy(model), Format(4))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.kit"
-        row["bytes"] = timed("save", functools.partial(artifact.save, quantized, path))
-        del quantized
-        for name, packed in (("load", False), ("load packed", True)):
-            with artifact.without_values():
-                empty = Decoder(*shape)
-            timed(name, functools.partial(artifact.load, path, empty, packed=packed))
-            del empty
+    row["bytes"] = timed(row, "save", lambda: artifact.save(quantized, path))
     batches = [(torch.randint(shape[2], (4, 32)), None) for _ in range(8)]
-    target = artifact.float32_bytes(model) // 8
-    timed("rounding", lambda: round_to_budget(copy.deepcopy(model), batches, target, SampledLoss()))
-    row["share of coding"] = coding_share(model, shape[2])
+    rounded, target = copy.deepcopy(model), artifact.float32_bytes(model) // 8
+    timed(row, "rounding", lambda: round_to_budget(rounded, batches, target, SampledLoss()))
+    return {**row, "share of coding": coding_share(model, shape[2])}
+
+
+def loading(shape: tuple[int, int, int], path: Path, packed: bool) -> dict:
+    """What loading takes in a process that does nothing else."""
+    torch.set_num_threads(1)
+    with artifact.without_values():
+        model, row = Decoder(*shape), {}
+    name = "load packed" if packed else "load"
+    timed(row, name, lambda: artifact.load(path, model, packed=packed))
     return row
+
+
+def grown(shape: tuple[int, int, int]) -> dict:
+    """All of it, each part in a process of its own that has read its compiled code."""
+    with tempfile.TemporaryDirectory() as folder:
+        row, small, path = {}, Path(folder) / "small.kit", Path(folder) / "model.kit"
+        for work, *more in ((cost,), (loading, False), (loading, True)):
+            with multiprocessing.get_context("spawn").Pool(1) as fresh:
+                if work is cost:
+                    fresh.apply(cost, (SMALLEST, small))
+                fresh.apply(loading, (SMALLEST, small, True))
+                row |= fresh.apply(work, (shape, path, *more))
+        return row
 
 
 def coding_share(model: nn.Module, vocabulary: int, steps: int = 200, seen: int = 40) -> float:
@@ -224,9 +241,7 @@ def main() -> None:
     print(table.to_string(index=False))
     record = {**environment(), "coders": table.to_dict("records"), "growth": []}
     for millions in options.sizes:
-        with multiprocessing.get_context("spawn").Pool(1) as fresh:  # peaks are of a process
-            fresh.apply(cost, ((64, 1, 500),))  # compiles
-            record["growth"].append(fresh.apply(cost, (SIZES[millions],)))
+        record["growth"].append(grown(SIZES[millions]))
         print(json.dumps(record["growth"][-1]), flush=True)
         write_json(options.out, record)
 
