@@ -26,8 +26,8 @@ from kit.artifact.model import activation_modules, extra_state, kind_of, prepare
 from kit.core.protocols import bare
 from kit.core.steps import STEPS, Step
 from kit.core.store import atomic
-from kit.core.weights import Weight, materialize, weights
-from kit.models import recipe
+from kit.core.weights import Weight, class_of, materialize, weights
+from kit.models import MoE, recipe
 from kit.pruning import mask  # noqa: F401 registers its step
 from kit.quantization import fake, token_tables  # noqa: F401 register their steps
 from kit.quantization.integers import LAYERS as PACKED
@@ -253,7 +253,8 @@ def _emptied(model: nn.Module, targets: dict) -> dict[str, list[str]]:
             names[id(target.original)] = name
     order = {key: i for i, key in enumerate(names)}
     for path, module in model.named_modules():
-        if path and isinstance(module, tuple(PACKED)) and not path.startswith(outer):
+        fits = class_of(module) in PACKED or isinstance(module, MoE)
+        if path and fits and not path.startswith(outer):
             outer += (f"{path}.",)
             held = {id(weight.original) for weight in weights(module, matrices=True)}
             for key in sorted(held, key=order.get):
@@ -296,7 +297,7 @@ def _decode(entry: Entry, weight: Weight, read: Reader, made: list, trainable: b
             raise ArtifactError("a step that it shares changes its stored value")
     value = stored if trainable else value
     if original.is_meta:
-        weight.become(value.clone(memory_format=torch.contiguous_format))
+        weight.become(value.contiguous())
     else:
         weight.assign(value)
     if trainable and steps:

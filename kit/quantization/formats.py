@@ -206,8 +206,9 @@ def choose_grid(blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
 
 def quantize(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Tensor:
     """Integer codes (`format.integer`) of x: round(x / scale) + zero, saturated at [qmin, qmax]."""
-    q = torch.round(x.float() / scale)
-    return (q if zero is None else q + zero).clamp(format.qmin, format.qmax).to(format.integer)
+    q = (x.float() / scale).round_()  # in place: of a large table every copy counts
+    q = q if zero is None else q.add_(zero)
+    return q.clamp_(format.qmin, format.qmax).to(format.integer)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:

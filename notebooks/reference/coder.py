@@ -174,13 +174,14 @@ def cost(shape: tuple[int, int, int], path: Path) -> dict:
 
 
 def loading(shape: tuple[int, int, int], path: Path, packed: bool) -> dict:
-    """What loading takes in a process that does nothing else."""
+    """What loading takes in a process that does nothing else, and the bytes that it leaves."""
     torch.set_num_threads(1)
     with artifact.without_values():
         model, row = Decoder(*shape), {}
     name = "load packed" if packed else "load"
     timed(row, name, lambda: artifact.load(path, model, packed=packed))
-    return row
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return {**row, f"{name}, held bytes": held}
 
 
 def grown(shape: tuple[int, int, int]) -> dict:
