@@ -10,6 +10,7 @@ import re
 import struct
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -583,6 +584,16 @@ def test_rounded_and_arranged_models_are_packed_with_the_steps_behind_their_code
     packed = pack_layers(quantize_weights(table, Format(4)))
     assert type(packed.embedding) is QuantizedEmbedding
     assert torch.equal(packed(TOKENS), table(TOKENS))
+
+
+def test_threads_that_read_at_once_leave_torch_as_it_was(tmp_path):
+    model, plain = small_lm(), nn.Module.register_parameter
+    artifact.save(model, tmp_path / "a")
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(lambda _: artifact.load(tmp_path / "a"), range(32)))
+    assert nn.Module.register_parameter is plain
+    assert all(torch.equal(one(TOKENS), model(TOKENS)) for one in read)
+    assert not nn.Linear(2, 2).weight.is_meta
 
 
 class Mixed(nn.Module):

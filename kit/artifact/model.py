@@ -18,6 +18,7 @@ from kit.core.weights import Weight, weights
 from kit.models import build_model
 from kit.quantization.activations import ACTIVATION_MODULES
 
+BUILDING, REGISTER = threading.RLock(), nn.Module.register_parameter
 SPARSEST = 2**10  # entries a byte of a file, beyond MOST in all: larger ones need `load(model=)`
 
 
@@ -97,19 +98,19 @@ def prepared(header: Header, model: nn.Module | None) -> nn.Module:
 @contextmanager
 def without_values() -> Iterator[None]:
     """Parameters that this thread gives to modules are on the meta device, and take no memory until
-    `load` fills the model.
+    `load` fills the model. Other threads that want the same wait.
 
     >>> with without_values():
     ...     model = nn.Linear(50_000, 50_000)
     """
-    plain, here = nn.Module.register_parameter, threading.get_ident()
+    here = threading.get_ident()
 
     def register(module, name, parameter):
         if parameter is not None and not parameter.is_meta and threading.get_ident() == here:
             parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        plain(module, name, parameter)
+        REGISTER(module, name, parameter)
 
-    with patch.object(nn.Module, "register_parameter", register):
+    with BUILDING, patch.object(nn.Module, "register_parameter", register):
         yield
 
 
