@@ -26,12 +26,11 @@ from kit.artifact.model import activation_modules, extra_state, kind_of, prepare
 from kit.core.protocols import bare
 from kit.core.steps import STEPS, Step
 from kit.core.store import atomic
-from kit.core.weights import Weight, class_of, materialize, weights
-from kit.models import MoE, recipe
+from kit.core.weights import Weight, materialize, weights
+from kit.models import recipe
 from kit.pruning import mask  # noqa: F401 registers its step
 from kit.quantization import fake, token_tables  # noqa: F401 register their steps
-from kit.quantization.integers import LAYERS as PACKED
-from kit.quantization.integers import pack_layers, packed_parts
+from kit.quantization.integers import pack_layers, packed_parts, packs
 
 
 def save(model: nn.Module, path: str | os.PathLike, layouts: Sequence[str] = tuple(LAYOUTS)) -> int:
@@ -253,8 +252,7 @@ def _emptied(model: nn.Module, targets: dict) -> dict[str, list[str]]:
             names[id(target.original)] = name
     order = {key: i for i, key in enumerate(names)}
     for path, module in model.named_modules():
-        fits = class_of(module) in PACKED or isinstance(module, MoE)
-        if path and fits and not path.startswith(outer):
+        if path and packs(module) and not path.startswith(outer):
             outer += (f"{path}.",)
             held = {id(weight.original) for weight in weights(module, matrices=True)}
             for key in sorted(held, key=order.get):

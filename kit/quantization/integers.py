@@ -84,8 +84,7 @@ class GroupWiseQuantizer(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        parts = (self.data, self.scale, self.zero)
-        return sum(part.nbytes for part in parts if part is not None)
+        return sum(buffer.nbytes for buffer in self.buffers())
 
 
 def _coded(module: nn.Module, attribute: str = "weight") -> FakeQuantize | None:
@@ -202,17 +201,19 @@ def pack_layers(model: nn.Module) -> nn.Module:
 
 def packed_parts(model: nn.Module) -> dict[str, nn.Module]:
     """The packed layers of `pack_layers`, by the path of what they take the place of."""
-    made = {name: layer for name, module in model.named_modules() if (layer := _pack(module))}
-    if "" in made:
-        return {"": made[""]}
-    inside = tuple(f"{name}." for name in made)
-    return {name: layer for name, layer in made.items() if not name.startswith(inside)}
+    made = {}
+    for name, module in model.named_modules():
+        layer, attributes = packs(module) or (None, ())
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in made)
+        if layer and not inside and all(_coded(module, attribute) for attribute in attributes):
+            made[name] = layer(module)
+    return made
 
 
-def _pack(module: nn.Module) -> nn.Module | None:
+def packs(module: nn.Module) -> tuple[type, tuple[str, ...]] | None:
+    """The packed layer that can take a module's place where its weights have codes, and these
+    weights; or None."""
     for kind, (layer, attributes) in LAYERS.items():
-        fits = is_plain(module, kind) or (kind is MoE and isinstance(module, MoE))
-        fits = fits and not isinstance(module, layer)
-        if fits and all(_coded(module, name) for name in attributes):
-            return layer(module)
+        if is_plain(module, kind) or (kind is MoE and isinstance(module, MoE)):
+            return None if isinstance(module, layer) else (layer, attributes)
     return None

@@ -206,17 +206,14 @@ def coding_share(model: nn.Module, vocabulary: int, steps: int = 200, seen: int 
     def loss(model, batch):
         return nn.functional.cross_entropy(model(batch).flatten(0, 1), batch.flatten())
 
-    spent = 0.0
+    spent, coded = 0.0, rate.RateLoss.coded
 
-    def counted(function):
-        def called(*arguments):
-            nonlocal spent
-            start = time.process_time()
-            result = function(*arguments)
-            spent += time.process_time() - start
-            return result
-
-        return called
+    def counted(term):
+        nonlocal spent
+        start = time.process_time()
+        size = coded(term)
+        spent += time.process_time() - start
+        return size
 
     def until(step: int, *_) -> None:
         if step == seen:
@@ -225,7 +222,7 @@ def coding_share(model: nn.Module, vocabulary: int, steps: int = 200, seen: int 
     rate.set_rate_formats(model, rate.row_sensitivity(model, [ids], loss), 2.5 * target)
     term = rate.RateLoss(loss, model, target, [ids])
     more = {"extra_parameters": term.parameters(), "hooks": [term.step, until], "log": False}
-    with patch.object(rate.RateLoss, "coded", counted(rate.RateLoss.coded)):
+    with patch.object(rate.RateLoss, "coded", counted):
         start = time.process_time()
         with contextlib.suppress(KeyboardInterrupt):
             train(model, [ids], TrainConfig(steps), loss=term, **more)
