@@ -88,7 +88,7 @@ def compared(work: Work, folder: Path, whole: dict, found: Counter, notes: list)
 def trial(work: Work, folder: Path, whole: dict, kills: int, rng, found: Counter, notes: list):
     """Kills call after call of one folder, then lets a call end."""
     for _ in range(kills):
-        process, done = begun(work, folder), work.finished(folder)
+        done, process = work.finished(folder), begun(work, folder)
         time.sleep(rng.uniform(0, whole["seconds"]))
         while not (victims := work.victims(process)) and process.status() != "zombie":
             time.sleep(0.01)

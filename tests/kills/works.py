@@ -97,7 +97,7 @@ class Pipeline(Work):
         return {file.name: content(file) for file in self.files(folder) if file.suffix == ".kit"}
 
     def finished(self, folder):
-        done = [file.with_suffix(".kit") for file in folder.glob("run/*.training")]
+        done = [file.with_suffix(".kit") for file in folder.glob("run/[!.]*.training")]
         return {file.name: file.stat().st_mtime_ns for file in done}
 
     def counted(self, log):
