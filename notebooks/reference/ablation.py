@@ -1,13 +1,15 @@
-"""Ideas for more quality in the same bytes, each alone against the pipeline's distillation, on a
-proxy that takes minutes: 4,000 words of docs, a tied ResNet-BK, one budget, validation text.
+"""Ideas for more quality in the same bytes, alone and together, against the pipeline's
+distillation, on a proxy that takes minutes: 4,000 words of docs, a tied ResNet-BK, one budget,
+validation text.
 
     python -m notebooks.reference.ablation --ideas baseline muon --seeds 0 1
     python -m notebooks.reference.ablation --side  # bytes of docs-100x-0 that are no codes
 
 Runs and dense models are kept in `runs/ablation` and not made again; one that was cut off goes on.
 The record, `ablation.json`, has the side information and the trainings that were run. A row of
-these: bytes of the file and perplexity of the model from it, and, for an idea, the paired
-difference of log perplexity to the baseline of the same seed, with its 95 % interval.
+these: bytes of the file, perplexity and bits per byte of the model from it, and, for an idea, the
+paired difference of log perplexity to the baseline of the same seed, with its 95 % interval. On
+other tokens, perplexities do not compare: there the difference is of bits per byte, without one.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import itertools
 import json
 import lzma
 import math
+import re
 import shutil
 import time
 import zlib
@@ -36,6 +39,7 @@ from kit.core.measurement import tune_process
 from kit.core.store import read_json, write_json
 from kit.core.weights import copy_model, weights
 from kit.data import Corpus, load_corpus, token_loaders
+from kit.data.corpus import CORPORA, Texts, register_corpus
 from kit.distillation import DistillationTrainer
 from kit.lab.records import environment
 from kit.models import ResNetBK, ResNetBKConfig
@@ -43,7 +47,7 @@ from kit.pipeline import PipelineSettings, arrange_for_coding
 from kit.quantization.fake import FakeQuantize
 from kit.training import TrainConfig, train
 from kit.training.evaluation import Evaluation, evaluate, paired_interval
-from kit.training.losses import training_loss
+from kit.training.losses import logits_of, training_loss
 from notebooks.reference.baseline import load_or_train
 
 HERE = Path(__file__).resolve().parent
@@ -66,6 +70,8 @@ class Idea:
     student: the dense model that is compressed; teachers: those that it learns from.
     muon: for matrices of the body. rated: whether small tensors are under the rate too, or in eight
     bits. above: times the budget that training aims at, where `Chosen` codes take the rest away.
+    written: share of each batch that is text which the first teacher wrote, in the second half of
+    the run. corpus: the text that both train on.
     """
 
     student: str = "dense"
@@ -73,6 +79,8 @@ class Idea:
     muon: str = ""
     rated: bool = False
     above: float | None = None
+    written: float = 0.0
+    corpus: str = CORPUS
 
 
 IDEAS = {
@@ -85,6 +93,8 @@ IDEAS = {
     "looped": Idea(student="looped"),
     "chosen": Idea(above=1.012),
     "chosen-4": Idea(above=1.04),
+    "written": Idea(written=0.5),
+    "case": Idea(corpus="docs-case"),
 }
 MODELS = {  # name -> fields that differ from SHAPE
     "dense": {},
@@ -120,7 +130,8 @@ def main() -> None:
 def run(name: str, seed: int) -> None:
     """One compression, and what the models in its files say of the validation text: the last
     weights, and the mean of those of the last AVERAGED steps."""
-    start, idea, corpus = time.perf_counter(), IDEAS[name], load_corpus(CORPUS, VOCABULARY)
+    start, idea = time.perf_counter(), IDEAS[name]
+    corpus = load_corpus(idea.corpus, VOCABULARY)
     student, *teachers = (dense_model(n, corpus) for n in (idea.student, *idea.teachers))
     place = RUNS / f"{name}-{seed}"
     for own, model in compressed(student, teachers, corpus, idea, seed, place):
@@ -156,16 +167,20 @@ def compressed(student, teachers, corpus: Corpus, idea: Idea, seed: int, place: 
             if not step.learned:
                 first = settings.rate.first_step
                 weight.put(FakeQuantize(before, step.format, step.view, True, first))
+    loss = distill
+    if idea.written:
+        loss = Mixed(distill, written(teachers[0], corpus, seed), idea.written)
     kind, rate_settings = RateLoss, settings.rate
     if idea.above:
         kind, rate_settings = Chosen, replace(settings.rate, aim=idea.above)
-    rate = kind(distill, model, BUDGET, batches[:2], rate_settings)
+    rate = kind(loss, model, BUDGET, batches[:2], rate_settings)
     average = Average(model)
     plain = torch.optim.AdamW
     if idea.muon:
         torch.optim.AdamW = Muon.on(model, idea.muon == "rows")
     config = TrainConfig(STEPS, LR, final_lr=settings.final_lr, seed=seed, eval_every=15)
-    options = {"hooks": (distill.step, rate.step, average)}
+    hooks = [loss.step] if idea.written else []
+    options = {"hooks": (*hooks, distill.step, rate.step, average)}
     options["extra_parameters"] = [*distill.parameters(), *rate.parameters(), *average.sums]
     try:
         checkpoint = place.with_suffix(".checkpoint")
@@ -208,6 +223,69 @@ class Chosen(RateLoss):
     def _move(self, moves: list, most: Tensor) -> None:
         for weight, kept, lower, score in moves:
             weight.assign(torch.where(score <= most, lower, kept))
+
+
+class Mixed:
+    """A loss that, in the second half of a run, sees other windows in a share of each batch."""
+
+    def __init__(self, loss, windows: Tensor, share: float):
+        self.loss, self.windows, self.share, self.drawn = loss, windows, share, None
+
+    def step(self, step: int, steps: int, model: nn.Module) -> None:
+        self.drawn = step if 2 * step >= steps else None
+
+    def __call__(self, model: nn.Module, batch) -> Tensor:
+        if self.drawn is not None:
+            count = round(self.share * len(batch[0]))
+            rows = self.windows[torch.arange(count).add(self.drawn * count) % len(self.windows)]
+            new = rows[:, :-1], rows[:, 1:]
+            batch = tuple(torch.cat([x[count:], y]) for x, y in zip(batch, new))
+        return self.loss(model, batch)
+
+
+@torch.no_grad()
+def written(teacher: nn.Module, corpus: Corpus, seed: int, prompt: int = 8) -> Tensor:
+    """What a model writes after the beginnings of windows of the training text: int64 (windows,
+    LENGTH + 1), as many as `Mixed` shows once."""
+    count = STEPS // 2 * WINDOWS // 2
+    generator = torch.Generator().manual_seed(seed)
+    at = torch.randint(len(corpus.train) - prompt, (count, 1), generator=generator)
+    text = torch.from_numpy(corpus.train)[at + torch.arange(prompt)].long()
+    while text.shape[1] <= LENGTH:
+        last = logits_of(teacher(text))[:, -1].softmax(-1)
+        text = torch.cat([text, torch.multinomial(last, 1, generator=generator)], 1)
+    return text
+
+
+@register_corpus("docs-case")
+def without_capitals() -> Texts:
+    """The docs with words in lower case, after a mark where they had a capital or only those."""
+    texts = CORPORA[CORPUS]()
+    found = {split: lower(text) for split, text in texts.items()}
+    assert all(capitals(found[split]) == texts[split] for split in texts), "the transform loses"
+    return found
+
+
+def lower(text: str) -> str:
+    """Words of ASCII letters in lower case; before a word, and the space before it, stands 1 for a
+    capital, 2 for capitals. Raises ValueError for a text with these marks."""
+    if "\x01" in text or "\x02" in text:
+        raise ValueError("The text holds the characters 1 or 2, which mark capitals.")
+    words = re.compile(r"( ?)(?<![A-Za-z])([A-Z][a-z]*|[A-Z]{2,})(?![A-Za-z])")
+    mark = {True: "\x02", False: "\x01"}
+    return words.sub(lambda m: mark[len(m[2]) > 1 and m[2].isupper()] + m[1] + m[2].lower(), text)
+
+
+def capitals(text: str) -> str:
+    """The text that `lower` was given."""
+    text = re.sub("\x01( ?)([a-z])", lambda m: m[1] + m[2].upper(), text)
+    return re.sub("\x02( ?)([a-z]+)", lambda m: m[1] + m[2].upper(), text)
+
+
+def text_bytes(corpus: Corpus) -> int:
+    """Bytes of the text that VALIDATION windows hold, as it was before `lower`."""
+    ids = corpus.validation[1 : VALIDATION * LENGTH + 1]
+    return len(capitals(corpus.tokenizer.decode(ids)).encode())
 
 
 class Average:
@@ -380,15 +458,28 @@ def report() -> None:
     for file in sorted(RUNS.glob("*.npz")):
         with np.load(file) as found:
             runs[file.stem] = {k: v if v.ndim else v[()] for k, v in found.items()}
-    rows = []
+    rows, sizes = (
+        [],
+        {
+            name: text_bytes(load_corpus(name, VOCABULARY))
+            for name in {idea.corpus for idea in IDEAS.values()}
+        },
+    )
     for name, found in runs.items():
         idea, _, seed = name.rpartition("-")
         result, base = evaluation(found), runs.get(f"baseline-{seed}")
         row = {"idea": idea, "seed": int(seed), "perplexity": result.perplexity}
         row |= {key: found[key].item() for key in ("bytes", "seconds")}
+        corpus = IDEAS[idea.removesuffix("-average")].corpus
+        row["bits_per_byte"] = result.bits_per_byte(sizes[corpus])
         if base is not None and idea != "baseline":
-            row["difference"] = result.loss - evaluation(base).loss
-            row["interval"] = paired_interval(evaluation(base), result)
+            before = evaluation(base)
+            if corpus == CORPUS:
+                row["difference"] = result.loss - before.loss
+                row["interval"] = paired_interval(before, result)
+            else:
+                bits = before.bits_per_byte(sizes[CORPUS])
+                row["difference"] = before.loss * (row["bits_per_byte"] / bits - 1)
         rows.append(row)
     proxy = {"corpus": "docs", "vocab_size": VOCABULARY, "shape": SHAPE, "dense": DENSE}
     proxy |= {"steps": STEPS, "windows": WINDOWS, "lr": LR, "budget": BUDGET}
