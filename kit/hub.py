@@ -9,6 +9,7 @@ from torch import nn
 
 from kit import artifact
 from kit.core.protocols import bare
+from kit.core.settings import reason_of
 from kit.core.weights import class_of, weights
 from kit.data.tokenization import BPETokenizer
 
@@ -62,10 +63,8 @@ def load(name: str) -> nn.Module:
         kind = getattr(transformers, config.architectures[0])
         return kind.from_pretrained(home, use_safetensors=True).eval()
     except Exception as error:  # whatever the library meets, in one sentence
-        raise ValueError(
-            f"{name!r} cannot be read ({_reason(error)}): give hf: and a folder with config.json "
-            "and model.safetensors, or, with a network, hf: and the id of a model"
-        ) from None
+        give = "hf: and a folder with config.json and model.safetensors, or a hub id and a network"
+        raise ValueError(f"{name!r} cannot be read ({reason_of(error)}): give {give}") from None
 
 
 def load_tokenizer(name: str, vocab_size: int) -> BPETokenizer:
@@ -79,14 +78,10 @@ def load_tokenizer(name: str, vocab_size: int) -> BPETokenizer:
             raise ValueError("no file of one is there")
     except Exception as error:
         raise ValueError(
-            f"{name!r} has no fast tokenizer ({_reason(error)}): put its tokenizer.json, and "
+            f"{name!r} has no fast tokenizer ({reason_of(error)}): put its tokenizer.json, and "
             "tokenizer_config.json, beside the model"
         ) from None
     backend = found.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     return BPETokenizer(backend, vocab_size)
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200]

@@ -24,6 +24,7 @@ from kit.artifact.header import MAGIC, SAME, Entry, Header, sealed, unsealed
 from kit.artifact.layouts import INTEGERS, LAYOUTS, ArtifactError, Reader, Writer, is_finite
 from kit.artifact.model import activation_modules, extra_state, kind_of, prepared, targets_of
 from kit.core.protocols import bare
+from kit.core.settings import reason_of
 from kit.core.steps import STEPS, Step
 from kit.core.store import atomic
 from kit.core.weights import Weight, materialize, weights
@@ -111,8 +112,7 @@ def load(
             if packed and any(weight.steps for weight in weights(filled)):
                 filled = model = pack_layers(filled)
         except Exception as error:  # steps and models may be anybody's: all they raise is told
-            why = str(error).partition("\n")[0][:500] or type(error).__name__
-            raise ArtifactError(f"{path} cannot be read, {what}: {why}") from error
+            raise ArtifactError(f"{path} cannot be read, {what}: {reason_of(error)}") from error
     return (filled if model is None else model).eval()
 
 
@@ -230,7 +230,7 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Header, Iterator[bytes]]]
         except Exception as error:  # it may be any JSON
             if isinstance(error, ArtifactError):
                 raise
-            why = f"{type(error).__name__}: {error}".partition("\n")[0][:500]
+            why = f"{type(error).__name__}: {reason_of(error)}"
             raise ArtifactError(f"{path} has no readable header ({why}): write it again") from None
         yield header, iter(blobs)
 

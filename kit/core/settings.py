@@ -85,6 +85,11 @@ def checks(function: Callable) -> Callable:
     return wrapper
 
 
+def reason_of(error: Exception) -> str:
+    """The first line of what an error says, cut; its class if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 def _is_plain(kind) -> bool:
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (tuple, list, Union, types.UnionType):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kit.core.measurement import measure, relative_error
 from kit.core.protocols import Call, call_with, tensors_of, tree_map
+from kit.core.settings import reason_of
 from kit.engines.folding import fold_batch_norms
 from kit.engines.kernels import int8_model
 from kit.engines.layers import cast, float_copy
@@ -117,11 +118,6 @@ def opaque(value) -> str:
     elif not isinstance(value, (tuple, list)):
         return type(value).__name__
     return next(filter(None, map(opaque, value)), "")
-
-
-def reason_of(error: Exception) -> str:
-    """The first line of what an error says; its class if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
 @torch.inference_mode()

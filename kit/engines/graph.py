@@ -21,9 +21,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from kit.core.measurement import flat, measure, relative_error
 from kit.core.protocols import Call, call_with, tensors_of, tree_map
+from kit.core.settings import reason_of
 from kit.core.store import digest
 from kit.core.weights import original_of, weights
-from kit.engines.choice import ROUNDING, opaque, reason_of
+from kit.engines.choice import ROUNDING, opaque
 from kit.engines.layers import IntegerWeight, cast, float_copy, integer_weights
 from kit.engines.runtime import OnnxEngine
 

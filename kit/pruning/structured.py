@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kit.core.protocols import call_of, call_with, device_of, evaluating
+from kit.core.settings import reason_of
 from kit.core.weights import Weight, copy_model, weight_of
 from kit.models import BKMixer, MoE, refresh_config
 from kit.pruning.criteria import check_sparsity
@@ -195,8 +196,7 @@ def prune_channels(
     try:
         found = families(small, call, names)
     except Exception as error:  # a model may raise anything
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        what = f"cannot prune this {type(model).__name__}, which fails on the example ({reason})"
+        what = f"this {type(model).__name__} fails on the example ({reason_of(error)})"
         raise ValueError(f"{what}: give inputs that it can be called with") from error
     for family in found:
         scores = group_scores(small, family, importance)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from kit.core.settings import reason_of
 from kit.core.store import atomic, digest
 
 GROUPS = {"model", "best", "optimizer", "scaler", "rng.now", "rng.epoch"}
@@ -57,8 +58,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], Sta
     except KeyError:
         raise ValueError(f"{path} is not a training checkpoint: give another path.") from None
     except (SafetensorError, ValueError, TypeError, RuntimeError, OverflowError) as error:
-        why = str(error).partition("\n")[0]
-        raise ValueError(f"The checkpoint {path} is damaged ({why}): {advice}.") from None
+        what = f"The checkpoint {path} is damaged ({reason_of(error)})"
+        raise ValueError(f"{what}: {advice}.") from None
     for name, tensor in tensors.items():
         if not name.startswith("rng.") and tensor.isnan().any():
             lower = f"{advice}, with a lower lr if it diverged."

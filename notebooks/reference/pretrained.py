@@ -34,6 +34,7 @@ from kit.budget.rounding import RoundingSettings, SampledLoss, round_to_budget
 from kit.core.calibration import input_grams
 from kit.core.measurement import peak_memory
 from kit.core.protocols import call_of, tensors_of
+from kit.core.settings import reason_of
 from kit.core.store import cache_dir, cached, digest
 from kit.core.weights import Weight, copy_model, weights
 from kit.data.corpus import CORPORA
@@ -676,8 +677,8 @@ def rivals(task: Task, only: str = "") -> Iterator[dict]:
         try:
             found = row(task, name, *make(task))
         except Exception as error:  # somebody else's code, of any kind
-            reason = (str(error).splitlines() or [""])[0][:160]
-            found = {"method": name, "missing": f"{type(error).__name__}: {reason}"}
+            missing = f"{type(error).__name__}: {reason_of(error)}"
+            found = {"method": name, "missing": missing}
         yield found
 
 
