@@ -1,4 +1,12 @@
+import re
+import types
+from unittest.mock import patch
+
+import numpy as np
+import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from kit import artifact
@@ -7,7 +15,8 @@ from kit.core.weights import weights
 from kit.models import ResNetBK, ResNetBKConfig
 from kit.quantization.fake import FakeQuantize
 from kit.training.losses import training_loss
-from notebooks.reference.ablation import Average, Chosen, Looped, Muon, orthogonal
+from notebooks.reference import ablation
+from notebooks.reference.ablation import Average, Chosen, Looped, Mixed, Muon, orthogonal
 
 SMALL = {"vocab_size": 50, "d_model": 32, "experts": 2, "d_ff": 32, "channels": 16, "tied": True}
 
@@ -81,3 +90,44 @@ def test_chosen_codes_move_a_step_towards_zero_until_the_file_fits():
     assert size - 320 <= artifact.nbytes(model) <= size - 300
     assert torch.equal(after[moved], (before - before.sign())[moved])
     assert 10 < moved.sum() < len(before) / 2
+
+
+@given(st.text(alphabet="aZé Q.'\n1", max_size=60))
+def test_words_without_capitals_come_back(text):
+    lowered = ablation.lower(text)
+    assert ablation.capitals(lowered) == text
+    assert not re.search(r"(?<![A-Za-z])[A-Z]+(?![A-Za-z])", lowered)
+
+
+def test_words_lose_their_capitals_after_a_mark_before_their_space():
+    text = "The API, a DataFrame and I."
+    assert ablation.lower(text) == "\x01the\x02 api, a DataFrame and\x01 i."
+    with pytest.raises(ValueError, match="which mark capitals"):
+        ablation.lower("a\x01b")
+
+
+def test_mixed_shows_each_written_window_once_in_the_second_half():
+    windows, seen = torch.arange(6 * 4).view(6, 4), []
+    mixed = Mixed(lambda model, batch: seen.append(batch), windows, 0.5)
+    own = torch.full((4, 3), -1), torch.full((4, 3), -2)
+    for step in range(6):  # each call comes after the hook of the step before it
+        mixed(None, own)
+        mixed.step(step + 1, 6, None)
+    for inputs, targets in seen[:3]:
+        assert (inputs == -1).all() and (targets == -2).all()
+    shown = torch.cat([inputs[2:] for inputs, _ in seen[3:]])
+    assert sorted(shown[:, 0].tolist()) == windows[:, 0].tolist()
+    for inputs, targets in seen[3:]:
+        assert (inputs[:2] == -1).all() and torch.equal(inputs[2:, 1:], targets[2:, :-1])
+
+
+def test_a_model_continues_what_it_is_given():
+    torch.manual_seed(0)
+    model = ResNetBK(ResNetBKConfig(layers=1, **SMALL)).eval()
+    train = np.arange(40, dtype=np.int32)
+    corpus = types.SimpleNamespace(train=train)
+    with patch.object(ablation, "LENGTH", 12), patch.object(ablation, "STEPS", 8):
+        text = ablation.written(model, corpus, 0, prompt=5)
+        again = ablation.written(model, corpus, 0, prompt=5)
+    assert text.shape == (8, 13) and torch.equal(text, again)
+    assert (text[:, 1:5] - text[:, :4] == 1).all() and text.max() < 50

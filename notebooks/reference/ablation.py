@@ -91,16 +91,19 @@ IDEAS = {
     "ensemble": Idea(teachers=("dense", "dense-1")),
     "wide": Idea(student="wide"),
     "looped": Idea(student="looped"),
+    "looped-3": Idea(student="looped-3"),
     "chosen": Idea(above=1.012),
     "chosen-4": Idea(above=1.04),
     "written": Idea(written=0.5),
     "case": Idea(corpus="docs-case"),
+    "together": Idea(student="looped", rated=True),
 }
 MODELS = {  # name -> fields that differ from SHAPE
     "dense": {},
     "dense-1": {"seed": 1},
     "wide": {"d_model": 96},
     "looped": {"loops": 2, "layers": 2},
+    "looped-3": {"loops": 2, "layers": 3},
 }
 
 
