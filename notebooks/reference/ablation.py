@@ -92,6 +92,7 @@ IDEAS = {
     "wide": Idea(student="wide"),
     "looped": Idea(student="looped"),
     "looped-3": Idea(student="looped-3"),
+    "looped-self": Idea(student="looped", teachers=("looped",)),
     "chosen": Idea(above=1.012),
     "chosen-4": Idea(above=1.04),
     "written": Idea(written=0.5),
