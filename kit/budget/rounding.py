@@ -79,8 +79,13 @@ class SampledLoss:
         self.outputs, self.generator = outputs, torch.Generator().manual_seed(seed)
 
     def __call__(self, model: nn.Module, batch) -> Tensor:
-        out = tensors_of(call_of(batch).to(device_of(model))(model))[0]
-        if self.outputs == "features":
+        out, kind = tensors_of(call_of(batch).to(device_of(model))(model))[0], self.outputs
+        least = 2 if kind == "logits" else 1
+        if not out.is_floating_point() or out.ndim < least or out.shape[-1] < least:
+            what = f"the first output, {out.dtype} of shape {tuple(out.shape)}, holds no {kind}"
+            other = "'features'" if out.is_floating_point() else "a model that gives floats first"
+            raise ValueError(f"{what}: choose {other}, or give a loss of your own")
+        if kind == "features":
             noise = torch.randn(out.shape, generator=self.generator)
             return (out * noise.to(out)).sum()
         log_p = out.float().log_softmax(-1).flatten(0, -2)
@@ -101,6 +106,8 @@ def curvature(model: nn.Module, batches: Iterable, loss: Callable) -> dict[str, 
             rows, columns = sums.get(name, (0.0, 0.0))
             reached = _spans(grad[grad.any(1)])  # few rows of an embedding
             sums[name] = rows + grad.square().mean(1), columns + reached.mT @ reached
+    if sums and not any(rows.any() for rows, _ in sums.values()):
+        raise ValueError("the loss has no gradient but zero in any weight: give another loss")
     for name, (rows, columns) in sums.items():
         if not torch.isfinite(columns).all():
             raise ValueError(f"the gradients of {name!r} hold NaN or infinite values")
@@ -202,13 +209,15 @@ def round_to_budget(
 ) -> nn.Module:  # fmt: skip
     """Rounds a trained model, in place, to a file of at most `target_bytes`; returns the model.
 
-    Steps and codes follow from what errors cost, see above; small tensors become half precision.
+    Steps and codes follow from what errors cost, see above; small tensors become half precision,
+    where that holds their values.
 
     Args:
         batches: calibration inputs (`kit.core.protocols.call_of`); some hundred samples in small
             batches. Their targets are not used.
         loss: of (model, batch), summed over samples; by default `SampledLoss("logits")`.
-    Raises ValueError without a batch, for weights with steps, and where the bytes do not suffice.
+    Raises ValueError, and leaves the model as it was: without a batch, for weights with steps, and
+    where the bytes do not suffice.
     """
     found = [w for w in weights(model) if w.original.is_floating_point()]
     if carrying := next((w.name for w in found if w.steps), None):
@@ -219,9 +228,21 @@ def round_to_budget(
     if not rounded:
         raise ValueError(f"no weight matrix of {settings.small} values or more has a gradient")
     kept, large = [w.original.detach().clone() for w in found], {w.weight.name for w in rounded}
-    for weight in found:
-        if weight.name not in large:
-            weight.put(FakeQuantize(weight.original.detach(), HALF, weight.view))
+    try:
+        for weight in found:
+            if weight.name not in large and formats.fits_half(weight.original):
+                weight.put(FakeQuantize(weight.original.detach(), HALF, weight.view))
+        _fit(model, rounded, target_bytes)
+    except BaseException:
+        for weight, value in zip(found, kept):
+            weight.set_steps([])
+            weight.assign(value)
+        raise
+    return model
+
+
+def _fit(model: nn.Module, rounded: list[Rounded], target_bytes: int) -> None:
+    """Finds k by secants. Raises ValueError where no k suffices."""
     for one in rounded:
         one.place(torch.zeros_like(one.matrix), one.steps(1.0), 0)
     least = artifact.nbytes(model)
@@ -235,7 +256,7 @@ def round_to_budget(
         size = artifact.nbytes(model)
         if size <= target_bytes:
             if log_k == coarse or size >= CLOSE * target_bytes or size == last[1]:
-                return model  # size == last[1]: as fine as steps become
+                return  # size == last[1]: as fine as steps become
             coarse = log_k
         else:
             fine = log_k
@@ -244,9 +265,6 @@ def round_to_budget(
         log_k += (size - (1 + CLOSE) / 2 * target_bytes) / slope
         if not fine < log_k < coarse:
             log_k = min((fine + coarse) / 2, fine + 1)
-    for weight, value in zip(found, kept):
-        weight.set_steps([])
-        weight.assign(value)
     what = f"where every code is zero the file takes {least}"
     raise ValueError(f"{target_bytes} bytes are too few: {what}")
 

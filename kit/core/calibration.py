@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from kit.core.protocols import LanguageModel, device_of, run, tree_map
+from kit.core.protocols import LanguageModel, device_of, evaluating, run, tree_map
 from kit.core.weights import Weight, class_of, weights
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -143,16 +144,39 @@ def input_norms(
     return {name: gram.diagonal(dim1=-2, dim2=-1).sqrt().float() for name, gram in grams.items()}
 
 
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode with gradients, of frozen parameters too; all is as it was afterwards."""
+    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    own = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+    try:
+        with evaluating(model), torch.enable_grad(), own:  # cuDNN's RNNs have none in this mode
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
 def gradients(model: nn.Module, batches: Iterable, loss: Callable) -> Iterator[dict[str, Tensor]]:
     """For each batch, moved to the model's device, the gradients of loss(model, batch) in the
-    trained values of every weight that has one, by name; the model's own are cleared. Raises
-    ValueError without a batch."""
+    trained values of every weight that has one, by name, in evaluation mode and of frozen weights
+    too; the model's own are cleared. Raises ValueError without a batch, and for a loss that no
+    parameter has a part in."""
     batch, device = None, device_of(model)
     for batch in batches:
         model.zero_grad(set_to_none=True)
-        loss(model, tree_map(lambda tensor: tensor.to(device), batch)).backward()
+        with differentiable(model):
+            value = loss(model, tree_map(lambda tensor: tensor.to(device), batch))
+            if not value.requires_grad:
+                what = f"the loss has no gradient in the parameters of this {type(model).__name__}"
+                raise ValueError(f"{what}: give a model whose parameters make its outputs")
+            value.backward()
         found = {weight.name: weight.original.grad for weight in weights(model)}
         model.zero_grad(set_to_none=True)
-        yield {name: grad for name, grad in found.items() if grad is not None}
+        found = {name: grad for name, grad in found.items() if grad is not None}
+        yield {name: g.to_dense() if g.is_sparse else g for name, g in found.items()}
     if batch is None:
         raise ValueError("gradients of a loss got no batch: give at least one")

@@ -258,6 +258,15 @@ def weight_of(module: nn.Module, attribute: str = "weight", model=None) -> Weigh
     return Weight(model or module, module, attribute, attribute)
 
 
+def check_values(tensor: Tensor, name: str) -> None:
+    """Raises ValueError for a tensor without values (on the meta device), NaN or infinite ones."""
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on the meta device, without values: load a checkpoint first")
+    if bad := int((~torch.isfinite(tensor)).sum()):
+        held = f"{name} holds {bad} NaN or infinite values"
+        raise ValueError(f"{held}: restore a finite checkpoint first")
+
+
 def class_of(module: nn.Module) -> type:
     """A module's class, not the one that torch generates where weights carry steps."""
     return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kit.core.settings import NotNegative, Seed, checked, checks
-from kit.core.weights import Weight, weights
+from kit.core.weights import Weight, check_values, weights
 from kit.pruning import criteria
 from kit.pruning.mask import check_prunable, mask_of, put_mask
 
@@ -51,7 +51,9 @@ class MagnitudePruner:
                 raise ValueError(f"{what}, or leave out by tensors= what multiplies no inputs")
 
     def scores(self, weight: Weight) -> Tensor:
-        """Scores (rows, columns) of a weight; already pruned entries score minus infinity."""
+        """Scores (rows, columns) of a weight; already pruned entries score minus infinity. Raises
+        ValueError for a weight that is not finite."""
+        check_values(weight.original, weight.name)
         values = self.score(weight, self.norms[weight.name], self.seed)
         return values.masked_fill(~weight.view.matrix(mask_of(weight)), -torch.inf)
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from kit.core.protocols import call_of, call_with, device_of, evaluating
+from kit.core.calibration import differentiable
+from kit.core.protocols import call_of, call_with, device_of
 from kit.core.settings import reason_of
 from kit.core.weights import Weight, copy_model, weight_of
 from kit.models import BKMixer, MoE, refresh_config
@@ -161,14 +162,9 @@ def _prepared(model, sparsity, importance, batches, loss) -> list | None:
         raise ValueError("taylor importance needs gradients: pass batches=, some training batches")
     batches = None if batches is None else list(batches)
     model.zero_grad(set_to_none=True)
-    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
-    with evaluating(model), torch.enable_grad():
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+    with differentiable(model):
         for batch in batches if importance == "taylor" else ():
             loss(model, call_of(batch).to(device_of(model))).backward()
-        for parameter in frozen:
-            parameter.requires_grad_(False)
     return batches
 
 

@@ -23,7 +23,11 @@ class ColumnScale(Step):
         super().__init__()
         self.view = view
         self.register_buffer("codes", codes.to(torch.int8))
-        self.register_buffer("scale", torch.exp2(codes.double() / OCTAVE).float(), persistent=False)
+
+    @property
+    def scale(self) -> Tensor:
+        """The factors (C,), float32."""
+        return torch.exp2(self.codes.double() / OCTAVE).float()
 
     @classmethod
     def nearest(cls, scale: Tensor, view: MatrixView) -> "ColumnScale":

@@ -1,7 +1,7 @@
 """Fake quantization of weights: a step that rounds forward, and is straight-through back."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 
 import torch
@@ -46,7 +46,7 @@ class FakeQuantize(Step):
         first_step: float = FIRST_STEP, grid: tuple[Tensor, Tensor | None] | None = None,
     ):  # fmt: skip
         super().__init__()
-        formats.check_weights(weight, "weight")
+        formats.check_weights(weight, "weight", format)
         self.format, self.view = format, view or matrix_view(weight.shape)
         self.first_step, self.learned = first_step, learned and format.bits != 16
         if grid is None and format.bits != 16 and (self.learned or format.range != "minmax"):
@@ -99,6 +99,15 @@ class FakeQuantize(Step):
         if zero is not None:
             self.zero.copy_(zero)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FakeQuantize":
+        """A cast of the model leaves scales as files hold them."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        return super()._apply(moved, recurse)
+
     def forward(self, weight: Tensor) -> Tensor:
         if self.format.bits == 16:
             return formats.round_half(weight)
@@ -130,6 +139,9 @@ class FakeQuantize(Step):
         elif self.format.range == "minmax" and not self._follows(stored, self.grid(x)):
             entry["fixed"] = 1
         codes, scale, zero = (None if t is None else t.cpu() for t in self.codes(x))
+        if stored.element_size() < 4 and not torch.equal(self.codes(stored)[0].cpu(), codes):
+            what = f"codes of {self.format.bits} bits are finer than {stored.dtype}"
+            raise ValueError(f"{what}: save the model in float32")
         for part in formats.stored_scale(scale, self.format.scale):
             write.tensor(part)
         if zero is not None:
@@ -238,9 +250,9 @@ def quantize_weights(
     if not chosen:
         what = f"{type(model).__name__} has no weight to quantize"
         raise ValueError(f"{what}: expected parameters of two or more dimensions")
-    for weight, _ in chosen:
+    for weight, format in chosen:
         weight.check_put(FakeQuantize)
-        formats.check_weights(weight.original, weight.name)
+        formats.check_weights(weight.original, weight.name, format or formats.DEFAULT)
     for weight, format in chosen:
         if format is None:
             weight.drop(FakeQuantize)

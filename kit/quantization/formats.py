@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kit.core.settings import Count, settings
+from kit.core.weights import check_values
 from kit.quantization import kernels
 
 SMALLEST_SCALE = {"float32": 1e-30, "float16": 2.0**-24, "log8": 1e-30}
@@ -151,16 +152,22 @@ def round_half(x: Tensor) -> Tensor:
     return x + (x.half().to(x.dtype) - x).detach()
 
 
-def check_weights(x: Tensor, what: str = "tensor") -> None:
-    """Raises ValueError for what no real quantizer can hold: complex, integer, NaN or infinite."""
+def fits_half(x: Tensor) -> bool:
+    return not (x.abs() > 65504).any()
+
+
+def check_weights(x: Tensor, what: str = "tensor", format: Format = DEFAULT) -> None:
+    """Raises ValueError for what no real quantizer can hold: complex, integer, without values, NaN
+    or infinite; and for what is beyond half precision where that is the format."""
     if x.is_complex():
         why = "a real quantizer would drop the imaginary part; use ComplexQuantizer"
         raise ValueError(f"{what} is complex ({x.dtype}): {why}")
     if not x.is_floating_point():
         raise ValueError(f"{what} has dtype {x.dtype}: quantization expects floating point values")
-    if not torch.isfinite(x).all():
-        held = f"{what} holds {(~torch.isfinite(x)).sum().item()} NaN or infinite values"
-        raise ValueError(f"{held}: restore a finite checkpoint first")
+    check_values(x, what)
+    if format.bits == 16 and not fits_half(x):
+        high = f"{what} holds {x.abs().max():.3g}, beyond half precision (65504)"
+        raise ValueError(f"{high}: leave it in float32, by None in a plan of quantize_weights")
 
 
 def grid_of_range(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:

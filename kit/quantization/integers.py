@@ -7,6 +7,7 @@ computes with the integers themselves is in kit.engines.
 
 import copy
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ class GroupWiseQuantizer(nn.Module):
     data: Tensor  # uint8
     scale: Tensor  # (blocks, 1)
     zero: Tensor | None
+    like: Tensor  # empty, of the dtype in which the tensor is given back
     after: nn.ModuleList  # steps of a weight behind its quantizer
 
     def __init__(self, format: Format = INT4_GROUPS):
@@ -42,7 +44,7 @@ class GroupWiseQuantizer(nn.Module):
         if format.bits == 16:
             raise ValueError("a half-precision format has no codes to pack: use tensor.half()")
         self.format, self.view, self.after = format, None, nn.ModuleList()
-        for name in ("data", "scale", "zero"):
+        for name in ("data", "scale", "zero", "like"):
             self.register_buffer(name, None)
 
     def encode(self, weight: Tensor) -> "GroupWiseQuantizer":
@@ -57,6 +59,14 @@ class GroupWiseQuantizer(nn.Module):
         self.data = torch.from_numpy(np.frombuffer(packed, np.uint8).copy()).to(weight.device)
         self.scale = scale.half() if self.format.scale == "float16" else scale.clone()
         self.zero = None if zero is None else zero.to(self.format.integer)
+        self.like = weight.new_empty(0)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GroupWiseQuantizer":
+        """A cast changes the dtype of the tensor, not the scales that are stored."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = None if scale is None else scale.to(self.data.device)
         return self
 
     def codes(self) -> Tensor:
@@ -72,12 +82,14 @@ class GroupWiseQuantizer(nn.Module):
         return torch.from_numpy(codes).to(data.device).view(shape)
 
     def forward(self) -> Tensor:
-        """The tensor, float32."""
+        """The tensor."""
         zero = None if self.zero is None else self.zero.float()
         blocks = formats.to_blocks(self.codes(), self.format)
         values = formats.dequantize(blocks, self.scale.float(), zero)
         shape = self.view.rows, self.view.columns
-        value = self.view.tensor(formats.from_blocks(values, shape, self.format))
+        value = self.view.tensor(formats.from_blocks(values, shape, self.format)).to(
+            self.like.dtype
+        )
         for step in self.after:
             value = step(value)
         return value

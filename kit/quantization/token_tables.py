@@ -107,6 +107,8 @@ class Composition(Step):
         return rows @ self.rounding(self.basis)
 
     def encode(self, x: Tensor, stored: Tensor, write) -> dict:
+        if x.dtype != torch.float32:
+            raise ValueError(f"a composed table in {x.dtype} has no file: save it in float32")
         for factor in (self.left, self.right):
             write.tensor(factor.half())
         basis = self.rounding.encode(self.basis, self.rounding(self.basis), write)
