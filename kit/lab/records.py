@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -25,7 +26,8 @@ ROOT = Path(kit.__file__).resolve().parents[1]
 FIGURES = ["bytes", "ratio", "perplexity", "low", "high", "bits_per_byte", "accuracy"]
 PACKAGES = "torch numpy numba tokenizers safetensors scikit-learn pandas papermill".split()
 Places = str | Path | Iterable[str | Path]
-Figures = msgspec.defstruct("Figures", [(f, float | None, None) for f in FIGURES], kw_only=True)
+Figure = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)] | None
+Figures = msgspec.defstruct("Figures", [(f, Figure, None) for f in FIGURES], kw_only=True)
 
 
 class Stage(Figures, kw_only=True):
@@ -117,8 +119,9 @@ def _frame(rows: list[dict]) -> pd.DataFrame:
     core = ["run", "notebook", "seed", "corpus.name", "corpus.sha256", *FIGURES]
     frame = frame.reindex(columns=[*core, *frame.columns.difference(core, sort=False)])
     numbers = frame[FIGURES].apply(pd.to_numeric)
-    constant = numbers["bits_per_byte"] / np.log(numbers["perplexity"])  # of the text
-    limits = {f"bits_per_byte_{end}": constant * np.log(numbers[end]) for end in ("low", "high")}
+    logs = np.log(numbers[["perplexity", "low", "high"]].astype(float))
+    constant = numbers["bits_per_byte"] / logs["perplexity"]  # of the text
+    limits = {f"bits_per_byte_{end}": constant * logs[end] for end in ("low", "high")}
     hashes, usual = frame["corpus.sha256"], frame["corpus.sha256"].mode()
     same = hashes == usual[0] if len(usual) else hashes.isna()
     return frame.assign(**numbers, **limits, comparable=same)
