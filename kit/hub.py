@@ -26,6 +26,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, tokenizer=None) -> int
     if not isinstance(config, transformers.PretrainedConfig) or not hasattr(transformers, kind):
         raise ValueError(f"{kind} is no class of transformers: write it with kit.artifact.save")
     config.architectures = [kind]
+    config.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     with torch.device("meta"):
         made = getattr(transformers, kind)._from_config(config)
     shapes = [{(w.name, w.original.shape) for w in weights(m)} for m in (made, model)]

@@ -180,8 +180,9 @@ def _encode(weight: Weight, write: Writer, written: dict[Step, int]) -> dict:
         x = step(x)
     carrier, leading = _leading(steps, weight.name)
     stored = [*seen, x][leading]
-    if not is_finite(stored):
-        raise ValueError(f"{weight.name!r} holds NaN or infinities, which `load` would refuse")
+    if stored.is_meta or not is_finite(stored):
+        held = "no values on the meta device" if stored.is_meta else "NaN or infinities"
+        raise ValueError(f"{weight.name!r} holds {held}, which `load` would refuse")
     if carrier is None:
         if leading < len(steps):  # transforms of floats save no bytes: what they compute is stored
             steps, stored = [], x

@@ -35,7 +35,7 @@ from kit.core.compiled import compiled, in_threads
 from kit.core.obs import inverse_factor
 from kit.core.protocols import call_of, device_of, tensors_of
 from kit.core.settings import Count, NotNegative, settings
-from kit.core.weights import Weight, weights
+from kit.core.weights import Weight, check_values, weights
 from kit.quantization import formats
 from kit.quantization.column_scale import ColumnScale
 from kit.quantization.fake import FakeQuantize
@@ -220,6 +220,8 @@ def round_to_budget(
     where the bytes do not suffice.
     """
     found = [w for w in weights(model) if w.original.is_floating_point()]
+    for weight in found:
+        check_values(weight.original, weight.name)
     if carrying := next((w.name for w in found if w.steps), None):
         raise ValueError(f"{carrying!r} carries steps already: round a plain model (`materialize`)")
     factors = curvature(model, batches, loss or SampledLoss())

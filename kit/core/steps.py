@@ -71,6 +71,16 @@ class Step(nn.Module):
         raise ValueError(f"{what}: resize it before")
 
 
+def without_cast(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """For `nn.Module._apply`: what `fn` does but for its change of the dtype."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        new = fn(tensor)
+        return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+    return moved
+
+
 def register_step(kind: str) -> Callable[[type[Step]], type[Step]]:
     """Class decorator: the name of this class in files. Raises ValueError for a taken name."""
 

@@ -97,6 +97,8 @@ def copy_of(model: nn.Module) -> nn.Module:
             raise ValueError(f"{name} has no weights yet: call the model once before")
         if any(p is not None and p.layout != torch.strided for p in module._parameters.values()):
             raise ValueError(f"a sparse parameter of {name} cannot be copied: make it dense")
+        if any(p is not None and p.is_meta for p in module._parameters.values()):
+            raise ValueError(f"{name} is on the meta device, without values: load a checkpoint")
         if isinstance(module, torch.jit.ScriptModule):
             weights(module)  # refuses it
     copied = copy_model(unwrapped(model))

@@ -13,6 +13,7 @@ from kit import artifact
 from kit.core.measurement import relative_error
 from kit.core.protocols import Call, tree_map
 from kit.core.settings import Positive, settings
+from kit.core.steps import without_cast
 from kit.core.weights import copy_model, materialize, weights
 from kit.engines import layers
 from kit.engines.choice import ENGINES, Choice, batch_size, build_engine, choose_engine, opaque
@@ -217,7 +218,7 @@ class QuantizedModel(nn.Module):
         return getattr(self.model, name)
 
     def __deepcopy__(self, memo):
-        made = type(self)(copy.deepcopy(self.model, memo), self.settings, self.dtype)
+        made = type(self)(copy_model(self.model), self.settings, self.dtype)
         if self.choice is not None and self._built == self._state():
             made.choice, made._limit = copy.deepcopy(self.choice, memo), self._limit
             made._watch()
@@ -228,7 +229,7 @@ class QuantizedModel(nn.Module):
 
     def _apply(self, function, recurse=True):
         self.dtype = function(torch.empty(0, dtype=self.dtype)).dtype
-        return super()._apply(function, recurse)
+        return super()._apply(without_cast(function), recurse)
 
     def extra_repr(self) -> str:
         return f"engine={self.choice.name if self.choice else 'chosen at the first call'}"

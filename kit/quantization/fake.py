@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from kit.core.steps import Step, Stored, register_step
+from kit.core.steps import Step, Stored, register_step, without_cast
 from kit.core.weights import MatrixView, Weight, column_view, matrix_view, weights
 from kit.quantization import formats
 from kit.quantization.formats import DEFAULT, Format
@@ -101,12 +101,7 @@ class FakeQuantize(Step):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FakeQuantize":
         """A cast of the model leaves scales as files hold them."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            new = fn(tensor)
-            return new if new.dtype == tensor.dtype else tensor.to(new.device)
-
-        return super()._apply(moved, recurse)
+        return super()._apply(without_cast(fn), recurse)
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.format.bits == 16:

@@ -298,7 +298,7 @@ def flat_targets(targets: Tensor, shape: Sequence[int]) -> Tensor:
         flat = targets.reshape(-1).long()
         check_range(flat[flat != IGNORED], classes)
         return flat
-    if targets.shape == (*leading, classes) and classes > 1:
+    if targets.shape == (*leading, classes) and classes > 1 and leading:
         flat = targets.reshape(-1, classes).float()
         if ((flat.sum(-1) - 1).abs() < 1e-3).all() and (flat >= 0).all():
             return flat
