@@ -36,6 +36,7 @@ SMALLEST = 1024  # values of a tensor; below, nodes that read codes take more by
 # lengths and image sizes; the same, but features (B, F); lengths that come last; the batch alone.
 LENGTHS = {"ids": (1,), 3: (1,), 4: (2, 3), 5: (2, 3, 4)}
 FREE = ({2: (1,), **LENGTHS}, LENGTHS, {3: (2,)}, {})
+LARGEST = 4096  # size at which a graph is tried
 SIZES = dict.fromkeys(("input_size_limit", "output_size_limit"), 2**40)  # of constants to be folded
 
 
@@ -112,7 +113,8 @@ def export_graph(model: nn.Module, call: Call) -> ModelProto:
 
     Its inputs are the tensors of the call, its outputs those of the model's output, in order. The
     batch is free, and lengths, heights and widths (`FREE`), where the graph gives what the model
-    gives at twice the size. Raises ValueError if the model cannot be exported.
+    gives at twice the size, at one more, and beyond the sizes that the exporter took a branch for.
+    Raises ValueError if the model cannot be exported, or changes its buffers.
     """
     model, tensors, reason = float_copy(model), tensors_of(call), "the call has no tensor"
     name, forward, names = type(model).__name__, model.forward, input_names(model, call)
@@ -128,14 +130,20 @@ def export_graph(model: nn.Module, call: Call) -> ModelProto:
         settings = {"dynamo": True, "verbose": False, "input_names": names}
         try:
             with quiet(), torch.no_grad():
-                larger = [_twice(x, dims) for x, dims in zip(tensors, free)]
+                larger = _resized(tensors, free, lambda size: 2 * size)
                 expected = model(*larger)  # some models have no other size
                 inputs = larger if any(free) else tensors  # exporters take a size of 1 for fixed
                 program = torch.onnx.export(model, tuple(inputs), dynamic_shapes=shapes, **settings)
+                changed = program.exported_program.graph_signature.buffers_to_mutate.values()
+                if changed:
+                    raise ValueError(f"each call changes its buffer {', '.join(changed)}")
                 proto = _tidy(program.model_proto)
                 engine = OnnxEngine(proto.SerializeToString(), expected)
                 checks = [(larger, expected)] + [(tensors, model(*tensors))] * any(free)
-                if all(relative_error(engine(*x), y) < ROUNDING for x, y in checks):
+                others = _edges(tensors, proto, program.exported_program.range_constraints)
+                others = [_resized(tensors, free, lambda size: size + 1), *others] * any(free)
+                fits = all(relative_error(engine(*x), y) < ROUNDING for x, y in checks)
+                if fits and all(_same(model, engine, x) for x in others):
                     return proto
                 reason = "the graph gives other values than the model"
         except Exception as error:  # the exporter raises anything, of any type
@@ -162,10 +170,33 @@ def _free(x: Tensor, first: Tensor, sizes: dict) -> tuple[int, ...]:
     return (0,) * bool(batch) + sizes.get("ids" if ids else x.ndim, ())
 
 
-def _twice(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    for dim in dims:
-        x = torch.cat([x, x], dim)
-    return x
+def _resized(tensors: list[Tensor], free, size_of: Callable[[int], int]) -> list[Tensor]:
+    """The tensors, repeated along their free dimensions up to another size."""
+    found = []
+    for x, dims in zip(tensors, free):
+        for dim in dims:
+            at = torch.arange(size_of(x.shape[dim]), device=x.device) % max(x.shape[dim], 1)
+            x = x.index_select(dim, at)
+        found.append(x)
+    return found
+
+
+def _edges(tensors: list[Tensor], proto: ModelProto, ranges: dict) -> Iterator[list[Tensor]]:
+    """The tensors in the sizes next to the ranges for which the exporter took its branches."""
+    shapes = [[d.dim_param for d in x.type.tensor_type.shape.dim] for x in proto.graph.input]
+    for symbol, held in ranges.items():
+        free = [tuple(i for i, name in enumerate(shape) if name == str(symbol)) for shape in shapes]
+        for end, step in ((held.lower, -1), (held.upper, 1)):
+            if end.is_Integer and 0 < (size := int(end) + step) <= LARGEST:
+                yield _resized(tensors, free, lambda _, size=size: size)
+
+
+def _same(model: nn.Module, engine: OnnxEngine, tensors: list[Tensor]) -> bool:
+    """Whether both agree, where both can compute."""
+    with contextlib.suppress(Exception):  # of any type
+        expected = model(*tensors)
+        return relative_error(engine(*tensors), expected) < ROUNDING
+    return True
 
 
 def _tidy(proto: ModelProto) -> ModelProto:
