@@ -192,18 +192,19 @@ def prune_channels(
     try:
         found = families(small, call, names)
     except Exception as error:  # a model may raise anything
-        what = f"this {type(model).__name__} fails on the example ({reason_of(error)})"
-        raise ValueError(f"{what}: give inputs that it can be called with") from error
+        what = f"cannot prune this {type(model).__name__}, which fails ({reason_of(error)})"
+        raise ValueError(f"{what}: give an example that it can be called with") from error
     for family in found:
         scores = group_scores(small, family, importance)
         family.gone = scores.argsort(stable=True)[: round(sparsity * len(scores))].tolist()
         family.gone = family.gone[: len(scores) - 1]
     small.zero_grad(set_to_none=True)
-    found = Verifier(small, call).verified([family for family in found if family.gone])
+    verifier = Verifier(small, call)
+    found = verifier.verified([family for family in found if family.gone])
     if sparsity and not found:
         what = f"cannot prune this {type(model).__name__}: of the layers {layers!r} nothing can go"
         raise ValueError(f"{what} that other layers do not need: name others, or use masks")
-    cut(small, found)
+    cut(small, found, verifier.spared(found))
     refresh_config(small)
     describe(small, model, found)
     pruned = {name for family in found for name in family.names}

@@ -219,9 +219,10 @@ def _gone(families: Iterable[Family]) -> dict[Slot, set[int]]:
     return gone
 
 
-def cut(model: nn.Module, families: Iterable[Family]) -> None:
+def cut(model: nn.Module, families: Iterable[Family], spared=frozenset()) -> set[tuple]:
     """Takes the members that are gone off the layers, with their steps, and off the numbers that
-    modules keep of their shapes, in place."""
+    modules keep of their shapes, in place, but for those `spared`: (class, name) each. Returns
+    which of the others changed, but for numbers of heads."""
     gone, done, owners = _gone(families), set(), {}
     for layer in layers_of(model):
         owner = model.get_submodule(layer.name.rpartition(".")[0])
@@ -246,9 +247,17 @@ def cut(model: nn.Module, families: Iterable[Family]) -> None:
                 if hasattr(module, name):
                     setattr(module, name, len(keep))
             done.add(slot)
+    changed = set()
     for owner, numbers in owners.items():
-        for name, value in numbers.items():
-            setattr(owner, name, value)
+        for name in numbers.keys() - {name for kind, name in spared if kind is class_of(owner)}:
+            if getattr(owner, name) != numbers[name] and not _counts_heads(name):
+                changed.add((class_of(owner), name))
+            setattr(owner, name, numbers[name])
+    return changed
+
+
+def _counts_heads(name: str) -> bool:
+    return "head" in name and not re.search("dim|size|group", name)
 
 
 def _followed(numbers: dict, family: Family, width: int, left: int) -> dict[str, int]:
@@ -256,7 +265,7 @@ def _followed(numbers: dict, family: Family, width: int, left: int) -> dict[str,
     numbers of heads, widths, or whatever equals the number of groups."""
     count, kept, found = len(family.members), len(family.members) - len(family.gone), {}
     for name, value in numbers.items():
-        heads = "head" in name and not re.search("dim|size|group", name)
+        heads = _counts_heads(name)
         if type(value) is not int:
             continue
         if heads and "heads" in family.fix and value % count == 0:
@@ -268,29 +277,37 @@ def _followed(numbers: dict, family: Family, width: int, left: int) -> dict[str,
     return found
 
 
-def misfit(model: nn.Module, change: dict | None = None) -> float:
-    """Weights with other shapes in a model built from the config, or that with a change."""
+def misfit(model: nn.Module, change: dict | None = None) -> set[str]:
+    """Weights with other shapes in a model built from the config, or that with a change; all where
+    none can be built."""
     shapes = {weight.name: weight.original.shape for weight in weights(model)}
     config = copy.deepcopy(model.config)
     vars(config).update(change or {})
     with suppress(Exception), torch.device("meta"):
         built = weights(type(model)._from_config(config))
-        return sum(shapes.get(weight.name) != weight.original.shape for weight in built)
-    return float("inf")
+        return {w.name for w in built if shapes.get(w.name) != w.original.shape}
+    return {"", *shapes}
 
 
 def fit_config(model: nn.Module, changes: Iterable[dict]) -> dict:
-    """Makes the first of some changes of the config that lets it fit better; returns it."""
+    """Makes the first of some changes of the config that lets more weights fit and no other fewer,
+    without the numbers that have no part in that; returns it."""
     now = misfit(model)
-    made = next((change for change in changes if change and misfit(model, change) < now), {})
-    vars(model.config).update(made)
-    return made
+    for change in changes:
+        if change and (least := misfit(model, change)) < now:
+            for name in [name for name, value in change.items() if type(value) is int]:
+                rest = {key: value for key, value in change.items() if key != name}
+                change = rest if misfit(model, rest) <= least else change
+            vars(model.config).update(change)
+            return change
+    return {}
 
 
 def describe(model: nn.Module, dense: nn.Module, families: Iterable[Family]) -> None:
     """Makes a config of transformers say what was cut from `dense`, in place, where it can."""
     if not hasattr(type(model), "_from_config"):
         return
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
     new = {slot: width for layer in layers_of(model) for slot, width in layer.slots.items()}
     old = {slot: width for layer in layers_of(dense) for slot, width in layer.slots.items()}
     seen = []
@@ -299,9 +316,11 @@ def describe(model: nn.Module, dense: nn.Module, families: Iterable[Family]) -> 
             changed = _followed(vars(model.config), family, old[slot], new[slot])
             if "widths" in family.fix and getattr(model.config, "n_inner", 0) is None:  # GPT-2: 4 d
                 changed["n_inner"] = new[slot]
+            if "num_attention_heads" in changed and not getattr(model.config, "head_dim", None):
+                changed["head_dim"] = dense.config.hidden_size // dense.config.num_attention_heads
             made = fit_config(model, [changed] * (changed not in seen))
-            for module in (module for module in model.modules() if hasattr(module, "config")):
-                vars(module.config).update(made)
+            for config in configs:
+                vars(config).update(made)
             seen.append(changed)
 
 
@@ -338,7 +357,7 @@ class Verifier:
         except Exception:  # whatever a model raises that does not fit together
             return False
 
-    def holds(self, families: list[Family]) -> bool:
+    def holds(self, families: list[Family], spared=frozenset()) -> bool:
         """Whether the model without what is gone computes the same as with zeros there."""
         gone = _gone(families)
         readers = [m for m in layers_of(self.model) if not m.follows and m.slot(m.inputs) in gone]
@@ -347,7 +366,16 @@ class Verifier:
             lost = torch.tensor(sorted(gone[layer.slot(layer.inputs)]), device=x.device)
             return x.index_fill(layer.features, lost, 0)
 
-        return self.agrees(lambda small: cut(small, families), _hooks(readers, zero))
+        return self.agrees(lambda small: cut(small, families, spared), _hooks(readers, zero))
+
+    def spared(self, families: list[Family]) -> frozenset[tuple]:
+        """The numbers of modules that merely equal what is cut: all holds without them as well."""
+        changed, spared = cut(copy_model(self.model), families), frozenset()
+        if self.holds(families, frozenset(changed)):
+            return frozenset(changed)
+        for one in sorted(changed, key=str):
+            spared = spared | {one} if self.holds(families, spared | {one}) else spared
+        return spared
 
     def verified(self, families: list[Family]) -> list[Family]:
         """Those that hold, alone and together."""
