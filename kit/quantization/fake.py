@@ -134,9 +134,6 @@ class FakeQuantize(Step):
         elif self.format.range == "minmax" and not self._follows(stored, self.grid(x)):
             entry["fixed"] = 1
         codes, scale, zero = (None if t is None else t.cpu() for t in self.codes(x))
-        if stored.element_size() < 4 and not torch.equal(self.codes(stored)[0].cpu(), codes):
-            what = f"codes of {self.format.bits} bits are finer than {stored.dtype}"
-            raise ValueError(f"{what}: save the model in float32")
         for part in formats.stored_scale(scale, self.format.scale):
             write.tensor(part)
         if zero is not None:

@@ -1,0 +1,346 @@
+"""Models as people have them: half trained, frozen, cast, with one output, with numbers and
+branches of their own. What comes of them is right, or refused and nothing is lost."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from kit import QuantizedModel, SampledLoss, artifact, quick_quantize, round_to_budget
+from kit.core.calibration import gradients
+from kit.core.measurement import relative_error
+from kit.core.protocols import call_with
+from kit.core.weights import weights
+from kit.engines.graph import export_graph
+from kit.engines.runtime import OnnxEngine
+from kit.hub import from_pretrained, save_pretrained
+from kit.pruning import MagnitudePruner, prune_channels
+from kit.quantization import FakeQuantize, Format, original_mix, quantize_weights
+from kit.training.evaluation import evaluate
+
+
+def mlp(outputs=10):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, outputs))
+
+
+def inputs(count=12, *shape):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(8, *shape or (32,), generator=generator) for _ in range(count)]
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def unchanged(model, before):
+    after = model.state_dict()
+    return before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+
+
+def rounded_bytes(model, ratio=4):
+    return artifact.float32_bytes(model) // ratio
+
+
+# Rounding
+
+
+class Tagged(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x):
+        y = self.inner(x)
+        return {"tags": y.argmax(-1), "logits": y}
+
+
+@pytest.mark.parametrize(
+    "model, said",
+    [
+        (mlp(1), r"shape \(8, 1\), holds no logits: choose 'features'"),
+        (nn.Sequential(mlp(1), nn.Flatten(0)), r"shape \(8,\), holds no logits"),
+        (Tagged(), "torch.int64 of shape .* a model that gives floats first"),
+        (mlp().to("meta"), "0.bias is on the meta device"),
+        (nn.ReLU(), "no gradient in the parameters of this ReLU"),
+    ],
+)
+def test_what_has_no_logits_is_refused_and_stays_as_it_was(model, said):
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=said):
+        round_to_budget(model, inputs(), 3000)
+    assert [p.shape for p in model.parameters()] == [p.shape for p in before.parameters()]
+    if not any(p.is_meta for p in model.parameters()):
+        assert unchanged(model, state(before))
+
+
+def test_a_loss_without_any_gradient_is_refused():
+    with pytest.raises(ValueError, match="no gradient but zero"):
+        round_to_budget(mlp(), inputs(), 3000, lambda model, batch: 0 * model(batch).sum())
+
+
+def test_one_output_is_rounded_by_its_features():
+    model = mlp(1)
+    x, dense = torch.cat(inputs(40)), copy.deepcopy(model)
+    round_to_budget(model, inputs(), rounded_bytes(model), SampledLoss("features"))
+    with torch.no_grad():
+        wanted, found = dense(x), model(x)
+    assert (found - wanted).square().mean() < 0.01 * wanted.var()
+
+
+def test_modes_and_frozen_parameters_change_nothing_about_rounding():
+    def made(training, frozen):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 48), nn.BatchNorm1d(48), nn.Dropout(), nn.Linear(48, 8))
+        with torch.no_grad():
+            for x in inputs(20):
+                model(x)
+        model.train(training).requires_grad_(not frozen)
+        before = model[1].running_var.clone()
+        round_to_budget(model, inputs(), rounded_bytes(model, 3))
+        assert torch.equal(model[1].running_var, before) and model[2].training == training
+        assert all(p.requires_grad != frozen for p in model.parameters() if p.ndim > 1)
+        return model.eval()(torch.cat(inputs()))
+
+    wanted = made(False, False)
+    for training, frozen in ((True, False), (False, True), (True, True)):
+        assert torch.equal(made(training, frozen), wanted)
+
+
+def test_gradients_of_sparse_embeddings_are_those_of_dense_ones():
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(50, 8, sparse=sparse), nn.Linear(8, 6))
+        tokens = torch.randint(0, 50, (4, 7), generator=torch.Generator().manual_seed(0))
+        found += gradients(model, [tokens], lambda model, x: model(x).square().sum())
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.allclose(found[0][name], found[1][name]) for name in found[0])
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.scale = mlp(), nn.Parameter(torch.tensor([1e5]))
+
+    def forward(self, x):
+        return self.inner(x) * self.scale / 1e5
+
+
+def test_values_beyond_half_precision_stay_in_floats():
+    model = Scaled()
+    round_to_budget(model, inputs(), rounded_bytes(model))
+    assert model.scale.item() == 1e5 and weights(model, "inner.0.weight")[0].find(FakeQuantize)
+    layer = nn.Linear(4, 4)
+    layer.bias.data[0] = 7e4
+    before = state(layer)
+    with pytest.raises(ValueError, match="bias holds 7e.04, beyond half precision"):
+        quantize_weights(layer, original_mix(layer))
+    with pytest.raises(ValueError, match="beyond half precision"):
+        quantize_weights(layer, {"bias": Format(16), "weight": Format(8)})
+    assert unchanged(layer, before)
+
+
+def test_what_fails_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
+    model = mlp()
+    before = state(model)
+    monkeypatch.setattr(artifact, "nbytes", lambda model: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        round_to_budget(model, inputs(), 3000)
+    assert unchanged(model, before)
+
+
+def test_nan_is_refused_and_not_masked():
+    layer = nn.Linear(4, 4)
+    layer.weight.data[0, 0] = torch.nan
+    for act in (
+        lambda p: p.prune_below(0.0),
+        lambda p: p.prune(0.5),
+        lambda p: p.prune_pattern(2, 4),
+    ):
+        with pytest.raises(ValueError, match="weight holds 1 NaN"):
+            act(MagnitudePruner(layer))
+
+
+def test_one_label_a_row_is_no_distribution_over_the_batch():
+    with pytest.raises(ValueError, match=r"for logits \(4,\)"):
+        evaluate(nn.Flatten(0), [(torch.randn(4, 1), torch.tensor([0, 1, 0, 0]))])
+
+
+# Casts
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scale", ["float32", "float16", "log8"])
+@pytest.mark.parametrize("bits", [6, 8, 12])
+def test_a_cast_model_is_read_back_as_it_was_saved(dtype, scale, bits, tmp_path):
+    model = quantize_weights(mlp(), Format(bits, scale=scale, range="mse")).to(dtype).eval()
+    x = inputs(1)[0].to(dtype)
+    artifact.save(model, tmp_path / "model.kit")
+    for options in ({}, {"packed": True}, {"trainable": True}):
+        loaded = artifact.load(tmp_path / "model.kit", mlp().to(dtype), **options).eval()
+        assert torch.equal(loaded(x), model(x)), options
+
+
+def test_rounded_models_survive_casts_to_the_last_bit(tmp_path):
+    model = mlp()
+    round_to_budget(model, inputs(), rounded_bytes(model))
+    for dtype in (torch.bfloat16, torch.float16):
+        cast, x = copy.deepcopy(model).to(dtype), inputs(1)[0].to(dtype)
+        artifact.save(cast, tmp_path / "model.kit")
+        assert torch.equal(artifact.load(tmp_path / "model.kit", mlp().to(dtype))(x), cast(x))
+
+
+def test_a_state_dict_brings_the_factors_of_columns():
+    models = []
+    for seed in (0, 5):
+        model = mlp()
+        with torch.no_grad():
+            model[0].weight *= torch.rand(32, generator=torch.Generator().manual_seed(seed)) + 0.1
+        models.append(round_to_budget(model, inputs(), rounded_bytes(model)))
+    first, second = models
+    first.load_state_dict(second.state_dict())
+    assert torch.equal(first(inputs(1)[0]), second(inputs(1)[0]))
+
+
+def test_folders_of_transformers_keep_their_dtype(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    model = transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    quantize_weights(model, Format(8))
+    save_pretrained(model, tmp_path)
+    ids = torch.arange(10)[None]
+    assert torch.equal(from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_quantized_models_in_other_dtypes_are_copied_saved_and_called(tmp_path):
+    model = quick_quantize(nn.Sequential(nn.Linear(8, 8)), backend="float32")
+    wanted = model(torch.ones(2, 8))
+    for dtype in (torch.float16, torch.bfloat16):
+        model.to(dtype)
+        assert model(torch.ones(2, 8, dtype=dtype)).dtype == dtype
+        model.save(tmp_path / "model.kit")
+        again = QuantizedModel.load(tmp_path / "model.kit", nn.Sequential(nn.Linear(8, 8)))
+        assert torch.equal(again(torch.ones(2, 8)), wanted)
+    recurrent = quick_quantize(nn.GRU(8, 8), backend="float32")
+    x = torch.randn(3, 2, 8)
+    assert torch.equal(copy.deepcopy(recurrent)(x)[0], recurrent(x)[0])
+    with pytest.raises(ValueError, match="on the meta device"):
+        quick_quantize(mlp().to("meta"))
+    with pytest.raises(ValueError, match="no values on the meta device"):
+        artifact.save(mlp().to("meta"), tmp_path / "meta.kit")
+
+
+# Graphs
+
+
+class Branching(nn.Module):
+    """Of a condition on the sizes of its input: what it does where that holds."""
+
+    def __init__(self, holds, then):
+        super().__init__()
+        self.layer, self.holds, self.then = nn.Linear(4, 4), holds, then
+
+    def forward(self, x):
+        return self.layer(self.then(x) if self.holds(*x.shape) else x)
+
+
+@pytest.mark.parametrize(
+    "holds, then",
+    [
+        (lambda b, t, d: t > 24, lambda x: x[:, -24:]),
+        (lambda b, t, d: t > 24, lambda x: 2 * x),
+        (lambda b, t, d: t < 8, lambda x: 2 * x),
+        (lambda b, t, d: b > 8, lambda x: 2 * x),
+        (lambda b, t, d: t % 4 == 0, lambda x: 2 * x),
+    ],
+)
+def test_a_graph_is_right_at_every_size_that_it_takes(holds, then):
+    torch.manual_seed(0)
+    model, x = Branching(holds, then).eval(), torch.randn(4, 12, 4)
+    engine = OnnxEngine(export_graph(model, call_with(x)).SerializeToString())
+    taken = 0
+    for shape in ((4, 12), (4, 24), (1, 12), (4, 7), (9, 12), (16, 12), (4, 13), (4, 40), (20, 60)):
+        x = torch.randn(*shape, 4)
+        try:
+            found = engine(x)
+        except Exception:  # a size that the graph refuses
+            continue
+        taken += 1
+        with torch.no_grad():
+            assert relative_error(found, model(x)) < 1e-9, shape
+    assert taken
+
+
+class Peak(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("peak", torch.ones(1))
+
+    def forward(self, x):
+        self.peak = torch.maximum(self.peak, x.abs().max())
+        return self.layer(x / self.peak)
+
+
+def test_a_model_that_changes_its_buffers_has_no_graph():
+    with pytest.raises(ValueError, match="each call changes its buffer peak"):
+        export_graph(Peak().eval(), call_with(torch.randn(2, 4)))
+
+
+# Numbers
+
+
+class Limited(nn.Module):
+    """Whose limits happen to equal a width."""
+
+    def __init__(self):
+        super().__init__()
+        self.longest = self.words = 24
+        self.embedding = nn.Embedding(24, 6)
+        self.first, self.second = nn.Linear(6, 24), nn.Linear(24, 5)
+
+    def forward(self, ids):
+        x = self.embedding(ids.clamp(max=self.words - 1)[:, : self.longest])
+        return self.second(torch.relu(self.first(x)))
+
+
+def test_numbers_that_merely_equal_a_width_stay():
+    torch.manual_seed(0)
+    model = Limited().eval()
+    small = prune_channels(model, torch.arange(8)[None], 0.5, layers="first")
+    assert (small.longest, small.words, small.first.out_features) == (24, 24, 12)
+    rows = {tuple(row) for row in small.first.weight.tolist()}
+    gone = [i for i, row in enumerate(model.first.weight.tolist()) if tuple(row) not in rows]
+    model.second.weight.data[:, gone] = 0
+    ids = torch.arange(24)[None]
+    torch.testing.assert_close(small(ids), model(ids))
+
+
+def test_configs_change_where_weights_do():
+    config = transformers.MistralConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=64,
+    )  # fmt: skip
+    model = transformers.MistralForCausalLM(config).eval()
+    small = prune_channels(model, {"input_ids": torch.arange(8)[None]}, 0.5)
+    assert (small.config.intermediate_size, small.config.sliding_window) == (32, 64)
+    config = transformers.Qwen2Config(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    small = prune_channels(model, {"input_ids": torch.arange(8)[None]}, 0.5)
+    told = small.config
+    assert (told.hidden_size, told.intermediate_size, told.num_attention_heads) == (32, 24, 2)
+    rebuilt = transformers.Qwen2ForCausalLM(told).eval()
+    rebuilt.load_state_dict(small.state_dict())
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(rebuilt(ids).logits, small(ids).logits)
