@@ -457,7 +457,7 @@ def evaluation(found: dict) -> Evaluation:
 
 
 def report() -> None:
-    """Writes the record anew from all runs that are there."""
+    """Writes the record from all runs that are there; rows of others on the same proxy stay."""
     runs = {}
     for file in sorted(RUNS.glob("*.npz")):
         with np.load(file) as found:
@@ -487,8 +487,12 @@ def report() -> None:
         rows.append(row)
     proxy = {"corpus": "docs", "vocab_size": VOCABULARY, "shape": SHAPE, "dense": DENSE}
     proxy |= {"steps": STEPS, "windows": WINDOWS, "lr": LR, "budget": BUDGET}
-    side = RUNS / "side.json"
-    found = {"side": read_json(side)} if side.exists() else {}
+    side, known = RUNS / "side.json", read_json(RECORD)
+    found = {"side": read_json(side) if side.exists() else known["side"]}
+    if proxy == known["proxy"]:
+        made = {(row["idea"], row["seed"]) for row in rows}
+        rows = [row for row in known["rows"] if (row["idea"], row["seed"]) not in made] + rows
+        rows.sort(key=lambda row: (row["idea"], row["seed"]))
     write_json(RECORD, {**environment(), "proxy": proxy, "rows": rows, **found})
     for row in rows:
         print({k: v for k, v in row.items() if k != "seconds"})
