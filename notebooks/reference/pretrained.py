@@ -124,7 +124,7 @@ def at_equal_quality(rows: list[dict]) -> list[dict]:
     loss = np.log([max(loss_of_quality(row), 1e-12) for row in ours])
     loss, found = np.minimum.accumulate(loss), []
     for row in rows:
-        if row["method"].startswith(("kit rounding", "kit training")):
+        if row["method"].startswith(("kit rounding", "kit training", "IgLM-S")):
             continue
         wanted = np.log(max(loss_of_quality(row), 1e-12))
         bytes_ = float(np.exp(np.interp(-wanted, -loss, size)))
@@ -364,8 +364,8 @@ def iglm() -> Task:
 
 
 def smaller(task: Task) -> Iterator[dict]:
-    """IgLM-S, 1.6 M parameters, which its makers trained on the same text: what a smaller model of
-    the family says, in float32 and in half precision."""
+    """IgLM-S, 1.4 M parameters, which its makers trained on the same text: what a smaller model of
+    the family says, in float32, in half precision and rounded."""
     from transformers import GPT2LMHeadModel
 
     folder = folder_of("iglm") / "trained_models" / "IgLM-S"
@@ -374,6 +374,11 @@ def smaller(task: Task) -> Iterator[dict]:
         with tempfile.TemporaryDirectory() as place:
             size = artifact.save(model, Path(place) / "model.kit", layouts=("dense",))
         yield row(task, f"IgLM-S, {name}", size, model.float())
+    dense = GPT2LMHeadModel.from_pretrained(folder, use_cache=False).eval()
+    for ratio in (4, 8):
+        model, target = copy_model(dense), artifact.float32_bytes(dense) / ratio
+        round_to_budget(model, task.calibration, target, SampledLoss(task.outputs))
+        yield row(task, f"IgLM-S, rounded {ratio}x", *reloaded(model, dense))
 
 
 TASKS = {  # name: (packages of PyPI, how it is made)
