@@ -98,6 +98,7 @@ IDEAS = {
     "written": Idea(written=0.5),
     "case": Idea(corpus="docs-case"),
     "together": Idea(student="looped", rated=True),
+    "all": Idea(student="looped", rated=True, corpus="docs-case"),
 }
 MODELS = {  # name -> fields that differ from SHAPE
     "dense": {},
