@@ -425,3 +425,33 @@ def test_a_batch_on_dask(notebook, tmp_path, scheduler, capsys):
     assert (run.folder / "tiny.ipynb").exists() and (run.folder / "started").exists()
     assert "dashboard http://127.0.0.1:" in capsys.readouterr().out
     assert list(run_batch(notebook, {"steps": [3]}, **call)[0]["steps"]) == [3]
+
+
+def test_a_batch_whose_workers_are_gone_says_so_and_goes_on_with_another(
+    notebook, tmp_path, capsys, monkeypatch
+):
+    import distributed
+
+    monkeypatch.setattr(batches, "LOOK", 0.01)
+    options = {
+        "processes": False,
+        "n_workers": 1,
+        "threads_per_worker": 1,
+        "dashboard_address": None,
+    }
+    with distributed.LocalCluster(**options, protocol="tcp://", host="127.0.0.1") as cluster:
+        place = {"folder": tmp_path / "runs", "scheduler": cluster.scheduler_address}
+
+        def said(*args, **kwargs):
+            print(*args, **kwargs)
+            if "at a time" in args[0]:  # the batch has begun, and its only worker goes
+                cluster.scale(0)
+                while cluster.scheduler_info["workers"]:
+                    time.sleep(0.01)
+            if "No Dask worker is left" in args[0]:
+                cluster.scale(1)
+
+        monkeypatch.setattr(batches, "print", said, raising=False)
+        frame, failed = run_batch(notebook, {"steps": [3]}, **place)
+    assert not failed and list(frame["steps"]) == [3]
+    assert capsys.readouterr().out.count("No Dask worker is left: waiting for another") == 1

@@ -12,6 +12,7 @@ seeds for each:
 import argparse
 import contextlib
 import io
+import itertools
 import signal
 import sys
 import tempfile
@@ -132,10 +133,12 @@ def _machines(scheduler: str | None, jobs: int | None) -> Iterator[tuple[int, Ca
                 needs[name] = min(worker["resources"][name] for worker in workers) // each
         threads = needs.get("threads", min(worker["nthreads"] for worker in workers) // each)
         print(f"Dask: {len(workers)} workers, dashboard {client.dashboard_link}", flush=True)
-        yield jobs, partial(_send, client, max(1, int(threads)), needs)
+        yield jobs, partial(_send, client, threading.Event(), max(1, int(threads)), needs)
 
 
-def _send(client, threads: int, needs: dict, run: Run, stopped: Callable[[], bool]) -> int | None:
+def _send(
+    client, alone: threading.Event, threads: int, needs: dict, run: Run, stopped: Callable[[], bool]
+) -> int | None:
     """Executes a run on a worker and unpacks the folder that comes back."""
     import distributed
 
@@ -143,9 +146,13 @@ def _send(client, threads: int, needs: dict, run: Run, stopped: Callable[[], boo
     for _ in range(5):  # times that several workers died under it
         future = client.submit(_on_worker, *task, pure=False, resources=needs)
         try:
-            while not future.done():
+            for look in itertools.count():
+                if future.done():
+                    break
                 if stopped():
                     return None
+                if look % 25 == 24:
+                    _say_if_alone(client, alone)
                 time.sleep(LOOK)
             code, folder = future.result()
         except (distributed.KilledWorker, distributed.client.FutureCancelledError):
@@ -157,6 +164,17 @@ def _send(client, threads: int, needs: dict, run: Run, stopped: Callable[[], boo
             zipfile.ZipFile(io.BytesIO(folder)).extractall(run.folder)
         return code
     return None
+
+
+def _say_if_alone(client, alone: threading.Event) -> None:
+    """Says once that a batch waits, since workers that end in order are not started again."""
+    with contextlib.suppress(OSError):
+        if client.scheduler_info(n_workers=-1)["workers"]:
+            alone.clear()
+        elif not alone.is_set():
+            alone.set()
+            there = client.scheduler.address
+            print(f"No Dask worker is left: waiting for another (dask worker {there}).", flush=True)
 
 
 def _on_worker(name: str, notebook: bytes, parameters: dict, threads: int) -> tuple:

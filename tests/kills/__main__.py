@@ -167,6 +167,7 @@ def cluster(kills: int, seed: int, place: Path, runs: int = 12) -> dict:
 
     options = {"n_workers": 3, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
     with distributed.LocalCluster(**options, silence_logs=50) as workers:
+        workers.adapt(minimum=3, maximum=3)  # one that ends in order is not started again else
         killer = threading.Thread(target=kill, daemon=True)
         killer.start()
         frame, failed = run_batch(
