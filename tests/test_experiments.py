@@ -413,9 +413,15 @@ def test_rows_show_what_was_swept_and_grids_have_files_of_their_own(notebook, tm
 
 
 @pytest.mark.parametrize("scheduler", ["local", "tcp://127.0.0.1:1"])
-def test_a_batch_on_dask(notebook, tmp_path, scheduler, capsys):
+def test_a_batch_on_dask(notebook, tmp_path, scheduler, capsys, monkeypatch):
     call = {"folder": tmp_path / "runs", "scheduler": scheduler}
     if scheduler != "local":
+        import distributed
+
+        client = distributed.Client
+        monkeypatch.setattr(
+            distributed, "Client", lambda address, timeout: client(address, timeout=1)
+        )
         with pytest.raises(ValueError, match="No Dask workers answer at 'tcp://127.0.0.1:1'"):
             run_batch(notebook, {"steps": [3]}, **call)
         return

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 def test_nothing_is_lost_doubled_or_left_behind(tmp_path):
     works = [word for name in ("pipeline", "teacher cache", "corpus") for word in ("--work", name)]
-    command = [sys.executable, "-m", "tests.kills", "--kills", "6", "--together", "1"]
+    command = [sys.executable, "-m", "tests.kills", "--kills", "3", "--together", "1"]
     command += [*works, "--record", str(tmp_path / "kills.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
