@@ -145,6 +145,11 @@ class CompressionPipeline:
         classifier), `degradation`, `seconds`, `tokens`, `peak_memory` (bytes), `path`, the
         `history` of its training and, under a rate, of `rate` (bytes, those wanted, lambda).
         """
+        if len(set(self.stages)) < len(self.stages):
+            raise ValueError(f"stages are {', '.join(self.stages)}: name each but once")
+        if not hasattr(train_loader, "__len__"):
+            what = f"a {type(train_loader).__name__} has no length"
+            raise ValueError(f"{what}: give a DataLoader of a sized data set, or a list of batches")
         epochs = {"qat": qat_epochs, "pruning": pruning_epochs, "distillation": distillation_epochs}
         steps = {name: max(1, round(epochs[name] * len(train_loader))) for name in self.stages}
         if until not in (None, *self.stages):
@@ -188,7 +193,14 @@ class CompressionPipeline:
     def _claim(self, save_dir: Path, steps: dict) -> None:
         """A folder belongs to one model, one set of settings and one version of the code, so that a
         resumed stage is the stage it says."""
-        own = [self.target_compression, steps, self.lr, self.seed, self.settings, list(self.tables)]
+        own = [
+            self.target_compression,
+            *steps.items(),
+            self.lr,
+            self.seed,
+            self.settings,
+            list(self.tables),
+        ]
         claim, file = digest(self.model, own, code_digest(CODE)), save_dir / "settings.json"
         if parallel.agreed(file.exists() and json.loads(file.read_text()) != claim):
             raise ValueError(

@@ -8,17 +8,26 @@ import torch
 import transformers
 from torch import nn
 
-from kit import QuantizedModel, SampledLoss, artifact, quick_quantize, round_to_budget
+from kit import (
+    CompressionPipeline,
+    QuantizedModel,
+    SampledLoss,
+    artifact,
+    quick_quantize,
+    round_to_budget,
+)
 from kit.core.calibration import gradients
 from kit.core.measurement import relative_error
 from kit.core.protocols import call_with
 from kit.core.weights import weights
+from kit.engines import build_engine
 from kit.engines.graph import export_graph
 from kit.engines.runtime import OnnxEngine
 from kit.hub import from_pretrained, save_pretrained
 from kit.pruning import MagnitudePruner, prune_channels
 from kit.quantization import FakeQuantize, Format, original_mix, quantize_weights
-from kit.training.evaluation import evaluate
+from kit.training import TrainConfig, train
+from kit.training.evaluation import Evaluation, evaluate
 
 
 def mlp(outputs=10):
@@ -295,6 +304,20 @@ def test_a_model_that_changes_its_buffers_has_no_graph():
         export_graph(Peak().eval(), call_with(torch.randn(2, 4)))
 
 
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return {"y": self.layer(x), "count": [len(x)]}
+
+
+def test_numbers_in_an_output_have_no_graph():
+    with pytest.raises(ValueError, match="holds Python numbers"):
+        build_engine(Counting().eval(), "onnx-float32", torch.randn(2, 4))
+
+
 # Numbers
 
 
@@ -344,3 +367,76 @@ def test_configs_change_where_weights_do():
     rebuilt.load_state_dict(small.state_dict())
     ids = torch.arange(12)[None]
     torch.testing.assert_close(rebuilt(ids).logits, small(ids).logits)
+
+
+# Runs
+
+
+def test_padding_counts_alike_however_a_batch_is_cut():
+    config = transformers.GPT2Config(vocab_size=30, n_embd=16, n_layer=1, n_head=2, n_positions=12)
+    ids = torch.randint(30, (4, 10), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:2, 3:] = -100
+    found = []
+    for accumulate in (1, 2):
+        torch.manual_seed(0)
+        model = transformers.GPT2LMHeadModel(config).eval()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        batches = [{"input_ids": ids, "labels": labels}]
+        settings = TrainConfig(1, lr=1e-3, accumulate=accumulate)
+        result = train(model, batches, settings, loss=lambda m, x: m(**x).loss, log=False)
+        found.append((result.history[-1]["loss"], result.tokens))
+    assert found[0] == (pytest.approx(found[1][0], rel=1e-5), found[1][1])
+    assert found[0][1] == (labels[:, 1:] != -100).sum()
+
+
+def test_windows_without_targets_change_no_interval():
+    windows = [
+        torch.tensor(x, dtype=torch.float64) for x in ([3.0, 4.0, 0.0], [2, 2, 0], [1, 0, 0])
+    ]
+    nll, tokens, hits = (window.numpy() for window in windows)
+    whole = Evaluation(7.0, 4, nll, tokens.astype(int), 1, hits.astype(int))
+    part = Evaluation(7.0, 4, nll[:2], tokens[:2].astype(int), 1, hits[:2].astype(int))
+    assert whole.interval() == part.interval() and whole.interval()[0] > 0
+
+
+class Keeping(nn.Module):
+    def __init__(self, state):
+        super().__init__()
+        self.layer, self.state = nn.Linear(2, 2), state
+
+    def get_extra_state(self):
+        return self.state
+
+    def set_extra_state(self, state):
+        self.state = state
+
+
+@pytest.mark.parametrize("kept", [{1: 2.0}, {"shape": (3, 4)}])
+def test_extra_state_that_json_would_change_is_refused(kept, tmp_path):
+    with pytest.raises(ValueError, match="keep texts as keys, and lists"):
+        artifact.save(Keeping(kept), tmp_path / "model.kit")
+    artifact.save(Keeping({"shape": [3, 4]}), tmp_path / "model.kit")
+
+
+def test_folders_of_a_pipeline_belong_to_an_order_of_stages(tmp_path):
+    torch.manual_seed(0)
+    data = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(2)]
+
+    def run(*stages, loader=data):
+        model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+        torch.manual_seed(0)
+        for p in model.parameters():
+            nn.init.normal_(p)
+        pipeline = CompressionPipeline(model, 2.0, "cpu", stages, log=False)
+        return pipeline.run_pipeline(loader, data, 1, 1, 1, save_dir=tmp_path / "run")
+
+    run("qat", "pruning")
+    with pytest.raises(ValueError, match="holds a run with another model, other settings"):
+        run("pruning", "qat")
+    with pytest.raises(ValueError, match="name each but once"):
+        run("qat", "pruning", "qat")
+    with pytest.raises(ValueError, match="a generator has no length: give a DataLoader"):
+        run("qat", "pruning", loader=(batch for batch in data))

@@ -58,11 +58,12 @@ def extra_state(model: nn.Module) -> dict:
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             found[path] = module.get_extra_state()
             try:
-                json.dumps(found[path], allow_nan=False)
+                same = json.loads(json.dumps(found[path], allow_nan=False)) == found[path]
             except (TypeError, ValueError):
-                raise ValueError(
-                    f"the extra state of {path!r} is no plain JSON, all that a file holds"
-                ) from None
+                same = False
+            if not same:  # keys that are numbers and tuples would come back as others
+                what = f"the extra state of {path!r} is no plain JSON, all that a file holds"
+                raise ValueError(f"{what}: keep texts as keys, and lists")
     return found
 
 

@@ -7,7 +7,8 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,9 @@ class Exported:
             if opaque(value):
                 found = f"a {opaque(value)} in the {what} has no place in an ONNX graph"
                 raise ValueError(f"{found}: leave it out, a cache by use_cache=False")
+        if _has_numbers(self.template):
+            what = "the output holds Python numbers, which a graph would keep as they are now"
+            raise ValueError(f"{what}: return them as tensors")
         self.proto = export_graph(model, call)
 
     def engine(self, name: str, stored: bool = False) -> OnnxEngine:
@@ -106,6 +110,14 @@ class Exported:
                 why = f"{name} has no kernel for it" if weight.name in coded else "no integer codes"
                 kept[weight.name if home is None else home] = why
         return kept
+
+
+def _has_numbers(value) -> bool:
+    if isinstance(value, Mapping) or is_dataclass(value):
+        value = list(value.values() if isinstance(value, Mapping) else vars(value).values())
+    if isinstance(value, (tuple, list)):
+        return any(map(_has_numbers, value))
+    return isinstance(value, (int, float, complex)) and not isinstance(value, bool)
 
 
 def export_graph(model: nn.Module, call: Call) -> ModelProto:

@@ -62,7 +62,8 @@ def paired_interval(a: Evaluation, b: Evaluation, level=0.95, seed=0) -> tuple[f
 
 def _resampled(totals: np.ndarray, tokens: np.ndarray, seed: int) -> np.ndarray:
     """(RESAMPLES,): sum(totals) / sum(tokens) over windows drawn with replacement."""
-    both, windows, rng = np.stack([totals, tokens]), len(tokens), np.random.default_rng(seed)
+    both, rng = np.stack([totals, tokens])[:, tokens > 0], np.random.default_rng(seed)
+    windows = both.shape[1]
     draws = (rng.integers(windows, size=(RESAMPLES // 20, windows)) for _ in range(20))
     sums = np.concatenate([both[:, draw].sum(2) for draw in draws], axis=1)
     return sums[0] / sums[1]

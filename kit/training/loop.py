@@ -191,7 +191,7 @@ class _Run:
     def gradients(self, loss) -> float:
         """Gradients of the loss on the next batch, and its value; what a checkpoint holds stays."""
         self.started, batch = time.perf_counter(), self.batches.next()
-        self.targets = _count_targets(batch)
+        self.targets = _count_targets(batch, self.model)
         self.model.train()
         for module in self.frozen:
             module.training = False
@@ -228,7 +228,11 @@ class _Run:
         half = getattr(torch, self.config.precision)
         for part in range(first, first + self.config.accumulate):
             rows = parallel.share(batch, part, self.parts) if several else batch
-            if not (weight := _count_targets(rows) / max(self.targets, 1) if several else 1.0):
+            if not (
+                weight := _count_targets(rows, self.model) / max(self.targets, 1)
+                if several
+                else 1.0
+            ):
                 continue
             if several:  # each draws its own, and the generators of all processes stay in step
                 state, step = files.rng_state(), 1_000_003 * self.config.seed + self.step
@@ -341,8 +345,8 @@ class _Run:
         files.check_fit(expected, moments, what)
 
 
-def _count_targets(batch) -> int:
+def _count_targets(batch, model: nn.Module) -> int:
     """Targets that count, or examples where there are none."""
-    if targets := tensors_of(call_of(batch).targets):
+    if targets := tensors_of(call_of(batch, model).targets):
         return sum(len(t) if t.is_floating_point() else int((t != IGNORED).sum()) for t in targets)
     return len(tensors_of(batch)[0])
