@@ -242,6 +242,7 @@ class CompressionPipeline:
         stage, final_lr = STAGES[name](self, previous, teacher, batches), self.settings.final_lr
         config = TrainConfig(steps, self.lr * stage.lr, final_lr=final_lr, seed=self.seed)
         checkpoint = path.with_suffix(".checkpoint")
+        self._freeze(stage.model)
         result = train(
             stage.model, loader, config, loss=stage.loss, hooks=stage.hooks, checkpoint=checkpoint,
             log=self.log, extra_parameters=stage.parameters,
@@ -254,6 +255,16 @@ class CompressionPipeline:
             training |= {"history": result.history, "rate": getattr(stage.loss, "history", [])}
             write_json(path.with_suffix(".training"), training)
         parallel.agreed(None)
+
+    def _freeze(self, model: nn.Module) -> None:
+        """What the user froze stays so: parameters, and parts of a training model in evaluation."""
+        given, fixed = dict(self.model.named_modules()), {w.name for w in weights(self.model)
+                        if not w.original.requires_grad}  # fmt: skip
+        for weight in weights(model):
+            if weight.name in fixed:
+                weight.original.requires_grad_(False)
+        for name, module in model.named_modules() if self.model.training else ():
+            module.training = given[name].training if name in given else True
 
     def _qat(self, previous: Path | None, teacher: nn.Module, batches: list) -> Stage:
         model = copy_model(teacher) if previous is None else self._load(previous)

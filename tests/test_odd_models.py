@@ -24,6 +24,7 @@ from kit.engines import build_engine
 from kit.engines.graph import export_graph
 from kit.engines.runtime import OnnxEngine
 from kit.hub import from_pretrained, save_pretrained
+from kit.models import build_model
 from kit.pruning import MagnitudePruner, prune_channels
 from kit.quantization import FakeQuantize, Format, original_mix, quantize_weights
 from kit.training import TrainConfig, train
@@ -440,3 +441,15 @@ def test_folders_of_a_pipeline_belong_to_an_order_of_stages(tmp_path):
         run("qat", "pruning", "qat")
     with pytest.raises(ValueError, match="a generator has no length: give a DataLoader"):
         run("qat", "pruning", loader=(batch for batch in data))
+
+
+def test_a_pipeline_trains_nothing_that_was_frozen(tmp_path):
+    model, data = build_model("DigitsMLP", {}), [(torch.rand(8, 1, 8, 8), torch.arange(8))]
+    name = next(name for name, _ in model.named_parameters())
+    model.get_parameter(name).requires_grad_(False)
+    before = model.get_parameter(name).detach().clone()
+    pipeline = CompressionPipeline(model, 2.0, "cpu", ("pruning",), lr=0.1, log=False)
+    small, _ = pipeline.run_pipeline(data, data, 1, 5, 1, save_dir=tmp_path / "run")
+    after = small.get_parameter(name)
+    assert torch.equal(after[after != 0], before[after != 0])
+    assert any(not torch.equal(a, b) for a, b in zip(small.parameters(), model.parameters()))
