@@ -118,8 +118,8 @@ def train(
             try:
                 value = run.gradients(loss)
             except Exception as error:
-                if checkpoint and run.step:
-                    run.save(Path(checkpoint))
+                if checkpoint and run.step and all(map(_is_finite, run.tensors().values())):
+                    run.save(Path(checkpoint))  # else the last one stays, which can be read
                 if isinstance(error, (ValueError, MemoryError, torch.OutOfMemoryError)):
                     raise
                 what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -343,6 +343,10 @@ class _Run:
                 expected |= like
                 self.optimizer.state[p] = {key.split("/")[-1]: t for key, t in found.items()}
         files.check_fit(expected, moments, what)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 def _count_targets(batch, model: nn.Module) -> int:
