@@ -21,13 +21,13 @@ from torch import Tensor
 
 from kit.artifact import kit3
 from kit.artifact.header import MAGIC, SAME, Entry, Header, sealed, unsealed
-from kit.artifact.layouts import INTEGERS, LAYOUTS, ArtifactError, Reader, Writer, is_finite
+from kit.artifact.layouts import INTEGERS, LAYOUTS, ArtifactError, Reader, Writer
 from kit.artifact.model import activation_modules, extra_state, kind_of, prepared, targets_of
 from kit.core.protocols import bare
 from kit.core.settings import reason_of
 from kit.core.steps import STEPS, Step
 from kit.core.store import atomic
-from kit.core.weights import Weight, materialize, weights
+from kit.core.weights import Weight, is_finite, materialize, weights
 from kit.models import recipe
 from kit.pruning import mask  # noqa: F401 registers its step
 from kit.quantization import fake, token_tables  # noqa: F401 register their steps

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kit.core import ans, range_coder
+from kit.core.weights import is_finite
 from kit.quantization.packing import pack, packed_bytes, unpack
 
 
@@ -235,16 +236,6 @@ class Writer:
     def _add(self, letter: str, data: bytes) -> None:
         self.letters += letter
         self.blobs.append(data)
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether there is no NaN and no infinity, in one pass and without a copy for most dtypes."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    if not (tensor.is_floating_point() and tensor.numel()):
-        return True
-    small = tensor.dtype.itemsize == 1  # eight-bit floats know no order
-    return torch.stack(torch.aminmax(tensor.float() if small else tensor)).isfinite().all().item()
 
 
 class Reader:

@@ -258,6 +258,16 @@ def weight_of(module: nn.Module, attribute: str = "weight", model=None) -> Weigh
     return Weight(model or module, module, attribute, attribute)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN and no infinity, in one pass and without a copy for most dtypes."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if not (tensor.is_floating_point() and tensor.numel()):
+        return True
+    small = tensor.dtype.itemsize == 1  # eight-bit floats know no order
+    return torch.stack(torch.aminmax(tensor.float() if small else tensor)).isfinite().all().item()
+
+
 def check_values(tensor: Tensor, name: str) -> None:
     """Raises ValueError for a tensor without values (on the meta device), NaN or infinite ones."""
     if tensor.is_meta:

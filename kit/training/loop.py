@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kit.core.protocols import call_of, tensors_of, tree_map
 from kit.core.settings import Count, Meta, NotNegative, Positive, Seed, Share, settings
+from kit.core.weights import is_finite
 from kit.training import checkpoint as files
 from kit.training import parallel
 from kit.training.losses import IGNORED, next_token_loss
@@ -118,7 +119,7 @@ def train(
             try:
                 value = run.gradients(loss)
             except Exception as error:
-                if checkpoint and run.step and all(map(_is_finite, run.tensors().values())):
+                if checkpoint and run.step and all(map(is_finite, run.tensors().values())):
                     run.save(Path(checkpoint))  # else the last one stays, which can be read
                 if isinstance(error, (ValueError, MemoryError, torch.OutOfMemoryError)):
                     raise
@@ -228,11 +229,8 @@ class _Run:
         half = getattr(torch, self.config.precision)
         for part in range(first, first + self.config.accumulate):
             rows = parallel.share(batch, part, self.parts) if several else batch
-            if not (
-                weight := _count_targets(rows, self.model) / max(self.targets, 1)
-                if several
-                else 1.0
-            ):
+            weight = _count_targets(rows, self.model) / max(self.targets, 1) if several else 1.0
+            if not weight:
                 continue
             if several:  # each draws its own, and the generators of all processes stay in step
                 state, step = files.rng_state(), 1_000_003 * self.config.seed + self.step
@@ -343,10 +341,6 @@ class _Run:
                 expected |= like
                 self.optimizer.state[p] = {key.split("/")[-1]: t for key, t in found.items()}
         files.check_fit(expected, moments, what)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
 
 
 def _count_targets(batch, model: nn.Module) -> int:

@@ -463,13 +463,8 @@ def report() -> None:
     for file in sorted(RUNS.glob("*.npz")):
         with np.load(file) as found:
             runs[file.stem] = {k: v if v.ndim else v[()] for k, v in found.items()}
-    rows, sizes = (
-        [],
-        {
-            name: text_bytes(load_corpus(name, VOCABULARY))
-            for name in {idea.corpus for idea in IDEAS.values()}
-        },
-    )
+    names = {idea.corpus for idea in IDEAS.values()}
+    rows, sizes = [], {name: text_bytes(load_corpus(name, VOCABULARY)) for name in names}
     for name, found in runs.items():
         idea, _, seed = name.rpartition("-")
         result, base = evaluation(found), runs.get(f"baseline-{seed}")
