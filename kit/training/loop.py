@@ -52,7 +52,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class TrainResult:
     history: list[dict]  # step, loss (mean since the last), lr, seconds; validation if evaluated
-    tokens: int  # targets trained on (images, for a classifier)
+    tokens: int  # targets trained on (labels, for a classifier)
     seconds: float  # of training; validation and checkpoints not counted
     best_validation: float | None
     best_step: int  # whose state the model is left with

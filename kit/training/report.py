@@ -25,7 +25,7 @@ class Report:
         left = "" if run.finished else f", about {left:.0f} s left"
         parts = [f"step {run.step}/{steps}", f"loss {entry['loss']:.4f}"]
         parts += [f"validation {entry['validation']:.4f}"] if "validation" in entry else []
-        parts += [f"lr {entry['lr']:.1e}", f"{run.tokens / run.seconds:,.0f} tokens/s"]
+        parts += [f"lr {entry['lr']:.1e}", f"{run.tokens / run.seconds:,.0f} targets/s"]
         print(*parts, f"{run.seconds:.0f} s{left}", sep="  ", flush=True)
         hint = oversubscribed(cpu / wall if run.device.type == "cpu" else 1.0)
         if hint and not self.hinted and wall > 1:
