@@ -198,7 +198,7 @@ def test_the_log_is_a_line_in_20_seconds_at_most_with_one_hint_and_a_last_line(m
     history, config = [{"loss": 1.5, "lr": 1e-3}], TrainConfig(steps=40)
     run = SimpleNamespace(**state, device=torch.device("cpu"), history=history, config=config)
     say, silent = report.Report(True), report.Report(False)
-    line = "step 10/40  loss 1.5000  lr 1.0e-03  200 tokens/s  5 s, about 15 s left\n"
+    line = "step 10/40  loss 1.5000  lr 1.0e-03  200 targets/s  5 s, about 15 s left\n"
     for seconds, expected in ((19, ""), (21, line + "hint: 1\n"), (40, ""), (42, line)):
         clock.now = seconds
         say(run), silent(run)
@@ -206,7 +206,7 @@ def test_the_log_is_a_line_in_20_seconds_at_most_with_one_hint_and_a_last_line(m
     run.step, run.finished, clock.now = 40, True, 43
     history[0]["validation"] = 2.0
     say(run)
-    last = "step 40/40  loss 1.5000  validation 2.0000  lr 1.0e-03  200 tokens/s  5 s\n"
+    last = "step 40/40  loss 1.5000  validation 2.0000  lr 1.0e-03  200 targets/s  5 s\n"
     assert capsys.readouterr().out == last
 
 
