@@ -164,12 +164,13 @@ class CompressionPipeline:
         previous, found = None, {}
         for name in self.stages:
             path = save_dir / f"{name}.kit"
-            if due := not parallel.agreed(path.with_suffix(".json").exists()):
+            if due := parallel.agreed(_baseline_of(path) != baseline):  # none, or of other data
                 if not parallel.agreed(path.with_suffix(".training").exists()):
                     self._run_stage(name, previous, teacher, train_loader, steps[name], path)
                 self._record(path, val_loader, baseline)
             previous = path
             found[name] = stage = json.loads(path.with_suffix(".json").read_text())
+            del stage["baseline"]
             if due:
                 quality = "error" if "final_accuracy" in stage else "perplexity"
                 smaller = f"{stage['bytes']:,} bytes, {stage['ratio']:.1f}x smaller"
@@ -228,7 +229,7 @@ class CompressionPipeline:
             degradation = quality["perplexity"] / baseline["perplexity"] - 1
         record = {"bytes": size, "ratio": self.baseline_bytes / size, "degradation": degradation}
         record |= {"path": str(path), **json.loads(path.with_suffix(".training").read_text())}
-        final = {f"final_{key}": value for key, value in quality.items()}
+        final = {"baseline": baseline, **{f"final_{key}": q for key, q in quality.items()}}
         path.with_suffix(".checkpoint").unlink(missing_ok=True)
         parallel.agreed(parallel.rank() or write_json(path.with_suffix(".json"), record | final))
 
@@ -324,6 +325,12 @@ STAGES = {
     "pruning": CompressionPipeline._pruning,
     "distillation": CompressionPipeline._distillation,
 }
+
+
+def _baseline_of(path: Path) -> dict | None:
+    """What the uncompressed model reached where a finished stage was measured."""
+    record = path.with_suffix(".json")
+    return json.loads(record.read_text())["baseline"] if record.exists() else None
 
 
 def arrange_for_coding(

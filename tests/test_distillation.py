@@ -811,3 +811,6 @@ def test_a_cache_serves_any_batch_size_and_sampler(teacher, loader, tmp_path):
     assert [len(batch.targets) for batch in batches] == [2, 1]
     assert torch.equal(torch.cat([b.targets for b in batches]), loader.dataset.tensors[1][order])
     assert torch.equal(torch.cat([b.soft.indices for b in batches]), cache[order].indices)
+    pairs = DataLoader(loader.dataset, batch_sampler=[[3, 1], [7, 2]])  # has no batch size
+    again = build_cache(teacher, pairs, tmp_path / "again", k=5)
+    assert again.inputs == cache.inputs and torch.equal(again[order].indices, cache[order].indices)

@@ -468,7 +468,7 @@ def test_graphs_are_free_where_they_were_compared_at_another_size(model, first, 
 
 
 def test_a_graph_that_gives_other_values_is_not_taken(monkeypatch):
-    monkeypatch.setattr(engines.graph, "relative_error", lambda y, r: 1e-3)
+    monkeypatch.setattr(engines.export, "relative_error", lambda y, r: 1e-3)
     with pytest.raises(ValueError, match="other values than the model"):
         build_engine(nn.Linear(4, 3), "onnx-float32", torch.randn(2, 4))
 

@@ -21,7 +21,7 @@ from kit.core.measurement import relative_error
 from kit.core.protocols import call_with
 from kit.core.weights import weights
 from kit.engines import build_engine
-from kit.engines.graph import export_graph
+from kit.engines.export import export_graph
 from kit.engines.runtime import OnnxEngine
 from kit.hub import from_pretrained, save_pretrained
 from kit.models import build_model
@@ -215,6 +215,39 @@ def test_a_state_dict_brings_the_factors_of_columns():
     assert torch.equal(first(inputs(1)[0]), second(inputs(1)[0]))
 
 
+class Aliased(nn.Module):
+    """With buffers that are views: of its weight, and of fewer values than they have entries."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16))
+        self.register_buffer("flat", self.weight.data.view(-1))
+        self.register_buffer("wide", torch.randn(16).expand(3, 16))
+
+    def forward(self, x):
+        return x @ self.weight + self.wide.sum(0) + self.flat[:16]
+
+
+def test_buffers_that_are_views_come_back_to_the_last_bit(tmp_path):
+    model, x = quantize_weights(Aliased(), Format(2)).eval(), torch.randn(2, 16)
+    artifact.save(model, tmp_path / "model.kit")
+    for options in ({}, {"trainable": True}):
+        loaded = artifact.load(tmp_path / "model.kit", Aliased(), **options)
+        assert torch.equal(loaded(x), model(x)), options
+
+
+def test_the_uncompressed_size_counts_doubles_as_floats():
+    size = artifact.float32_bytes(mlp())
+    assert artifact.float32_bytes(mlp().double()) == size > artifact.float32_bytes(mlp().half())
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_recurrent_layers_are_copied_after_a_cast(kind):
+    model, x = quantize_weights(kind(8, 8), Format(8)), torch.randn(3, 2, 8)
+    cast = model.double().float()
+    assert torch.equal(copy.deepcopy(cast)(x)[0], cast(x)[0])
+
+
 def test_folders_of_transformers_keep_their_dtype(tmp_path):
     config = transformers.LlamaConfig(
         vocab_size=60,
@@ -315,8 +348,60 @@ class Counting(nn.Module):
 
 
 def test_numbers_in_an_output_have_no_graph():
-    with pytest.raises(ValueError, match="holds Python numbers"):
+    with pytest.raises(ValueError, match="numbers as tensors"):
         build_engine(Counting().eval(), "onnx-float32", torch.randn(2, 4))
+
+
+class Portrait(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(1, 4, (1, 3), padding=(0, 1))
+
+    def forward(self, x):
+        x = x.transpose(2, 3) if x.shape[2] > x.shape[3] else x
+        return self.layer(x).relu().mean((2, 3))
+
+
+class Attend(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Linear(8, 8)
+
+    def forward(self, x, memory):
+        scores = self.query(x) @ memory.transpose(1, 2)
+        if x.shape[1] == memory.shape[1]:
+            later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(later, -1e9)
+        return scores.softmax(-1) @ memory
+
+
+class When(nn.Module):
+    def __init__(self, rule):
+        super().__init__()
+        self.layer, self.rule = nn.Linear(8, 8), rule
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y.relu() if self.rule(*x.shape[:2]) else y
+
+
+RELATIONS = [
+    (Portrait(), [(2, 1, 8, 12)], [(3, 1, 20, 8)]),
+    (Portrait(), [(2, 1, 12, 8)], [(3, 1, 8, 20)]),
+    (Attend(), [(2, 6, 8), (2, 9, 8)], [(3, 4, 8), (3, 4, 8)]),
+    (Attend(), [(2, 6, 8), (2, 6, 8)], [(3, 4, 8), (3, 7, 8)]),
+    (When(lambda rows, length: length % 4 == 0), [(2, 5, 8)], [(2, 8, 8)]),
+    (When(lambda rows, length: length % 7), [(2, 3, 8)], [(2, 14, 8)]),
+    (When(lambda rows, length: rows * length > 100), [(2, 5, 8)], [(11, 10, 8)]),
+]
+
+
+@pytest.mark.parametrize("model,first,other", RELATIONS)
+def test_graphs_of_models_that_branch_on_sizes_serve_the_branch_that_they_hold(model, first, other):
+    engine = build_engine(model.eval(), "onnx-float32", tuple(map(torch.randn, first)))
+    inputs = tuple(map(torch.randn, other))
+    with pytest.raises(Exception, match="dimension"):
+        engine(*inputs)
 
 
 # Numbers

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -147,6 +149,21 @@ def test_until_ends_after_a_stage(trained, finished, monkeypatch):
     assert torch.equal(model(tokens), artifact.load(finished[0] / "pruning.kit")(tokens))
     with pytest.raises(ValueError, match="until is 'prune'; it must be one of qat, pruning"):
         pipeline.run_pipeline(*trained[1:], save_dir=finished[0], until="prune")
+
+
+def test_finished_stages_are_measured_anew_on_other_validation_data(
+    trained, finished, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    monkeypatch.setattr("kit.pipeline.train", None)
+    model, data, _ = trained
+    found = CompressionPipeline(model, 12.0, log=False).run_pipeline(data, data, 1, 1, 2, folder)[1]
+    for name, stage in found["stage_metrics"].items():
+        before = finished[2]["stage_metrics"][name]
+        assert stage["bytes"] == before["bytes"]
+        quality = evaluate(artifact.load(folder / f"{name}.kit"), data).perplexity
+        assert stage["final_perplexity"] == quality != before["final_perplexity"]
+        assert stage["degradation"] == quality / found["baseline"]["perplexity"] - 1
 
 
 def test_other_settings_need_another_folder(trained, finished):

@@ -22,7 +22,14 @@ from torch import Tensor
 from kit.artifact import kit3
 from kit.artifact.header import MAGIC, SAME, Entry, Header, sealed, unsealed
 from kit.artifact.layouts import INTEGERS, LAYOUTS, ArtifactError, Reader, Writer
-from kit.artifact.model import activation_modules, extra_state, kind_of, prepared, targets_of
+from kit.artifact.model import (
+    activation_modules,
+    extra_state,
+    fill_buffer,
+    kind_of,
+    prepared,
+    targets_of,
+)
 from kit.core.protocols import bare
 from kit.core.settings import reason_of
 from kit.core.steps import STEPS, Step
@@ -53,8 +60,11 @@ def nbytes(model: nn.Module, layouts: Sequence[str] = tuple(LAYOUTS)) -> int:
 
 
 def float32_bytes(model: nn.Module) -> int:
-    """Bytes of the model's uncompressed file: every tensor dense, as it is, without steps."""
-    return nbytes(materialize(model), layouts=("dense",))
+    """Bytes of the model's uncompressed file: every tensor dense, without steps, doubles as floats
+    and all else as it is."""
+    single = {torch.float64: torch.float32, torch.complex128: torch.complex64}
+    model = materialize(model)._apply(lambda x: x.to(single.get(x.dtype, x.dtype)))
+    return nbytes(model, layouts=("dense",))
 
 
 @torch.no_grad()
@@ -93,6 +103,7 @@ def load(
         try:
             filled = prepared(header, None if model is None else bare(model))
             targets, made = targets_of(filled), []
+            held = {w.original.untyped_storage().data_ptr() for w in weights(filled)}
             layers = _emptied(filled, targets) if packed else {}
             for entry in header.tensors:
                 what, target = repr(entry.name), targets.pop(entry.name)
@@ -103,7 +114,8 @@ def load(
                         kept = trainable or entry.name in layers
                         _decode(entry, target, read, made, kept, parts)
                     else:
-                        target.copy_(read.tensor(target.shape, target.dtype, like=target))
+                        value = read.tensor(target.shape, target.dtype, like=target)
+                        fill_buffer(filled, entry.name, value, held)
                 if read.left:
                     raise ArtifactError("it has more parts than its steps need")
                 for name in layers.get(entry.name, ()):

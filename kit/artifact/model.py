@@ -45,6 +45,18 @@ def buffers_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield (f"{path}.{name}" if path else name), buffer
 
 
+def fill_buffer(model: nn.Module, name: str, value: Tensor, weights: set[int]) -> None:
+    """In place, as modules may share a buffer; a view of a weight (`weights`: where these are in
+    memory), or with entries in one place, is parted."""
+    path, _, leaf = name.rpartition(".")
+    buffers = model.get_submodule(path)._buffers
+    storage = buffers[leaf].untyped_storage()
+    if storage.nbytes() < buffers[leaf].nbytes or storage.data_ptr() in weights:
+        buffers[leaf] = value
+    else:
+        buffers[leaf].copy_(value)
+
+
 def activation_modules(model: nn.Module) -> dict:
     kinds = tuple(ACTIVATION_MODULES.values())
     found = {path: module for path, module in model.named_modules() if type(module) in kinds}

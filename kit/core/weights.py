@@ -190,6 +190,8 @@ class Weight:
             if steps and getattr(holder, "sparse", False):
                 holder.sparse = False
             if isinstance(holder, nn.RNNBase):
+                if steps:
+                    type(holder)._apply = _apply_and_forget
                 if not hasattr(holder, "_weight_hooks"):
                     before = holder.register_forward_pre_hook(_read_weights)
                     holder._weight_hooks = before, holder.register_forward_hook(_forget_weights)
@@ -327,6 +329,13 @@ def _read_weights(module: nn.RNNBase, *_) -> None:
 def _forget_weights(module: nn.RNNBase, *_) -> None:
     """Computed weights belong to one forward pass; kept, they would forbid copying the model."""
     module._flat_weights = [None] * len(module._flat_weights_names)
+
+
+def _apply_and_forget(module: nn.RNNBase, *args):
+    """A cast reads the weights anew."""
+    applied = nn.RNNBase._apply(module, *args)
+    _forget_weights(module)
+    return applied
 
 
 def copy_model(model: nn.Module) -> nn.Module:

@@ -26,6 +26,7 @@ from kit.distillation.objective import SparseTarget, output_of
 from kit.training.losses import FUNCTION_BLOCK
 
 ARRAYS = ("indices", "log_p")
+ROWS = 256  # of a batch, where the loader has no size of its own
 KINDS = {"made_by": str, "inputs": str, "temperature": float, "sampled": float, "rounding": float}
 KINDS |= dict.fromkeys(("k", "vocabulary", "examples"), Annotated[int, msgspec.Meta(ge=1)])
 Header = msgspec.defstruct("Header", KINDS.items(), forbid_unknown_fields=True)
@@ -123,7 +124,7 @@ def _calls(loader: DataLoader, size: int) -> Iterator[Call]:
 
 def _inputs_digest(loader: DataLoader) -> str:
     name = ""
-    for call in _calls(loader, 256):  # whatever the loader's batch size
+    for call in _calls(loader, ROWS):  # whatever the loader's batch size
         name = digest(name, tensors_of([call.args, call.kwargs]))
     return name
 
@@ -204,7 +205,7 @@ def _fill(folder: Path, teachers, loader, k, temperature, seed) -> dict:
     """Writes the arrays; returns what of the header only the pass over the data tells."""
     device, examples, done = device_of(teachers[0]), len(loader.dataset), 0
     generator, arrays, sampled, rounding = torch.Generator().manual_seed(seed), {}, 0.0, 0.0
-    for call in _calls(loader, loader.batch_size):
+    for call in _calls(loader, loader.batch_size or ROWS):
         call = call_of(call, teachers[0]).to(device)
         outputs = [output_of(teacher, call) for teacher in teachers]
         classes = outputs[0].classes

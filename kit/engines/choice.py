@@ -106,10 +106,10 @@ def batch_size(call: Call) -> int:
     return next((len(x) for x in tensors_of(call) if x.ndim), 1)
 
 
-def opaque(value) -> str:
-    """The class of the first object in a nest that `tree_map` neither enters nor compares, such as
-    a cache; empty if there is none."""
-    if isinstance(value, PLAIN):
+def opaque(value, plain: tuple = PLAIN) -> str:
+    """The class of the first object in a nest that is not plain and that `tree_map` does not enter,
+    such as a cache; empty if there is none."""
+    if isinstance(value, plain):
         return ""
     if isinstance(value, Mapping):
         value = value.values()
@@ -117,7 +117,7 @@ def opaque(value) -> str:
         value = vars(value).values()
     elif not isinstance(value, (tuple, list)):
         return type(value).__name__
-    return next(filter(None, map(opaque, value)), "")
+    return next(filter(None, (opaque(item, plain) for item in value)), "")
 
 
 @torch.inference_mode()

@@ -1,14 +1,8 @@
 """ONNX graphs of quantized models: in floats, and in three integer forms (`FORMS`)."""
 
-import contextlib
-import inspect
-import io
-import logging
 import os
 import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import is_dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,41 +11,23 @@ import torch
 import torch.nn.functional as F
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx.helper import get_attribute_value, make_node, make_opsetid
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from kit.core.measurement import flat, measure, relative_error
-from kit.core.protocols import Call, call_with, tensors_of, tree_map
-from kit.core.settings import reason_of
+from kit.core.protocols import Call, call_with
 from kit.core.store import digest
 from kit.core.weights import original_of, weights
-from kit.engines.choice import ROUNDING, opaque
+from kit.engines.choice import PLAIN, opaque
+from kit.engines.export import export_graph, nodes_of, quiet
 from kit.engines.layers import IntegerWeight, cast, float_copy, integer_weights
 from kit.engines.runtime import OnnxEngine
 
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 BLOCKS = (32, 64, 128, 256, 16)
 LAYERS = (nn.Linear, _ConvNd)
+CONSTANT = tuple(kind for kind in PLAIN if kind not in (int, float, complex))  # in outputs
 SMALLEST = 1024  # values of a tensor; below, nodes that read codes take more bytes than they save
-# Dimensions beside the batch that may change, by the number of dimensions, tried in this order:
-# lengths and image sizes; the same, but features (B, F); lengths that come last; the batch alone.
-LENGTHS = {"ids": (1,), 3: (1,), 4: (2, 3), 5: (2, 3, 4)}
-FREE = ({2: (1,), **LENGTHS}, LENGTHS, {3: (2,)}, {})
-LARGEST = 4096  # size at which a graph is tried
-SIZES = dict.fromkeys(("input_size_limit", "output_size_limit"), 2**40)  # of constants to be folded
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Exporters and quantizers print progress, log advice and warn of their own deprecations."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
 
 
 class Exported:
@@ -67,13 +43,10 @@ class Exported:
         self.layers = {id(original_of(m, "weight")): name for name, m in layers}
         with torch.no_grad():
             self.template = call(float_copy(model))
-        for what, value in (("call", call), ("output", self.template)):
-            if opaque(value):
-                found = f"a {opaque(value)} in the {what} has no place in an ONNX graph"
-                raise ValueError(f"{found}: leave it out, a cache by use_cache=False")
-        if _has_numbers(self.template):
-            what = "the output holds Python numbers, which a graph would keep as they are now"
-            raise ValueError(f"{what}: return them as tensors")
+        for what, value, plain in (("call", call, PLAIN), ("output", self.template, CONSTANT)):
+            if kind := opaque(value, plain):
+                advice = "leave it out, a cache by use_cache=False; return numbers as tensors"
+                raise ValueError(f"a {kind} in the {what} has no place in an ONNX graph: {advice}")
         self.proto = export_graph(model, call)
 
     def engine(self, name: str, stored: bool = False) -> OnnxEngine:
@@ -110,127 +83,6 @@ class Exported:
                 why = f"{name} has no kernel for it" if weight.name in coded else "no integer codes"
                 kept[weight.name if home is None else home] = why
         return kept
-
-
-def _has_numbers(value) -> bool:
-    if isinstance(value, Mapping) or is_dataclass(value):
-        value = list(value.values() if isinstance(value, Mapping) else vars(value).values())
-    if isinstance(value, (tuple, list)):
-        return any(map(_has_numbers, value))
-    return isinstance(value, (int, float, complex)) and not isinstance(value, bool)
-
-
-def export_graph(model: nn.Module, call: Call) -> ModelProto:
-    """The float graph of a model in evaluation mode, quantized weights multiplied out.
-
-    Its inputs are the tensors of the call, its outputs those of the model's output, in order. The
-    batch is free, and lengths, heights and widths (`FREE`), where the graph gives what the model
-    gives at twice the size, at one more, and beyond the sizes that the exporter took a branch for.
-    Raises ValueError if the model cannot be exported, or changes its buffers.
-    """
-    model, tensors, reason = float_copy(model), tensors_of(call), "the call has no tensor"
-    name, forward, names = type(model).__name__, model.forward, input_names(model, call)
-
-    def tensors_only(*inputs: Tensor) -> tuple[Tensor, ...]:
-        found = iter(inputs)
-        return tuple(tensors_of(tree_map(lambda _: next(found), call)(forward)))
-
-    model.forward = tensors_only
-    plans = [tuple(_free(x, tensors[0], sizes) for x in tensors) for sizes in FREE if tensors]
-    for free in dict.fromkeys([*plans, ((),) * len(tensors)] if tensors else []):
-        shapes = (tuple(dict.fromkeys(dims, torch.export.Dim.DYNAMIC) for dims in free),)
-        settings = {"dynamo": True, "verbose": False, "input_names": names}
-        try:
-            with quiet(), torch.no_grad():
-                larger = _resized(tensors, free, lambda size: 2 * size)
-                expected = model(*larger)  # some models have no other size
-                inputs = larger if any(free) else tensors  # exporters take a size of 1 for fixed
-                program = torch.onnx.export(model, tuple(inputs), dynamic_shapes=shapes, **settings)
-                changed = program.exported_program.graph_signature.buffers_to_mutate.values()
-                if changed:
-                    raise ValueError(f"each call changes its buffer {', '.join(changed)}")
-                proto = _tidy(program.model_proto)
-                engine = OnnxEngine(proto.SerializeToString(), expected)
-                checks = [(larger, expected)] + [(tensors, model(*tensors))] * any(free)
-                others = _edges(tensors, proto, program.exported_program.range_constraints)
-                others = [_resized(tensors, free, lambda size: size + 1), *others] * any(free)
-                fits = all(relative_error(engine(*x), y) < ROUNDING for x, y in checks)
-                if fits and all(_same(model, engine, x) for x in others):
-                    return proto
-                reason = "the graph gives other values than the model"
-        except Exception as error:  # the exporter raises anything, of any type
-            reason = reason_of(error)
-    raise ValueError(f"{name} cannot be exported to ONNX: {reason}")
-
-
-def input_names(model: nn.Module, call: Call) -> list[str]:
-    """A name for each tensor of a call: that of the argument, and a number where it has several."""
-    try:
-        bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments
-    except (TypeError, ValueError):
-        bound = {"input": call}
-    counts = {name: len(tensors_of(value)) for name, value in bound.items()}
-    if sum(counts.values()) != len(tensors_of(call)):
-        counts = {"input": len(tensors_of(call))}
-    return [f"{n}_{i}" if count > 1 else n for n, count in counts.items() for i in range(count)]
-
-
-def _free(x: Tensor, first: Tensor, sizes: dict) -> tuple[int, ...]:
-    """Dimensions of x that may change: the batch's, and those of `sizes`."""
-    batch = x.ndim and first.ndim and len(x) == len(first)
-    ids = x.ndim == 2 and not x.is_floating_point()
-    return (0,) * bool(batch) + sizes.get("ids" if ids else x.ndim, ())
-
-
-def _resized(tensors: list[Tensor], free, size_of: Callable[[int], int]) -> list[Tensor]:
-    """The tensors, repeated along their free dimensions up to another size."""
-    found = []
-    for x, dims in zip(tensors, free):
-        for dim in dims:
-            at = torch.arange(size_of(x.shape[dim]), device=x.device) % max(x.shape[dim], 1)
-            x = x.index_select(dim, at)
-        found.append(x)
-    return found
-
-
-def _edges(tensors: list[Tensor], proto: ModelProto, ranges: dict) -> Iterator[list[Tensor]]:
-    """The tensors in the sizes next to the ranges for which the exporter took its branches."""
-    shapes = [[d.dim_param for d in x.type.tensor_type.shape.dim] for x in proto.graph.input]
-    for symbol, held in ranges.items():
-        free = [tuple(i for i, name in enumerate(shape) if name == str(symbol)) for shape in shapes]
-        for end, step in ((held.lower, -1), (held.upper, 1)):
-            if end.is_Integer and 0 < (size := int(end) + step) <= LARGEST:
-                yield _resized(tensors, free, lambda _, size=size: size)
-
-
-def _same(model: nn.Module, engine: OnnxEngine, tensors: list[Tensor]) -> bool:
-    """Whether both agree, where both can compute."""
-    with contextlib.suppress(Exception):  # of any type
-        expected = model(*tensors)
-        return relative_error(engine(*tensors), expected) < ROUNDING
-    return True
-
-
-def _tidy(proto: ModelProto) -> ModelProto:
-    """Without the exporter's notes (stack traces, source lines), most of a small model's file, and
-    with constants computed: an LSTM's weights, whose gates exporters reorder, are weights again."""
-    if any(node.op_type in ("LSTM", "GRU") for node in proto.graph.node):
-        from onnxscript.optimizer import optimize
-
-        proto = optimize(proto, **SIZES)
-    del proto.graph.value_info[:], proto.graph.metadata_props[:], proto.metadata_props[:]
-    for node in nodes_of(proto.graph.node):
-        del node.metadata_props[:]
-        node.doc_string = ""
-    return proto
-
-
-def nodes_of(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
-    """The nodes, and those inside their loops and branches."""
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            yield from nodes_of(attribute.g.node)
 
 
 def _quantize_lstms(proto: ModelProto) -> ModelProto:

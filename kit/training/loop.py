@@ -116,10 +116,12 @@ def train(
         checkpoint = None if parallel.rank() else checkpoint
         parallel.spread(run.tensors().values())
         while not run.finished:
+            before = checkpoint and run.place()
             try:
                 value = run.gradients(loss)
             except Exception as error:
                 if checkpoint and run.step and all(map(is_finite, run.tensors().values())):
+                    run.go_back(before)
                     run.save(Path(checkpoint))  # else the last one stays, which can be read
                 if isinstance(error, (ValueError, MemoryError, torch.OutOfMemoryError)):
                     raise
@@ -190,7 +192,7 @@ class _Run:
         self.optimizer.state.update(kept)
 
     def gradients(self, loss) -> float:
-        """Gradients of the loss on the next batch, and its value; what a checkpoint holds stays."""
+        """Gradients of the loss on the next batch, and its value."""
         self.started, batch = time.perf_counter(), self.batches.next()
         self.targets = _count_targets(batch, self.model)
         self.model.train()
@@ -205,6 +207,16 @@ class _Run:
         falls = self.scaler.get_scale() > 1  # the scale, where a gradient is not finite
         self._check(value := value.item(), 0.0 if falls else norm.item())
         return value
+
+    def place(self) -> tuple:
+        """What `gradients` changes of a checkpoint: generators, place in the data, buffers."""
+        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
+        return files.rng_state(), self.batches.epoch_rng, self.batches.position, buffers
+
+    def go_back(self, place: tuple) -> None:
+        generators, self.batches.epoch_rng, self.batches.position, buffers = place
+        files.set_rng_state(generators)
+        files.copy_into(dict(self.model.named_buffers()), buffers, "The last step")
 
     def advance(self, value: float, hooks) -> None:
         """One optimizer step with the gradients that are there."""

@@ -561,7 +561,7 @@ def onnxruntime(task: Task) -> tuple[int, nn.Module]:
     from onnxruntime import InferenceSession
     from onnxruntime import quantization as ort
 
-    from kit.engines.graph import export_graph, quiet
+    from kit.engines.export import export_graph, quiet
 
     with quiet(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"

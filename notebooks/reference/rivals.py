@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kit.core.measurement import measure, relative_error
 from kit.core.protocols import call_with
-from kit.engines.graph import export_graph, quiet
+from kit.engines.export import export_graph, quiet
 from kit.engines.quantized import QuantizationConfig, quantize
 from kit.engines.runtime import OnnxEngine
 
