@@ -80,7 +80,7 @@ def test_int8_linear_is_exact_integer_arithmetic(dense, x, onednn, calibrated, m
     monkeypatch.setattr(engines.kernels, "ONEDNN", onednn)
     layer = quantized(dense, calibration=x if calibrated else None)[0]
     weight = integer_weight(weight_of(layer))
-    grid = weight.input_grid
+    grid = weight.input_qparams
     assert (grid is not None) == calibrated
     for shape in ((20, 40), (2, 10, 40), (1, 40), (0, 40)):
         rows = x.flatten()[: torch.Size(shape).numel()].view(shape)
@@ -245,7 +245,7 @@ def test_layers_called_by_keyword_are_calibrated():
     torch.manual_seed(0)
     x = torch.randn(32, 12)
     model = quantized(Keyword().eval(), calibration=x)
-    assert all(integer_weight(weight_of(layer)).input_grid for layer in (model.a, model.b))
+    assert all(integer_weight(weight_of(layer)).input_qparams for layer in (model.a, model.b))
     with torch.no_grad():
         assert 0 < relative_error(float_copy(model)(x), model(x)) < 1e-3  # inputs are rounded
         assert relative_error(int8_model(model)(x), model(x)) < EXACT

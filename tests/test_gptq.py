@@ -34,7 +34,7 @@ def all_codes(columns, format):
 def test_close_to_the_best_of_all_roundings_and_better_than_the_nearest():
     torch.manual_seed(0)
     format, weight, x = Format(2), torch.randn(12, 6), correlated(200, 6)
-    gram, scale = (x.T @ x).double(), formats.choose_grid(weight, format)[0]
+    gram, scale = (x.T @ x).double(), formats.choose_qparams(weight, format)[0]
     rounded = gptq_round(
         weight[None], gram[None], scale.expand_as(weight)[None], None, format, damping=1e-6
     )[0]
@@ -110,7 +110,7 @@ def test_layer_outputs_err_less_than_with_the_nearest_codes(format):
     assert torch.equal(
         repaired[0].weight, weight_of(repaired[0]).original
     )  # its values are on the grid
-    assert step.grid(weight_of(repaired[0]).original)[0] is step.scale
+    assert step.qparams(weight_of(repaired[0]).original)[0] is step.scale
 
 
 def test_every_kind_of_weight_of_a_language_model():

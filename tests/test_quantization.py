@@ -28,7 +28,7 @@ from kit.quantization import (
     quantize_bk_core,
     quantize_weights,
 )
-from kit.quantization.hqq import hqq, hqq_grid
+from kit.quantization.hqq import hqq, hqq_qparams
 from kit.quantization.integers import (
     GroupWiseQuantizer,
     QuantizedLinear,
@@ -67,7 +67,7 @@ def test_error_is_at_most_half_a_step_and_zero_stays_zero(shape, format, seed, m
     x = matrix(shape, seed, magnitude)
     x.flatten()[::3] = 0
     step = fake(x, format)
-    y, scale = step(x), step.spread(step.grid(x)[0])
+    y, scale = step(x), step.spread(step.qparams(x)[0])
     assert y.shape == x.shape and y.dtype == torch.float32
     assert (y.flatten()[::3] == 0).all()
     assert ((y - x).abs() <= 0.5 * scale * 1.0001).all()
@@ -77,7 +77,7 @@ def test_error_is_at_most_half_a_step_and_zero_stays_zero(shape, format, seed, m
 def test_rounding_twice_is_rounding_once(shape, format, seed, magnitude):
     x = matrix(shape, seed, magnitude)
     step = fake(x, format)
-    step.set_grid(*step.grid(x))
+    step.set_qparams(*step.qparams(x))
     y = step(x)
     assert torch.equal(step(y), y)
     codes, scale, zero = step.codes(x)
@@ -141,7 +141,7 @@ def test_mse_range_is_near_the_best_of_all_clippings(bits, symmetric):
     error = (fake(x, format)(x) - x).square().sum()
     best = math.inf
     for clip in torch.linspace(0.02, 1, 2000):
-        grid = formats.grid_of_range(
+        grid = formats.qparams_of_range(
             x.min(1, True).values.clamp(max=0) * clip, x.max(1, True).values * clip, format
         )
         best = min(
@@ -159,7 +159,7 @@ def test_mse_range_is_near_the_best_of_all_clippings(bits, symmetric):
 def test_percentile_range_clips_one_in_a_thousand():
     x = torch.linspace(-1, 1, 20001)[None]
     step = fake(x, Format(8, granularity="tensor", range="percentile", scale="float32"))
-    assert step.grid(x)[0].item() * 127 == pytest.approx(0.999, abs=1e-4)
+    assert step.qparams(x)[0].item() * 127 == pytest.approx(0.999, abs=1e-4)
 
 
 def test_log_scales_lie_within_a_sixteenth_of_an_octave_above():
@@ -381,7 +381,9 @@ def test_scales_of_the_two_parts_are_apart_or_shared():
         mode: calibrate(nn.Sequential(ComplexQuantizer(8, None, mode)), [z])[0]
         for mode in ("separate", "joint")
     }
-    ratio = {mode: (q.first.grid()[0] / q.second.grid()[0]).item() for mode, q in steps.items()}
+    ratio = {
+        mode: (q.first.qparams()[0] / q.second.qparams()[0]).item() for mode, q in steps.items()
+    }
     assert ratio == {"separate": pytest.approx(8), "joint": 1}
 
 
@@ -570,7 +572,7 @@ def test_hqq_lowers_its_own_norm(bits, symmetric):
     x, format = matrix((8, 64), 2), Format(bits, symmetric)
     error = [
         (formats.dequantize(formats.quantize(x, *grid, format), *grid) - x).abs().pow(0.7).sum(1)
-        for grid in (formats.choose_grid(x, format), hqq_grid(x, format))
+        for grid in (formats.choose_qparams(x, format), hqq_qparams(x, format))
     ]
     assert (error[1] <= error[0] * 1.0001).all() and error[1].sum() < 0.99 * error[0].sum()
 
@@ -592,14 +594,14 @@ def test_hqq_shrinks_residuals_as_its_penalty_says(monkeypatch):
     )
     seen, original = [], module.shrink
     monkeypatch.setattr(module, "shrink", lambda x, beta: seen.append(beta) or original(x, beta))
-    module.hqq_grid(matrix((2, 32), 3), Format(3))
+    module.hqq_qparams(matrix((2, 32), 3), Format(3))
     assert len(seen) == 21 and all(a < b for a, b in zip(seen, seen[1:]))
 
 
 def test_hqq_fixes_the_grid_of_a_model():
     model = hqq(nn.Sequential(nn.Linear(32, 8)), Format(3))
     step = weight_of(model[0]).find(FakeQuantize)
-    assert torch.equal(step.scale, hqq_grid(weight_of(model[0]).original, Format(3))[0])
+    assert torch.equal(step.scale, hqq_qparams(weight_of(model[0]).original, Format(3))[0])
 
 
 @pytest.mark.parametrize("bits", [12, 8, 3, 2, "ternary"])

@@ -31,7 +31,7 @@ def test_estimate_is_near_the_coder(step):
     torch.manual_seed(0)
     weight = torch.distributions.Laplace(0, 1).sample((600, 48)) * torch.linspace(0.3, 2, 48)
     quantizer = FakeQuantize(weight, Format(8, granularity="rows", group_size=100), learned=True)
-    quantizer.set_grid(torch.full((6, 1), step))
+    quantizer.set_qparams(torch.full((6, 1), step))
     assert code_bits(weight, quantizer).item() / 8 == pytest.approx(
         coded_bytes(weight, quantizer), rel=0.08
     )
@@ -41,7 +41,7 @@ def test_rate_pulls_weights_to_zero_and_widens_steps():
     torch.manual_seed(0)
     weight = torch.randn(64, 32, requires_grad=True)
     quantizer = FakeQuantize(weight, Format(8, granularity="tensor"), learned=True)
-    quantizer.set_grid(torch.full((1, 1), 0.2))
+    quantizer.set_qparams(torch.full((1, 1), 0.2))
     code_bits(weight, quantizer).backward()
     assert (weight.grad * weight >= 0).all() and weight.grad.count_nonzero() > 1000
     assert quantizer.scale.grad < 0
@@ -89,7 +89,7 @@ def test_a_bias_over_classes_has_finer_steps_for_the_frequent_ones():
     classes = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])
     set_rate_formats(model, row_sensitivity(model, batches, classes), 1500)
     steps = {
-        w.attribute: w.find(FakeQuantize).grid(w.original)[0].flatten() for w in weights(model)
+        w.attribute: w.find(FakeQuantize).qparams(w.original)[0].flatten() for w in weights(model)
     }
     assert all(len(s) == 16 and s[:1] < 0.5 * s[2:].min() for s in steps.values()), steps
 

@@ -268,7 +268,7 @@ def test_inputs_of_conv1d(quantized):
     handle.remove()
     assert torch.allclose(gram[0], seen[0].double().T @ seen[0].double())
     scale = weights(quantize_weights(model, Format(4)), "transformer.h.1.mlp.c_fc.weight")[0]
-    assert len(scale.find(FakeQuantize).grid(scale.original)[0]) == 128  # one an output
+    assert len(scale.find(FakeQuantize).qparams(scale.original)[0]) == 128  # one an output
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "mixtral", "t5", "vit"])

@@ -93,7 +93,7 @@ def _row_edges(rows: int) -> list[int]:
 
 def code_bits(weight: Tensor, quantizer: FakeQuantize) -> Tensor:
     """Estimated bits of the range-coded codes of a weight; differentiable in weight and step."""
-    scale, _ = quantizer.grid(weight)
+    scale, _ = quantizer.qparams(weight)
     magnitude = _magnitude(quantizer.blocks(weight), scale)
     size = formats.from_blocks(magnitude, quantizer.shape, quantizer.format)
     edges = _row_edges(len(size))
@@ -153,7 +153,7 @@ def set_rate_formats(
     for _ in range(18):
         middle = (low + high) / 2
         for _, quantizer, shape, least in members:
-            quantizer.set_grid(torch.maximum(shape * 2.0**middle, least))
+            quantizer.set_qparams(torch.maximum(shape * 2.0**middle, least))
         size = sum(coded_bytes(before, quantizer) for before, quantizer, *_ in members)
         low, high = (middle, high) if size > target_bytes else (low, middle)
 

@@ -182,7 +182,7 @@ class Rounded:
         weight.set_steps([])
         weight.assign(tensor)
         format = replace(self.format, bits=8) if most < 128 else self.format
-        weight.put(FakeQuantize(tensor, format, weight.view, grid=(steps, None)))
+        weight.put(FakeQuantize(tensor, format, weight.view, qparams=(steps, None)))
         weight.put(self.columns)
 
 

@@ -218,13 +218,13 @@ def _blocks(graph: _Graph, node: NodeProto, weight: IntegerWeight, turned: bool)
 
 def _static(graph: _Graph, node: NodeProto, weight: IntegerWeight, turned: bool) -> bool:
     """Inputs in calibrated ranges: QuantizeLinear, DequantizeLinear pairs, fused when loaded."""
-    if weight.input_grid is None or not weight.per_row:
+    if weight.input_qparams is None or not weight.per_row:
         return False
-    (scale, zero), out, scales = weight.input_grid, node.output[0], weight.scale[:, 0]
-    shape, grid = graph.values[node.input[1]].shape, [np.float32(scale), np.uint8(zero)]
+    (scale, zero), out, scales = weight.input_qparams, node.output[0], weight.scale[:, 0]
+    shape, qparams = graph.values[node.input[1]].shape, [np.float32(scale), np.uint8(zero)]
     codes = weight.codes.t() if turned else weight.codes.reshape(shape)
-    integers = graph.add("QuantizeLinear", [node.input[0], *grid], f"{out}.x.codes")
-    x = graph.add("DequantizeLinear", [integers, *grid], f"{out}.x")
+    integers = graph.add("QuantizeLinear", [node.input[0], *qparams], f"{out}.x.codes")
+    x = graph.add("DequantizeLinear", [integers, *qparams], f"{out}.x")
     w = graph.add("DequantizeLinear", [codes, scales], f"{out}.weight", axis=int(turned))
     copied = NodeProto()
     copied.CopyFrom(node)

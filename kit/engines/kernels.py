@@ -21,14 +21,14 @@ ONEDNN = HAS_ONEDNN and not SATURATES
 FLOAT_OUTPUT = (1.0, 0, torch.float32, "none", [], "")  # scale, zero point; no operation follows
 
 
-def quantize_batch(x: Tensor, grid: tuple[float, int] | None) -> tuple[Tensor, float, int]:
-    """x as uint8 codes, with scale and zero point: those of `grid`, or of x's own range and 0."""
-    if grid is None:
+def quantize_batch(x: Tensor, qparams: tuple[float, int] | None) -> tuple[Tensor, float, int]:
+    """x as uint8 codes, scale and zero point: those of `qparams`, or of x's own range and 0."""
+    if qparams is None:
         low, high = (bound.item() for bound in torch.aminmax(x)) if x.numel() else (0.0, 0.0)
         low, high = min(low, 0.0), max(high, 0.0)
         scale = max((high - low) / 255, 1e-30)
-        grid = scale, min(max(round(-low / scale), 0), 255)
-    scale, zero = grid
+        qparams = scale, min(max(round(-low / scale), 0), 255)
+    scale, zero = qparams
     return (x * (1 / scale)).round_().add_(zero).clamp_(0, 255).to(torch.uint8), scale, zero
 
 
@@ -40,7 +40,7 @@ class _Integer(nn.Module):
         self.register_buffer("codes", weight.view.tensor(weight.codes))
         self.register_buffer("scale", weight.scale[:, 0].contiguous())
         self.register_buffer("bias", None if bias is None else bias.detach())
-        self.input_grid = weight.input_grid
+        self.input_qparams = weight.input_qparams
         self.zeros = torch.zeros(len(self.codes), dtype=torch.int64)
         self.packed = None  # the codes in oneDNN's order, made at the first call
 
@@ -56,7 +56,7 @@ class Int8Linear(_Integer):
     """F.linear with an int8 weight: inputs (..., K) float32 -> (..., N) float32."""
 
     def forward(self, input: Tensor) -> Tensor:
-        q, scale, zero = quantize_batch(input.reshape(-1, input.shape[-1]), self.input_grid)
+        q, scale, zero = quantize_batch(input.reshape(-1, input.shape[-1]), self.input_qparams)
         y = self._onednn(q, scale, zero) if ONEDNN else self._int_mm(q, scale, zero)
         return y.reshape(*input.shape[:-1], len(self.codes))
 
@@ -81,7 +81,7 @@ class Int8Conv2d(_Integer):
         self.geometry = [*map(list, (layer.stride, layer.padding, layer.dilation)), layer.groups]
 
     def forward(self, input: Tensor) -> Tensor:
-        q, scale, zero = quantize_batch(input, self.input_grid)
+        q, scale, zero = quantize_batch(input, self.input_qparams)
         if self.packed is None:
             prepack = torch.ops.onednn.qconv_prepack
             self.packed = prepack(self.codes, self.scale, 1.0, 0, *self.geometry, None)

@@ -27,7 +27,7 @@ class IntegerWeight:
     scale: Tensor
     format: Format
     view: MatrixView
-    input_grid: tuple[float, int] | None  # scale and zero point (uint8) of calibrated inputs
+    input_qparams: tuple[float, int] | None  # scale and zero point (uint8) of calibrated inputs
 
     @property
     def per_row(self) -> bool:
@@ -68,8 +68,8 @@ def integer_weight(weight: Weight) -> IntegerWeight | None:
     codes, scale, _ = quantizer.codes(weight.before(quantizer.rank))
     grouped = quantizer.format.granularity == "group"
     scale = scale.reshape(len(codes), -1) if grouped else quantizer.spread(scale)[:, :1]
-    grid = _input_grid(weight.module)
-    return IntegerWeight(weight.name, codes, scale, quantizer.format, quantizer.view, grid)
+    qparams = _input_qparams(weight.module)
+    return IntegerWeight(weight.name, codes, scale, quantizer.format, quantizer.view, qparams)
 
 
 def integer_weights(model: nn.Module) -> list[IntegerWeight]:
@@ -78,11 +78,11 @@ def integer_weights(model: nn.Module) -> list[IntegerWeight]:
     return [weight for weight in found if weight is not None]
 
 
-def _input_grid(module: nn.Module) -> tuple[float, int] | None:
+def _input_qparams(module: nn.Module) -> tuple[float, int] | None:
     quantizer = getattr(module, INPUT_QUANTIZER, None)
     if not isinstance(quantizer, ActivationQuantizer) or not (quantizer.high > quantizer.low).all():
         return None
-    scale, zero = quantizer.grid()
+    scale, zero = quantizer.qparams()
     return scale.item(), 128 if zero is None else int(zero.item()) + 128
 
 
@@ -136,7 +136,7 @@ def calibrate_inputs(model: nn.Module, batches: Iterable) -> nn.Module:
             setattr(module, INPUT_QUANTIZER, ActivationQuantizer(8, symmetric=False))
     calls = (cast(call_of(batch), dtype_of(model)) for batch in batches)
     calibrate(hook_input_quantizers(model), calls)
-    return _drop_input_quantizers(model, unless=_input_grid)
+    return _drop_input_quantizers(model, unless=_input_qparams)
 
 
 def cast(value, dtype: torch.dtype):

@@ -51,12 +51,12 @@ class ActivationQuantizer(nn.Module):
         """Keeps the ranges of `channels`, int64."""
         self.channels, self.low, self.high = len(channels), self.low[channels], self.high[channels]
 
-    def grid(self) -> tuple[Tensor, Tensor | None]:
+    def qparams(self) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point, shape (channels,) or (1,), the zero point None if symmetric. Raises
         ValueError before calibration."""
         if (self.low > self.high).any():
             raise ValueError("an activation quantizer was used before calibration: run calibrate")
-        return formats.grid_of_range(self.low.clamp(max=0), self.high.clamp(min=0), self.format)
+        return formats.qparams_of_range(self.low.clamp(max=0), self.high.clamp(min=0), self.format)
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
@@ -72,7 +72,7 @@ class ActivationQuantizer(nn.Module):
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes, int8, shape of x."""
-        return formats.quantize(x, *self.grid(), self.format)
+        return formats.quantize(x, *self.qparams(), self.format)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_complex():
@@ -80,7 +80,7 @@ class ActivationQuantizer(nn.Module):
         if self.observing:
             self.observe(x)
             return x
-        return formats.fake_quantize(x.float(), *self.grid(), self.format).to(x.dtype)
+        return formats.fake_quantize(x.float(), *self.qparams(), self.format).to(x.dtype)
 
 
 class ComplexQuantizer(nn.Module):

@@ -29,7 +29,7 @@ class FakeQuantize(Step):
         weight: the tensor to be quantized, which fixes shape and ranges.
         view: how it is seen as a matrix; by default its rows run along the last dimension.
         first_step: the larger, the slower a learned step size moves.
-        grid: scale and zero point (blocks, 1), to be kept instead of finding a range.
+        qparams: scale and zero point (blocks, 1), to be kept instead of finding a range.
     Raises ValueError when the weight is complex, NaN or infinite.
     """
 
@@ -43,15 +43,15 @@ class FakeQuantize(Step):
 
     def __init__(
         self, weight: Tensor, format: Format, view: MatrixView | None = None, learned: bool = False,
-        first_step: float = FIRST_STEP, grid: tuple[Tensor, Tensor | None] | None = None,
+        first_step: float = FIRST_STEP, qparams: tuple[Tensor, Tensor | None] | None = None,
     ):  # fmt: skip
         super().__init__()
         formats.check_weights(weight, "weight", format)
         self.format, self.view = format, view or matrix_view(weight.shape)
         self.first_step, self.learned = first_step, learned and format.bits != 16
-        if grid is None and format.bits != 16 and (self.learned or format.range != "minmax"):
-            grid = formats.choose_grid(self.blocks(weight, fill=math.nan), format)
-        scale, zero = grid or (None, None)
+        if qparams is None and format.bits != 16 and (self.learned or format.range != "minmax"):
+            qparams = formats.choose_qparams(self.blocks(weight, fill=math.nan), format)
+        scale, zero = qparams or (None, None)
         if scale is not None:
             scale = formats.round_scale(scale, format.scale)
         self.register_buffer("zero", zero)
@@ -75,10 +75,10 @@ class FakeQuantize(Step):
         length = self.blocks(part.new_empty(()).expand(self.view.shape)).shape[1]
         return formats.from_blocks(part.expand(-1, length), self.shape, self.format)
 
-    def grid(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    def qparams(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale, exactly as the artifact stores it, and zero point or None; both (blocks, 1)."""
         if self.scale is None:
-            return formats.choose_grid(self.blocks(weight), self.format)
+            return formats.choose_qparams(self.blocks(weight), self.format)
         if not self.learned:
             return self.scale, self.zero
         step = self.scale.abs() * self.unit
@@ -86,8 +86,8 @@ class FakeQuantize(Step):
         return rounded + (step - step.detach()), self.zero
 
     @torch.no_grad()
-    def set_grid(self, scale: Tensor, zero: Tensor | None = None) -> None:
-        """Overwrites a grid, or fixes one that followed the weight; (blocks, 1)."""
+    def set_qparams(self, scale: Tensor, zero: Tensor | None = None) -> None:
+        """Overwrites scale and zero point (blocks, 1), or fixes those that followed the weight."""
         scale = formats.round_scale(scale, self.format.scale)
         if self.scale is None:
             self.scale, self.zero = scale, zero
@@ -106,7 +106,7 @@ class FakeQuantize(Step):
     def forward(self, weight: Tensor) -> Tensor:
         if self.format.bits == 16:
             return formats.round_half(weight)
-        scale, zero = self.grid(weight)
+        scale, zero = self.qparams(weight)
         blocks = self.blocks(weight)
         length = max(blocks.shape[1], 1)
         gradient = 1 / math.sqrt(length * self.format.qmax) if self.learned else 0.0
@@ -117,7 +117,7 @@ class FakeQuantize(Step):
     @torch.no_grad()
     def codes(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes `format.integer` (rows, columns), scale and zero point (blocks, 1)."""
-        scale, zero = self.grid(weight)
+        scale, zero = self.qparams(weight)
         codes = formats.quantize(self.blocks(weight), scale, zero, self.format)
         return formats.from_blocks(codes, self.shape, self.format), scale.detach(), zero
 
@@ -131,7 +131,7 @@ class FakeQuantize(Step):
             return entry
         if self.learned:
             entry["learned"] = self.first_step
-        elif self.format.range == "minmax" and not self._follows(stored, self.grid(x)):
+        elif self.format.range == "minmax" and not self._follows(stored, self.qparams(x)):
             entry["fixed"] = 1
         codes, scale, zero = (None if t is None else t.cpu() for t in self.codes(x))
         for part in formats.stored_scale(scale, self.format.scale):
@@ -156,10 +156,10 @@ class FakeQuantize(Step):
         scale, zero = formats.restored_scale(parts, format.scale), None
         if not format.symmetric:
             zero = read.tensor((count,), format.integer).float()[:, None]
-        learned, grid = entry.learned, (scale, zero)
-        made = cls(torch.zeros(()), format, view, bool(learned), learned or FIRST_STEP, grid)
+        learned, qparams = entry.learned, (scale, zero)
+        made = cls(torch.zeros(()), format, view, bool(learned), learned or FIRST_STEP, qparams)
         inside = zero is None or torch.equal(zero.clamp(format.qmin, format.qmax), zero)
-        if not inside or not torch.equal(made.grid(scale)[0], scale):
+        if not inside or not torch.equal(made.qparams(scale)[0], scale):
             raise ValueError(f"its scales or zero points are none of {format}")
         origin = None if zero is None else made.spread(zero).to(torch.int32)
         blocks = formats.to_blocks(read.codes(made.shape, format.bits, origin), format)
@@ -167,16 +167,16 @@ class FakeQuantize(Step):
         value = view.tensor(formats.from_blocks(blocks, made.shape, format)).to(dtype)
         if format.range == "minmax" and not learned and not entry.fixed:
             made.scale = made.zero = None
-            if not made._follows(value, grid):
-                made.scale, made.zero = grid
+            if not made._follows(value, qparams):
+                made.scale, made.zero = qparams
         return made, value
 
-    def _follows(self, stored: Tensor, grid: tuple[Tensor, Tensor | None]) -> bool:
-        """Whether the range follows the weight, and that of its stored value is `grid`."""
+    def _follows(self, stored: Tensor, qparams: tuple[Tensor, Tensor | None]) -> bool:
+        """Whether the range follows the weight, and that of its stored value is `qparams`."""
         if self.scale is not None:
             return False
-        found = self.grid(stored)
-        return all(a is b or torch.equal(a, b) for a, b in zip(found, grid))
+        found = self.qparams(stored)
+        return all(a is b or torch.equal(a, b) for a, b in zip(found, qparams))
 
     def resized(self, select, before: Tensor) -> "FakeQuantize":
         view = self.view.like(before.shape)
@@ -194,8 +194,8 @@ class FakeQuantize(Step):
                 # entries that shared no scale have come to share one: its range is found anew
                 return type(self)(before, self.format, view, self.learned, self.first_step)
         scale, zero, unit = parts
-        grid = (scale if unit is None else scale * unit, zero)
-        made = type(self)(before, self.format, view, self.learned, self.first_step, grid)
+        qparams = (scale if unit is None else scale * unit, zero)
+        made = type(self)(before, self.format, view, self.learned, self.first_step, qparams)
         if self.learned:
             made.scale.data.copy_(scale), made.unit.copy_(unit)
         return made

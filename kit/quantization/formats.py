@@ -170,7 +170,7 @@ def check_weights(x: Tensor, what: str = "tensor", format: Format = DEFAULT) -> 
         raise ValueError(f"{high}: leave it in float32, by None in a plan of quantize_weights")
 
 
-def grid_of_range(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
+def qparams_of_range(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point (None if symmetric) of the range [low, high], low <= 0 <= high."""
     if format.symmetric:
         return round_scale(torch.maximum(-low, high) / format.qmax, format.scale), None
@@ -184,7 +184,7 @@ def _percentile(x: Tensor, share: float) -> Tensor:
     return ordered.gather(1, (torch.ceil(share * count).long() - 1).clamp(min=0))
 
 
-def choose_grid(blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
+def choose_qparams(blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
     """Scale (blocks, 1) float32, as it will be stored, and zero point (blocks, 1) or None, by
     `format.range`. Blocks may be padded with NaN, which no rule counts."""
     x = blocks.detach().float()
@@ -195,14 +195,14 @@ def choose_grid(blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
     else:
         low = high = x.new_zeros(len(x), 1)
     if format.range == "minmax" or x.numel() == 0:
-        return grid_of_range(low, high, format)
+        return qparams_of_range(low, high, format)
     if format.range == "percentile":
         bound = _percentile(x.abs(), 0.999)
-        return grid_of_range(torch.maximum(low, -bound), torch.minimum(high, bound), format)
-    scale, zero = grid_of_range(low, high, format)
+        return qparams_of_range(torch.maximum(low, -bound), torch.minimum(high, bound), format)
+    scale, zero = qparams_of_range(low, high, format)
     least = torch.full_like(scale, math.inf)
     for ratio in torch.linspace(1.0, 0.2 if format.qmax > 1 else 0.05, SHRINKAGES).tolist():
-        trial, origin = grid_of_range(low * ratio, high * ratio, format)
+        trial, origin = qparams_of_range(low * ratio, high * ratio, format)
         values = dequantize(quantize(padded, trial, origin, format), trial, origin)
         error = (values - padded).square().sum(1, keepdim=True)
         better, least = error < least, torch.minimum(error, least)

@@ -33,8 +33,8 @@ def gptq_round(
     zero = None if zero is None else zero.gather(2, columns)
 
     def nearest(j: int, rest: Tensor) -> Tensor:
-        grid = scale[:, :, j], None if zero is None else zero[:, :, j]
-        values = formats.dequantize(formats.quantize(rest[:, :, j], *grid, format), *grid)
+        qparams = scale[:, :, j], None if zero is None else zero[:, :, j]
+        values = formats.dequantize(formats.quantize(rest[:, :, j], *qparams, format), *qparams)
         return torch.where(weight[:, :, j] == 0, 0.0, values).double()
 
     rounded = column_sweep(weight.double(), upper, nearest).float()
@@ -75,11 +75,11 @@ def gptq(
         quantizer, view = weight.find(FakeQuantize), weight.view
         (gram,) = input_grams(model, batches, name).values()
         seen = weight.before(quantizer.rank).float()
-        scale, zero = quantizer.grid(seen)
-        grid = [_stacked(quantizer, view, part) for part in (scale, zero)]
-        rounded = gptq_round(view.stack(seen), gram, *grid, quantizer.format, damping)
+        scale, zero = quantizer.qparams(seen)
+        qparams = [_stacked(quantizer, view, part) for part in (scale, zero)]
+        rounded = gptq_round(view.stack(seen), gram, *qparams, quantizer.format, damping)
         weight.assign(view.tensor(rounded.flatten(0, 1)))
-        quantizer.set_grid(scale, zero)
+        quantizer.set_qparams(scale, zero)
     return model
 
 

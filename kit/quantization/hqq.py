@@ -21,15 +21,15 @@ def shrink(x: Tensor, beta: float) -> Tensor:
     return x.sign() * (size - size.clamp(min=1e-6) ** (NORM - 1) / beta).clamp(min=0)
 
 
-def hqq_grid(blocks: Tensor, format: Format, steps: int = 20) -> tuple[Tensor, Tensor | None]:
+def hqq_qparams(blocks: Tensor, format: Format, steps: int = 20) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point (blocks, 1) that make sum |x - scale (q - zero)|^p small, p = 0.7.
 
     Alternates, in units of the first scale: q = nearest codes, e = shrink(x - scale (q - zero)),
-    scale and zero by least squares of x - e. The best grid met is returned, never worse than
-    that of `choose_grid` in this norm. blocks (blocks, length) may be padded with zeros.
+    scale and zero by least squares of x - e. The best pair met is returned, never worse than
+    that of `choose_qparams` in this norm. blocks (blocks, length) may be padded with zeros.
     """
     x = blocks.detach().float()
-    first, zero = formats.choose_grid(x, format)
+    first, zero = formats.choose_qparams(x, format)
     scale, best, least = first, (first, zero), torch.full_like(first, torch.inf)
     for step in range(steps + 1 if x.numel() else 0):
         codes = formats.quantize(x, scale, zero, format)
@@ -50,11 +50,11 @@ def hqq_grid(blocks: Tensor, format: Format, steps: int = 20) -> tuple[Tensor, T
 
 
 def hqq(model: nn.Module, plan: Format | Mapping[str, Format | None]) -> nn.Module:
-    """`quantize_weights` with grids fixed by `hqq_grid`, in place; returns the model."""
+    """`quantize_weights` with grids fixed by `hqq_qparams`, in place; returns the model."""
     quantize_weights(model, plan)
     for weight in weights(model):
         quantizer = weight.find(FakeQuantize)
         if quantizer is not None and quantizer.format.bits != 16:
             blocks = quantizer.blocks(weight.before(quantizer.rank).detach())
-            quantizer.set_grid(*hqq_grid(blocks, quantizer.format))
+            quantizer.set_qparams(*hqq_qparams(blocks, quantizer.format))
     return model

@@ -443,7 +443,9 @@ def small_tensors(file: Path) -> list[dict]:
         for weight in small:
             step, relative = steps[weight.name], mean[weight.name] / largest
             finest = weight.original.detach().abs().max() / 127
-            step.set_grid(torch.maximum(relative.clamp(min=1e-8) ** -power * 2.0**factor, finest))
+            step.set_qparams(
+                torch.maximum(relative.clamp(min=1e-8) ** -power * 2.0**factor, finest)
+            )
             weight.put(step)
         found, bytes_ = evaluate(model, glance), artifact.nbytes(model) - size
         rows.append({"power": power, "factor": 2.0**factor, "bytes": bytes_})

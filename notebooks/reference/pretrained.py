@@ -461,15 +461,15 @@ def gptq_brotli(task: Task, format: Format, sigmas: float | None = None) -> tupl
             continue
         if sigmas:
             spread = weight.view.matrix(original).std(1, keepdim=True).clamp(min=1e-8)
-            step.set_grid(sigmas * spread.half().float() / format.qmax)
-        scale, zero = step.grid(original)
+            step.set_qparams(sigmas * spread.half().float() / format.qmax)
+        scale, zero = step.qparams(original)
         if weight.name in grams:
             full = weight.view.stack(weight.view.tensor(step.spread(scale)))
             stack = weight.view.stack(original)
             values = gptq_round(stack, grams[weight.name].double(), full, zero, format)
             values = values.flatten(0, 1)
             weight.assign(weight.view.tensor(values))
-            step.set_grid(scale)
+            step.set_qparams(scale)
         streams += [step.codes(weight.original)[0].numpy().astype(np.int8).tobytes(),
                     scale.half().numpy().tobytes()]  # fmt: skip
     streams += [b.numpy().tobytes() for b in model.buffers()]
