@@ -30,7 +30,7 @@ from kit.pruning.magnitude import MagnitudePruner
 from kit.pruning.structured import sort_hidden_units
 from kit.quantization import calibrate, original_mix, quantize_bk_core, quantize_weights
 from kit.quantization.token_tables import compose_tables, order_rows
-from kit.training import TrainConfig, parallel, train
+from kit.training import TrainConfig, parallel, steps_in, train
 from kit.training.evaluation import evaluate
 from kit.training.losses import classification_loss, training_loss
 
@@ -147,11 +147,8 @@ class CompressionPipeline:
         """
         if len(set(self.stages)) < len(self.stages):
             raise ValueError(f"stages are {', '.join(self.stages)}: name each but once")
-        if not hasattr(train_loader, "__len__"):
-            what = f"a {type(train_loader).__name__} has no length"
-            raise ValueError(f"{what}: give a DataLoader of a sized data set, or a list of batches")
         epochs = {"qat": qat_epochs, "pruning": pruning_epochs, "distillation": distillation_epochs}
-        steps = {name: max(1, round(epochs[name] * len(train_loader))) for name in self.stages}
+        steps = {name: steps_in(train_loader, epochs[name]) for name in self.stages}
         if until not in (None, *self.stages):
             raise ValueError(f"until is {until!r}; it must be one of {', '.join(self.stages)}.")
         with nullcontext() if parallel.rank() else lock(save_dir):  # the second reads what is there

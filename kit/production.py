@@ -25,7 +25,7 @@ from kit.engines.quantized import DEFAULT, QuantizationConfig, QuantizedModel, q
 from kit.models import parameter_count
 from kit.pruning import MagnitudePruner, prune_channels
 from kit.quantization import quantize_weights
-from kit.training import TrainConfig, train
+from kit.training import TrainConfig, steps_in, train
 from kit.training.losses import training_loss
 
 STRUCTURED = {"l1": "l1", "l2": "l2", "l1_structured": "l1", "ln_structured": "l2"}
@@ -191,7 +191,7 @@ class ProductionModelOptimizer:
         trainer = DistillationTrainer(
             teacher.eval(), student, config.temperature, config.alpha, 0.0
         )
-        schedule = _schedule(train_loader, config.epochs, config.learning_rate)
+        schedule = TrainConfig(steps_in(train_loader, config.epochs), config.learning_rate)
         trainer.fit(train_loader, schedule, log=self.log)
         return student.eval()
 
@@ -201,7 +201,7 @@ class ProductionModelOptimizer:
         loss(model, batch): by default the next token's for language models, else cross-entropy.
         """
         copied = copy_of(model).to(self.device)
-        schedule = _schedule(train_loader, epochs, learning_rate)
+        schedule = TrainConfig(steps_in(train_loader, epochs), learning_rate)
         train(copied, train_loader, schedule, loss=loss or training_loss(copied), log=self.log)
         return copied.eval()
 
@@ -245,14 +245,6 @@ class ProductionModelOptimizer:
         if isinstance(model, QuantizedModel):
             return export_onnx(model.model, path, call, model.onnx_engine)
         return export_onnx(copy_of(model).float().eval(), path, call)
-
-
-def _schedule(loader, epochs: float, learning_rate: float) -> TrainConfig:
-    try:
-        return TrainConfig(steps=max(1, round(epochs * len(loader))), lr=learning_rate)
-    except TypeError:
-        advice = "give a DataLoader of a sized data set, or a list of batches"
-        raise ValueError(f"a {type(loader).__name__} has no length: {advice}") from None
 
 
 def quick_quantize(model: nn.Module, inputs=None, **settings) -> QuantizedModel:

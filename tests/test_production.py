@@ -488,6 +488,8 @@ def test_a_loader_without_a_length_is_refused():
     batches = ((torch.randn(2, 4), torch.tensor([0, 1])) for _ in range(2))
     with pytest.raises(ValueError, match="a generator has no length: give a DataLoader"):
         ProductionModelOptimizer().retrain(nn.Linear(4, 2), batches)
+    with pytest.raises(ValueError, match="epochs is -1; it must be a number above 0"):
+        ProductionModelOptimizer().retrain(nn.Linear(4, 2), list(batches), epochs=-1)
 
 
 def test_attributes_of_the_original_are_reached():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kit.core.protocols import call_of, tensors_of, tree_map
-from kit.core.settings import Count, Meta, NotNegative, Positive, Seed, Share, settings
+from kit.core.settings import Count, Meta, NotNegative, Positive, Seed, Share, checked, settings
 from kit.core.weights import is_finite
 from kit.training import checkpoint as files
 from kit.training import parallel
@@ -56,6 +56,16 @@ class TrainResult:
     seconds: float  # of training; validation and checkpoints not counted
     best_validation: float | None
     best_step: int  # whose state the model is left with
+
+
+def steps_in(loader: Iterable, epochs: float) -> int:
+    """Steps of so many epochs > 0, at least one. ValueError for a loader without a length."""
+    try:
+        return max(1, round(checked("epochs", epochs, Positive) * len(loader)))
+    except TypeError:
+        what = f"a {type(loader).__name__} has no length"
+        advice = "give a DataLoader of a sized data set, or a list of batches"
+        raise ValueError(f"{what}: {advice}") from None
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
