@@ -472,7 +472,7 @@ def test_parts_that_contradict_their_step_are_refused(tmp_path):
     good = path.read_bytes()
     header, blobs = opened(path)
     entry = next(entry for entry in header["tensors"] if entry["name"] == "weight")
-    assert entry["in"] == "dded"  # scales, zero points, codes, mask
+    assert entry["in"] == "ddee"  # scales, zero points, codes, mask of zeros
     wrong = {
         0: [b"", lambda d: d[:-1], lambda d: b"\0" * len(d), lambda d: b"\xff" * len(d)],
         1: [lambda d: b"\x7f" * len(d), lambda d: d + b"1"],

@@ -375,6 +375,16 @@ class Attend(nn.Module):
         return scores.softmax(-1) @ memory
 
 
+class Alike(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x, memory):
+        y, more = self.layer(x), memory.mean(1, keepdim=True)
+        return y + more if x.shape[1] == memory.shape[1] else y
+
+
 class When(nn.Module):
     def __init__(self, rule):
         super().__init__()
@@ -390,6 +400,7 @@ RELATIONS = [
     (Portrait(), [(2, 1, 12, 8)], [(3, 1, 8, 20)]),
     (Attend(), [(2, 6, 8), (2, 9, 8)], [(3, 4, 8), (3, 4, 8)]),
     (Attend(), [(2, 6, 8), (2, 6, 8)], [(3, 4, 8), (3, 7, 8)]),
+    (Alike(), [(2, 6, 8), (2, 6, 8)], [(3, 4, 8), (3, 7, 8)]),
     (When(lambda rows, length: length % 4 == 0), [(2, 5, 8)], [(2, 8, 8)]),
     (When(lambda rows, length: length % 7), [(2, 3, 8)], [(2, 14, 8)]),
     (When(lambda rows, length: rows * length > 100), [(2, 5, 8)], [(11, 10, 8)]),

@@ -100,7 +100,6 @@ def test_a_model_that_a_notebook_is_not_for_is_refused_in_one_sentence(tmp_path)
         (f"{own}:make", known[:3]),
         (f"hf:{folder}", ["resnet_bk"]),
         (f"{own}x:make", known),
-        (f"{own}:", known),
         (f"{own}", known),
         (f"{folder}", known),
         (f"hf:{empty}", known),
@@ -112,6 +111,9 @@ def test_a_model_that_a_notebook_is_not_for_is_refused_in_one_sentence(tmp_path)
     ):
         with pytest.raises(ValueError, match="^model is .*; it must be one of [^\n]*09_pretrained"):
             parameters.parameters({"model": model}, models)
+    for model, says in ((f"{own}:", "names no function"), ("none.py:make", "none.py is not there")):
+        with pytest.raises(ValueError, match=says):
+            parameters.parameters({"model": model}, known)
 
 
 def test_a_tracker_that_is_not_installed_is_told_before_anything_runs(monkeypatch):

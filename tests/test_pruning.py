@@ -281,9 +281,11 @@ def test_a_mask_says_more_than_the_zeros_of_what_it_masks(tmp_path):
 
     mask, entries = torch.rand(4, 5) > 0.5, Write()
     assert Mask(mask).encode(None, mask.float(), entries) == {} and not entries
-    assert Mask(mask).encode(None, torch.zeros(4, 5), entries) == {"explicit": 1} and torch.equal(
-        entries[0], mask
-    )
+    stored = torch.where(torch.arange(20).view(4, 5) % 3 == 0, 0, mask.float())  # some kept are 0
+    assert Mask(mask).encode(None, stored, entries) == {"explicit": 2}
+    assert torch.equal(entries[0], mask[stored == 0][:, None])  # what zeros do not tell
+    with pytest.raises(ValueError, match="entries that are masked are not zero"):
+        Mask(mask).encode(None, torch.ones(4, 5), entries)
 
 
 def test_norms_of_inputs_that_are_not_finite_are_refused_by_name():

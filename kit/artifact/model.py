@@ -191,4 +191,7 @@ def _check_tensors(header: Header, model: nn.Module, modules: dict[str, nn.Modul
         theirs = entry.dtype or ours[0], entry.shape
         if ours != theirs:
             kinds = "{} of shape {}, the model expects {} of shape {}".format(*theirs, *ours)
-            raise ArtifactError(f"it holds {name!r} as {kinds}: convert it first")
+            advice = (
+                "convert it first" if theirs[1] == ours[1] else "make it of the saved one's sizes"
+            )
+            raise ArtifactError(f"it holds {name!r} as {kinds}: {advice}")

@@ -153,7 +153,7 @@ def _edges(tensors, free, proto: ModelProto, program) -> Iterator[list[Tensor]]:
 def _exceptions(condition, now: dict[str, int]) -> list[dict[str, int]]:
     """Up to two choices of sizes, nearest to those of `now`, for which a condition fails."""
     symbols = {str(symbol): symbol for symbol in condition.free_symbols}
-    if not symbols.keys() <= now.keys():  # a size that the model computes
+    if not symbols or not symbols.keys() <= now.keys():  # of sizes that the model computes
         return []
     small = range(1, 1 + round(SEARCHED ** (1 / len(symbols))))
     powers = [2**k + more for k in range(4, 13) for more in (0, 1)][: 0 if len(symbols) > 2 else 99]

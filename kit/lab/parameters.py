@@ -65,8 +65,13 @@ def parameters(namespace: Mapping, models: Iterable[str] = ()) -> dict:
     model = values.get("model")
     named = {OWN: own, PRETRAINED: pretrained}
     if models and not any(named.get(kind, kind.__eq__)(model) for kind in models):
-        advice = "with files that are there; 00_your_model takes any module, 09_pretrained encoders"
-        raise ValueError(f"model is {model!r}; it must be one of {', '.join(models)}: {advice}.")
+        file = Path(model.rpartition(":")[0])
+        advice = "00_your_model takes any module, 09_pretrained encoders" * (PRETRAINED in models)
+        if OWN in models and file.suffix == ".py":
+            what = "names no function" if file.is_file() else "is not there"
+            advice = f"{file} {what} (paths are from {Path.cwd()})"
+        said = f"{', '.join(models)}{advice and ': '}{advice}"
+        raise ValueError(f"model is {model!r}; it must be one of {said}.")
     if (track := values.get("track")) and importlib.util.find_spec(track) is None:
         raise ValueError(f"track is {track!r}, which is not installed: pip install {track}")
     said = ", ".join(f"{name}={value!r}" for name, value in values.items())

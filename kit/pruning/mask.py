@@ -4,6 +4,8 @@ The trained weight keeps its identity (optimizers go on holding it), its gradien
 is masked, and a quantizer on the same tensor sees the masked weight.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ class Mask(Step):
     """Keeps the entries of a weight where `mask` (bool, shape of the weight) is true."""
 
     class settings(Stored):
-        explicit: int = 0  # 1 in files: the mask is stored, as zeros do not tell it
+        explicit: Literal[0, 1, 2] = 0  # zeros tell it; it is stored; it is, of the zeros alone
 
     rank, projection = 0, True
 
@@ -28,21 +30,30 @@ class Mask(Step):
         return torch.where(self.mask, weight, 0.0)
 
     def encode(self, x: Tensor, stored: Tensor, write) -> dict:
-        if torch.equal(self.mask, stored != 0):
+        _check_zeros(stored, self.mask)
+        if not (kept := self.mask[stored == 0]).any():
             return {}
-        write.tensor(self.mask)
-        return {"explicit": 1}
+        write.tensor(kept[:, None])  # a column: the coder adapts along it
+        return {"explicit": 2}
 
     @classmethod
     def decode(cls, entry: dict, read, weight: Weight, stored: Tensor, parts) -> tuple:
-        mask = read.tensor(stored.shape, torch.bool) if entry.explicit else stored != 0
-        rest = stored[~mask]
-        if (rest != 0).any() or (rest.is_floating_point() and rest.signbit().any()):
-            raise ValueError("entries that are masked are not zero")
+        mask = stored != 0
+        if entry.explicit == 1:
+            mask = read.tensor(stored.shape, torch.bool)
+        elif entry.explicit == 2:
+            mask[~mask] = read.tensor((int((~mask).sum()), 1), torch.bool)[:, 0]
+        _check_zeros(stored, mask)
         return cls(mask), None
 
     def resized(self, select, before: Tensor) -> "Mask":
         return Mask(select(self.mask))
+
+
+def _check_zeros(stored: Tensor, mask: Tensor) -> None:
+    rest = stored[~mask]
+    if (rest != 0).any() or (rest.is_floating_point() and rest.signbit().any()):
+        raise ValueError("entries that are masked are not zero")
 
 
 def mask_of(weight: Weight) -> Tensor:
