@@ -66,7 +66,8 @@ def parameters(namespace: Mapping, models: Iterable[str] = ()) -> dict:
     named = {OWN: own, PRETRAINED: pretrained}
     if models and not any(named.get(kind, kind.__eq__)(model) for kind in models):
         file = Path(model.rpartition(":")[0])
-        advice = "00_your_model takes any module, 09_pretrained encoders" * (PRETRAINED in models)
+        here = OWN in models and PRETRAINED not in models  # in 00_your_model
+        advice = "" if here else "00_your_model takes any module, 09_pretrained encoders"
         if OWN in models and file.suffix == ".py":
             what = "names no function" if file.is_file() else "is not there"
             advice = f"{file} {what} (paths are from {Path.cwd()})"
