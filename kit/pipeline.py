@@ -2,11 +2,10 @@
 are measured."""
 
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +18,9 @@ import torch.nn as nn
 from kit import artifact
 from kit.budget import RateLoss, RateSettings, row_sensitivity, set_rate_formats
 from kit.core.measurement import peak_memory
-from kit.core.protocols import LanguageModel, adapt, bare, tree_map
+from kit.core.protocols import LanguageModel, adapt, bare, tensors_of, tree_map
 from kit.core.settings import Count, Meta, Positive, Seed, Share, checks, settings
-from kit.core.store import code_digest, digest, lock, write_json
+from kit.core.store import code_digest, digest, lock, read_json, write_json
 from kit.core.weights import copy_model, materialize, weights
 from kit.distillation import DistillationTrainer
 from kit.models import MoE, recipe
@@ -31,6 +30,7 @@ from kit.pruning.structured import sort_hidden_units
 from kit.quantization import calibrate, original_mix, quantize_bk_core, quantize_weights
 from kit.quantization.token_tables import compose_tables, order_rows
 from kit.training import TrainConfig, parallel, steps_in, train
+from kit.training.checkpoint import rng_state, set_rng_state
 from kit.training.evaluation import evaluate
 from kit.training.losses import classification_loss, training_loss
 
@@ -155,18 +155,19 @@ class CompressionPipeline:
             return self._run(train_loader, val_loader, steps, Path(save_dir), until)
 
     def _run(self, train_loader, val_loader, steps, save_dir: Path, until) -> tuple:
-        self._claim(save_dir, steps)
+        self._claim(save_dir, [*steps.items(), _ends(train_loader)])
         teacher = materialize(self.model).to(self.device).eval()
         baseline = self._quality(teacher, val_loader)
         previous, found = None, {}
         for name in self.stages:
             path = save_dir / f"{name}.kit"
             if due := parallel.agreed(_baseline_of(path) != baseline):  # none, or of other data
-                if not parallel.agreed(path.with_suffix(".training").exists()):
+                trained = path.exists() and path.with_suffix(".training").exists()
+                if not parallel.agreed(trained):
                     self._run_stage(name, previous, teacher, train_loader, steps[name], path)
                 self._record(path, val_loader, baseline)
             previous = path
-            found[name] = stage = json.loads(path.with_suffix(".json").read_text())
+            found[name] = stage = read_json(path.with_suffix(".json"))
             del stage["baseline"]
             if due:
                 quality = "error" if "final_accuracy" in stage else "perplexity"
@@ -188,22 +189,22 @@ class CompressionPipeline:
         if self.log and parallel.rank() == 0:
             print(text, flush=True)
 
-    def _claim(self, save_dir: Path, steps: dict) -> None:
-        """A folder belongs to one model, one set of settings and one version of the code, so that a
-        resumed stage is the stage it says."""
+    def _claim(self, save_dir: Path, training: list) -> None:
+        """A folder belongs to one model, one set of settings and of training data and one version
+        of the code, so that a resumed stage is the stage it says."""
         own = [
             self.target_compression,
-            *steps.items(),
+            *training,
             self.lr,
             self.seed,
             self.settings,
             list(self.tables),
         ]
         claim, file = digest(self.model, own, code_digest(CODE)), save_dir / "settings.json"
-        if parallel.agreed(file.exists() and json.loads(file.read_text()) != claim):
+        if parallel.agreed(file.exists() and read_json(file, str) != claim):
             raise ValueError(
-                f"{save_dir} holds a run with another model, other settings or another version of "
-                "the kit: delete it or choose another save_dir"
+                f"{save_dir} holds a run with another model, other settings or data or another "
+                "version of the kit: delete it or choose another save_dir"
             )
         if parallel.rank() == 0:
             write_json(file, claim)
@@ -225,7 +226,7 @@ class CompressionPipeline:
         else:
             degradation = quality["perplexity"] / baseline["perplexity"] - 1
         record = {"bytes": size, "ratio": self.baseline_bytes / size, "degradation": degradation}
-        record |= {"path": str(path), **json.loads(path.with_suffix(".training").read_text())}
+        record |= {"path": str(path), **read_json(path.with_suffix(".training"))}
         final = {"baseline": baseline, **{f"final_{key}": q for key, q in quality.items()}}
         path.with_suffix(".checkpoint").unlink(missing_ok=True)
         parallel.agreed(parallel.rank() or write_json(path.with_suffix(".json"), record | final))
@@ -327,7 +328,19 @@ STAGES = {
 def _baseline_of(path: Path) -> dict | None:
     """What the uncompressed model reached where a finished stage was measured."""
     record = path.with_suffix(".json")
-    return json.loads(record.read_text())["baseline"] if record.exists() else None
+    return read_json(record)["baseline"] if record.exists() and path.exists() else None
+
+
+def _ends(loader) -> str:
+    """Names the first and the last example, or batch, of training data that gives the same ones
+    each time; "" for other data."""
+    data, state, seen = getattr(loader, "dataset", loader), rng_state(), []
+    for _ in range(2):
+        with suppress(Exception):  # what cannot be indexed
+            torch.manual_seed(0)
+            seen.append(digest(tensors_of([data[0], data[len(data) - 1]])))
+    set_rng_state(state)
+    return seen[0] if len(seen) == 2 and seen[0] == seen[1] else ""
 
 
 def arrange_for_coding(

@@ -15,7 +15,7 @@ from torch import nn
 
 from kit import artifact
 from kit.core.measurement import Latency, flat, measure, relative_error
-from kit.core.protocols import Call, call_with, pick_device
+from kit.core.protocols import Call, call_with, pick_device, tensors_of
 from kit.core.settings import BelowOne, Positive, Share, settings
 from kit.core.weights import materialize
 from kit.distillation import DistillationTrainer
@@ -277,6 +277,10 @@ def compare_models(
     before, after = before.eval(), after.eval()
     with torch.inference_mode():
         expected, outputs = call(before), call(after)
+    if not tensors_of(expected):
+        what = f"a {type(expected).__name__} from {type(before).__name__} holds no tensor"
+        raise ValueError(f"{what} to be compared: return tensors, such as its parameters")
+    with torch.inference_mode():
         times = measure({"before": partial(call, before), "after": partial(call, after)}, seconds)
     (y, r), engine = (flat(outputs).double(), flat(expected).double()), "float32 in torch"
     if y.shape != r.shape:

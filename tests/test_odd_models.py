@@ -2,33 +2,41 @@
 branches of their own. What comes of them is right, or refused and nothing is lost."""
 
 import copy
+import threading
 
+import onnxruntime
 import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from kit import (
     CompressionPipeline,
+    ProductionModelOptimizer,
     QuantizedModel,
     SampledLoss,
     artifact,
+    quick_optimize,
     quick_quantize,
     round_to_budget,
 )
 from kit.core.calibration import gradients
 from kit.core.measurement import relative_error
 from kit.core.protocols import call_with
-from kit.core.weights import weights
+from kit.core.weights import materialize, weights
+from kit.distillation import build_cache
+from kit.distillation.cache import TeacherCache
 from kit.engines import build_engine
 from kit.engines.export import export_graph
 from kit.engines.runtime import OnnxEngine
 from kit.hub import from_pretrained, save_pretrained
 from kit.models import build_model
 from kit.pruning import MagnitudePruner, prune_channels
-from kit.quantization import FakeQuantize, Format, original_mix, quantize_weights
+from kit.quantization import FakeQuantize, Format, original_mix, pack_layers, quantize_weights
 from kit.training import TrainConfig, train
 from kit.training.evaluation import Evaluation, evaluate
+from kit.training.losses import classification_loss
 
 
 def mlp(outputs=10):
@@ -549,3 +557,173 @@ def test_a_pipeline_trains_nothing_that_was_frozen(tmp_path):
     after = small.get_parameter(name)
     assert torch.equal(after[after != 0], before[after != 0])
     assert any(not torch.equal(a, b) for a, b in zip(small.parameters(), model.parameters()))
+
+
+# Refused before anything is lost
+
+
+class Mixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(32, 64)
+
+    def forward(self, x):
+        mean, spread = self.layer(x).chunk(2, -1)
+        return torch.distributions.Normal(mean, spread.exp())
+
+
+def test_outputs_without_tensors_are_not_called_equal():
+    x = torch.randn(4, 32)
+    with pytest.raises(ValueError, match="a Normal from Mixture holds no tensor to be compared"):
+        quick_optimize(Mixture(), x, use_quantization=False)
+    with pytest.raises(ValueError, match="a Normal holds no tensor: give a model that returns"):
+        round_to_budget(Mixture(), [x], 5000)
+    with pytest.raises(ValueError, match="outputs are not finite: look for NaN in the inputs"):
+        round_to_budget(mlp(), [x * torch.nan], 5000)
+    assert relative_error({}, {}) == float("inf")
+
+
+def test_a_packed_model_does_not_take_the_place_of_its_file(tmp_path):
+    artifact.save(quantize_weights(mlp(), Format(4)), tmp_path / "m.kit")
+    whole = (tmp_path / "m.kit").read_bytes()
+    packed = artifact.load(tmp_path / "m.kit", mlp(), packed=True)
+    with pytest.raises(ValueError, match="a packed model has no steps that a file could hold"):
+        artifact.save(packed, tmp_path / "m.kit")
+    assert (tmp_path / "m.kit").read_bytes() == whole
+
+
+def test_a_cache_outlives_a_teacher_that_diverged(tmp_path):
+    data = DataLoader(TensorDataset(torch.randn(16, 32), torch.zeros(16).long()), 8)
+    build_cache(mlp().eval(), data, tmp_path / "cache", k=2)
+    broken = mlp().eval()
+    broken[0].weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="probabilities are not finite"):
+        build_cache(broken, data, tmp_path / "cache", k=2)
+    assert len(TeacherCache(tmp_path / "cache")) == 16
+    with pytest.raises(ValueError, match="a list has no data set of a known length"):
+        build_cache(mlp().eval(), list(data), tmp_path / "other", k=2)
+
+
+def test_a_folder_belongs_to_its_training_data(tmp_path):
+    def run(data):
+        pipeline = CompressionPipeline(mlp(3), 2.0, "cpu", ("qat",), log=False)
+        return pipeline.run_pipeline(data, data, 1, save_dir=tmp_path)[0]
+
+    labels = torch.arange(8) % 3
+    first = [(x, labels) for x in inputs(4)]
+    run(first), run(first)
+    with pytest.raises(ValueError, match="other settings or data"):
+        run([(3 * x, labels) for x in inputs(4)])
+    (tmp_path / "qat.kit").unlink()
+    assert (run(first), (tmp_path / "qat.kit").exists())[1]
+    (tmp_path / "qat.json").write_text("{")
+    with pytest.raises(ValueError, match="qat.json is damaged"):
+        run(first)
+
+
+def test_parameters_stand_where_they_stood():
+    model, names = mlp(), [name for name, _ in mlp().named_parameters()]
+    quantize_weights(model, Format(4))
+    assert [name for name, _ in materialize(model).named_parameters()] == names
+    for weight in weights(model):
+        weight.drop(FakeQuantize)
+    assert [name for name, _ in model.named_parameters()] == names
+    with pytest.raises(ValueError, match="bytes are too few"):
+        round_to_budget(model, inputs(), 20)
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+class Noted(nn.Module):
+    def __init__(self, buffer):
+        super().__init__()
+        self.layer = nn.Linear(32, 3)
+        self.register_buffer("note", buffer)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    "buffer, says",
+    [
+        (torch.tensor(torch.nan), "'note' holds NaN, which no checkpoint keeps"),
+        (torch.eye(2).to_sparse(), "'note' is sparse, which no checkpoint keeps"),
+        (torch.zeros(2, dtype=torch.complex32), "'note' is complex32, which no checkpoint keeps"),
+    ],
+)
+def test_what_no_checkpoint_could_give_back_is_told_before_training(buffer, says, tmp_path):
+    data, settings = [(x, torch.arange(8) % 3) for x in inputs(3)], {"log": False}
+    settings |= {"loss": classification_loss}
+    train(Noted(buffer), data, TrainConfig(steps=2), **settings)
+    with pytest.raises(ValueError, match=says):
+        train(Noted(buffer), data, TrainConfig(steps=2), checkpoint=tmp_path / "c", **settings)
+    if buffer.is_sparse:
+        with pytest.raises(ValueError, match="buffer 'note' is sparse: make it dense"):
+            artifact.save(Noted(buffer), tmp_path / "m.kit")
+
+
+class Auxiliary(nn.Module):
+    """With a head that only training uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle = nn.Linear(32, 48), nn.Linear(48, 40)
+        self.head, self.aside = nn.Linear(40, 4), nn.Linear(40, 4)
+
+    def forward(self, x):
+        x = self.middle(self.first(x).relu()).relu()
+        return self.head(x) + (self.aside(x) if self.training else 0)
+
+
+def test_what_the_example_does_not_reach_keeps_what_it_may_read():
+    small = prune_channels(Auxiliary().eval(), torch.randn(4, 32), 0.5)
+    assert small.first.out_features == 24 and small.middle.out_features == 40
+    small.train()(torch.randn(4, 32))
+
+
+def test_models_that_cannot_be_copied_are_told():
+    model = mlp()
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match="this Sequential cannot be copied .*lock"):
+        quick_quantize(model)
+
+
+def test_packed_embeddings_know_their_sizes():
+    table = pack_layers(quantize_weights(nn.Sequential(nn.Embedding(50, 32)), Format(8)))[0]
+    assert (table.num_embeddings, table.embedding_dim, table.padding_idx) == (50, 32, None)
+
+
+class Routed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, ids, kinds=None, mask=None, twice=False):
+        x = nn.functional.one_hot(ids, 8).float() + (0 if kinds is None else kinds[..., None])
+        return self.layer(x * (1 if mask is None else mask[..., None])) * (1 + twice)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"ids": torch.ones(2, 5).long(), "mask": torch.ones(2, 5), "kinds": torch.zeros(2, 5)},
+        {"ids": torch.ones(2, 5).long(), "kinds": None, "mask": torch.zeros(2, 5), "twice": True},
+    ],
+)
+def test_files_name_their_inputs_as_the_call_did(call, tmp_path):
+    model = Routed().eval()
+    made = ProductionModelOptimizer().export_onnx(model, tmp_path / "m.onnx", call)
+    assert made["relative_error"] < 1e-9
+    feed = {name: x.numpy() for name, x in call.items() if isinstance(x, torch.Tensor)}
+    found = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, feed)[0]
+    assert torch.allclose(torch.from_numpy(found), model(**call), atol=1e-6)
+
+
+def test_engines_of_onnx_hide_no_bad_inputs():
+    x = torch.randn(4, 32)
+    quantized = quick_quantize(mlp(), x, backend="onnx-int8")
+    bad = torch.where(torch.arange(32) == 0, torch.nan, x)
+    assert quantized(bad).isnan().all() and quantized(x).isfinite().all()
+    table = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 8)).eval()
+    with pytest.raises(IndexError):
+        quick_quantize(table, torch.ones(2, 3).long(), backend="onnx-float32")(-torch.ones(1).int())

@@ -38,7 +38,7 @@ from kit.core.weights import Weight, is_finite, materialize, weights
 from kit.models import recipe
 from kit.pruning import mask  # noqa: F401 registers its step
 from kit.quantization import fake, token_tables  # noqa: F401 register their steps
-from kit.quantization.integers import pack_layers, packed_parts, packs
+from kit.quantization.integers import GroupWiseQuantizer, pack_layers, packed_parts, packs
 
 
 def save(model: nn.Module, path: str | os.PathLike, layouts: Sequence[str] = tuple(LAYOUTS)) -> int:
@@ -163,6 +163,9 @@ def describe(path: str | os.PathLike):
 def serialized(model: nn.Module, layouts: Sequence[str] = tuple(LAYOUTS)) -> Iterator[bytes]:
     """The bytes of the file, part after part."""
     model = bare(model)
+    if any(isinstance(module, GroupWiseQuantizer) for module in model.modules()):
+        what = "a packed model has no steps that a file could hold"
+        raise ValueError(f"{what}: save the model that it was made of")
     header = {"model": recipe(model), "modules": activation_modules(model), "tensors": []}
     if extra := extra_state(model):
         header["extra"] = extra
@@ -173,6 +176,8 @@ def serialized(model: nn.Module, layouts: Sequence[str] = tuple(LAYOUTS)) -> Ite
             with torch.no_grad():
                 entry = _encode(target, write, written)
         else:
+            if target.layout != torch.strided:
+                raise ValueError(f"buffer {name!r} is sparse: make it dense, as a file holds it")
             write.tensor(target)
             entry = kind_of(target)
         entry |= {"in": write.letters} if write.letters != "d" else {}

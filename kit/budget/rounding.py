@@ -79,8 +79,11 @@ class SampledLoss:
         self.outputs, self.generator = outputs, torch.Generator().manual_seed(seed)
 
     def __call__(self, model: nn.Module, batch) -> Tensor:
-        out, kind = tensors_of(call_of(batch).to(device_of(model))(model))[0], self.outputs
-        least = 2 if kind == "logits" else 1
+        outputs, kind = call_of(batch).to(device_of(model))(model), self.outputs
+        if not (found := tensors_of(outputs)):
+            what = f"a {type(outputs).__name__} holds no tensor"
+            raise ValueError(f"{what}: give a model that returns tensors, or a loss of your own")
+        out, least = found[0], 2 if kind == "logits" else 1
         if not out.is_floating_point() or out.ndim < least or out.shape[-1] < least:
             what = f"the first output, {out.dtype} of shape {tuple(out.shape)}, holds no {kind}"
             other = "'features'" if out.is_floating_point() else "a model that gives floats first"
@@ -89,6 +92,8 @@ class SampledLoss:
             noise = torch.randn(out.shape, generator=self.generator)
             return (out * noise.to(out)).sum()
         log_p = out.float().log_softmax(-1).flatten(0, -2)
+        if log_p.isnan().any():
+            raise ValueError("the model's outputs are not finite: look for NaN in the inputs")
         drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=self.generator)
         return -log_p.gather(1, drawn.to(log_p.device)).sum()
 

@@ -109,10 +109,11 @@ def relative_error(outputs, reference) -> float:
     """Mean squared difference over the reference's mean square, the largest of any tensor's.
 
     Infinite values that agree are left out. A tensor weaker than FAINT of the strongest counts as
-    if it were that strong. Infinite if shapes differ or the difference is not finite.
+    if it were that strong. Infinite if shapes differ, the difference is not finite, or nothing is
+    there to be compared.
     """
     found, wanted = floats_of(outputs), floats_of(reference)
-    if [y.shape for y in found] != [r.shape for r in wanted]:
+    if not wanted or [y.shape for y in found] != [r.shape for r in wanted]:
         return float("inf")
     kept = [(y == r).logical_and(y.isinf()).logical_not() for y, r in zip(found, wanted)]
     pairs = [(y[k], r[k]) for y, r, k in zip(found, wanted, kept) if k.any()]

@@ -183,10 +183,13 @@ class Weight:
         with sparse gradients get dense ones: those of a computed tensor are."""
         for holder, name in _holders(self.model, self.original):
             _own_class(holder)
+            if not parametrize.is_parametrized(holder):
+                holder._parameter_order = list(holder._parameters)
             if parametrize.is_parametrized(holder, name):
                 parametrize.remove_parametrizations(holder, name, leave_parametrized=False)
             for step in steps:
                 parametrize.register_parametrization(holder, name, step, unsafe=True)
+            _in_order(holder)
             if steps and getattr(holder, "sparse", False):
                 holder.sparse = False
             if isinstance(holder, nn.RNNBase):
@@ -314,6 +317,14 @@ def _holders(model: nn.Module, original: nn.Parameter) -> list[tuple[nn.Module, 
             if original_of(m, a) is original]  # fmt: skip
 
 
+def _in_order(module: nn.Module) -> None:
+    """torch puts a parameter last that carries nothing any more: back to its place, by which
+    optimizers' states and vectors of parameters know it."""
+    held, order = module._parameters, getattr(module, "_parameter_order", [])
+    for name in [*(n for n in order if n in held), *(n for n in held if n not in order)]:
+        held[name] = held.pop(name)
+
+
 def _own_class(module: nn.Module) -> None:
     """torch puts properties on the module's generated class, and copies share that: part them."""
     if parametrize.is_parametrized(module):
@@ -343,7 +354,11 @@ def copy_model(model: nn.Module) -> nn.Module:
     held = [value for module in model.modules() for entry in vars(module).values()
             for value in (entry if isinstance(entry, list) else [entry])]  # fmt: skip
     computed = {id(v): v.detach() for v in held if isinstance(v, Tensor) and not v.is_leaf}
-    copied = copy.deepcopy(model, computed)
+    try:
+        copied = copy.deepcopy(model, computed)
+    except TypeError as error:  # of a lock, a file, a generator
+        what = f"this {type(model).__name__} cannot be copied ({error})"
+        raise ValueError(f"{what}: take that off the model first") from None
     for module in copied.modules():
         _own_class(module)
     return copied
@@ -357,6 +372,7 @@ def materialize(model: nn.Module) -> nn.Module:
             continue
         for attribute in list(getattr(module, "parametrizations", {})):
             parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+        _in_order(module)
         if hasattr(module, "_weight_hooks"):
             for hook in module._weight_hooks:
                 hook.remove()

@@ -21,11 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 from kit.core.protocols import Call, adapt, call_of, device_of, tensors_of
 from kit.core.settings import Count, Positive, Seed, checks
 from kit.core.store import digest, lock, read_json, write_json
+from kit.core.weights import is_finite
 from kit.distillation.divergences import soft_targets
 from kit.distillation.objective import SparseTarget, output_of
 from kit.training.losses import FUNCTION_BLOCK
 
 ARRAYS = ("indices", "log_p")
+SIZED = ("__len__", "__getitem__")
 ROWS = 256  # of a batch, where the loader has no size of its own
 KINDS = {"made_by": str, "inputs": str, "temperature": float, "sampled": float, "rounding": float}
 KINDS |= dict.fromkeys(("k", "vocabulary", "examples"), Annotated[int, msgspec.Meta(ge=1)])
@@ -142,6 +144,9 @@ def build_cache(
     same at once, one does and the others wait for it. Raises ValueError for k or temperature out of
     range and teachers in training mode.
     """
+    if not all(hasattr(getattr(loader, "dataset", None), name) for name in SIZED):
+        what = f"a {type(loader).__name__} has no data set of a known length"
+        raise ValueError(f"{what}: give a DataLoader over one")
     teachers = [teacher] if isinstance(teacher, nn.Module) else teacher
     teachers = [adapt(model) for model in teachers]
     check_evaluating(teachers)
@@ -210,6 +215,10 @@ def _fill(folder: Path, teachers, loader, k, temperature, seed) -> dict:
         outputs = [output_of(teacher, call) for teacher in teachers]
         classes = outputs[0].classes
         target, mass = _targets(outputs, k, temperature, generator)
+        if not is_finite(mass) or target.log_p.isnan().any():
+            raise ValueError(
+                "a teacher's probabilities are not finite: restore a finite checkpoint"
+            )
         types = np.uint16 if classes <= 2**16 else np.uint32, np.float16
         for name, kind, values in zip(ARRAYS, types, target):
             if name not in arrays:

@@ -89,9 +89,10 @@ def export_graph(model: nn.Module, call: Call) -> ModelProto:
 
 
 def input_names(model: nn.Module, call: Call) -> list[str]:
-    """A name for each tensor of a call: that of the argument, and a number where it has several."""
+    """A name for each tensor of a call, in its order: that of the argument, and a number where it
+    has several."""
     try:
-        bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments
+        bound = inspect.signature(model.forward).bind_partial(*call.args).arguments | call.kwargs
     except (TypeError, ValueError):
         bound = {"input": call}
     counts = {name: len(tensors_of(value)) for name, value in bound.items()}

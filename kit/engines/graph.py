@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from kit.core.measurement import flat, measure, relative_error
-from kit.core.protocols import Call, call_with
+from kit.core.protocols import Call, call_with, tensors_of
 from kit.core.store import digest
 from kit.core.weights import original_of, weights
 from kit.engines.choice import PLAIN, opaque
@@ -261,8 +261,9 @@ def export_onnx(
     made = Exported(model, call).engine(engine, stored=engine != "onnx-float32")
     size, loaded = made.save(path), OnnxEngine.load(path)
     with torch.inference_mode():
-        expected, outputs = call(model), call(loaded)
-        times = measure({"torch": lambda: call(floats), "onnx": lambda: call(loaded)}, 0.3)
+        expected, outputs = call(model), loaded(*(tensors := tensors_of(call)))
+        times = {"torch": lambda: call(floats), "onnx": lambda: loaded(*tensors)}
+        times = measure(times, 0.3)
     return {
         "bytes": size,
         "engine": engine,

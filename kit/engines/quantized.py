@@ -11,10 +11,10 @@ from torch import nn
 
 from kit import artifact
 from kit.core.measurement import relative_error
-from kit.core.protocols import Call, tree_map
+from kit.core.protocols import Call, tensors_of, tree_map
 from kit.core.settings import Positive, settings
 from kit.core.steps import without_cast
-from kit.core.weights import copy_model, materialize, weights
+from kit.core.weights import copy_model, is_finite, materialize, weights
 from kit.engines import layers
 from kit.engines.choice import ENGINES, Choice, batch_size, build_engine, choose_engine, opaque
 from kit.engines.layers import INPUT_QUANTIZER, calibrate_inputs, cast, copy_of, dtype_of
@@ -109,7 +109,10 @@ class QuantizedModel(nn.Module):
             self._tune(call)
         if rows >= self._limit:
             self._warn_of_growth(rows)
+        strict = self.choice.name.startswith("onnx-")  # it makes numbers of NaN, and of index -1
         try:
+            if strict and not all(map(_is_ordinary, tensors_of(call))):
+                return call(self._floats())
             return call(self.choice.engine)
         except Exception:  # float32 does what this engine cannot, or says what is wrong
             return call(self._floats())
@@ -233,6 +236,12 @@ class QuantizedModel(nn.Module):
 
     def extra_repr(self) -> str:
         return f"engine={self.choice.name if self.choice else 'chosen at the first call'}"
+
+
+def _is_ordinary(tensor: torch.Tensor) -> bool:
+    if tensor.is_floating_point() or tensor.dtype == torch.bool or not tensor.numel():
+        return is_finite(tensor)
+    return bool(tensor.min() >= 0)
 
 
 def _sample(tensor: torch.Tensor):

@@ -203,7 +203,7 @@ def prune_channels(
     found = verifier.verified([family for family in found if family.gone])
     if sparsity and not found:
         what = f"cannot prune this {type(model).__name__}: of the layers {layers!r} nothing can go"
-        raise ValueError(f"{what} that other layers do not need: name others, or use masks")
+        raise ValueError(f"{what} that other layers do not need, or may in other calls: use masks")
     cut(small, found, verifier.spared(found))
     refresh_config(small)
     describe(small, model, found)

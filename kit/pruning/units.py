@@ -113,16 +113,20 @@ def _hooks(layers: Iterable[Layer], take: Callable, give: Callable | None = None
             handle.remove()
 
 
-def _blocks(model: nn.Module, call: Call, first: dict[Slot, int], size: int) -> Iterator[tuple]:
+def _blocks(
+    model: nn.Module, call: Call, first: dict[Slot, int], size: int, called: set[str]
+) -> Iterator[tuple]:
     """Units, and bool (size + 1,) what they spoil without a layer between, by the numbers from
-    `first`; `size` stands for the output. Blocks of units are halved until nothing more is told
-    apart, many at a time where they reach nothing in common."""
+    `first`; `size` stands for the output. Adds to `called` the layers that the call reaches. Blocks
+    of units are halved until nothing more is told apart, many at a time where they reach nothing in
+    common."""
     layers = layers_of(model)
 
     def reach(*blocks: tuple[Layer, int, int]) -> Tensor:
         seen = torch.zeros(size + 1, dtype=torch.bool)
 
         def take(layer: Layer, x: Tensor) -> Tensor:
+            called.add(layer.name)
             if not x.is_floating_point() or layer.inputs is None:
                 return x
             bad, at = x.isnan(), first[layer.slot(layer.inputs)]
@@ -190,7 +194,8 @@ def families(model: nn.Module, call: Call, names: Iterable[str]) -> list[Family]
             i = above
         return i
 
-    for units, seen in _blocks(model, call, first, size):
+    called: set[str] = set()
+    for units, seen in _blocks(model, call, first, size, called):
         for other in (*units, *seen.nonzero()[:, 0].tolist(), *[size] * (not seen.any())):
             parent[root(other)] = root(units[0])  # what nobody reads stays, as what the output is
     groups: dict[int, dict] = defaultdict(lambda: defaultdict(list))
@@ -198,13 +203,16 @@ def families(model: nn.Module, call: Call, names: Iterable[str]) -> list[Family]
         for i in range(width):
             groups[root(first[slot] + i)][slot].append(i)
     groups.pop(root(size), None)
+    idle = [layer for layer in layers_of(model) if layer.name not in called]
+    idle_widths = {widths[layer.slot(layer.inputs)] for layer in idle if layer.inputs is not None}
     makers, found = defaultdict(list), defaultdict(list)
     for layer in layers_of(model):
         makers[layer.slot(layer.outputs)].append(layer.name)
     makers.pop(None, None)
     for group in groups.values():
         made = {name for slot in group for name in makers.get(slot, ())}
-        if made and made <= set(names):
+        read = any(slot in makers and widths[slot] in idle_widths for slot in group)
+        if made and made <= set(names) and not read:  # by what the call does not reach, perhaps
             kind = tuple((slot, len(entries)) for slot, entries in group.items())
             found[kind, tuple(sorted(made))].append(dict(group))
     return [Family(group, list(made)) for (_, made), group in found.items() if len(group) > 1]

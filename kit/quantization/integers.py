@@ -153,7 +153,8 @@ class QuantizedEmbedding(_Packed):
 
     def __init__(self, embedding: nn.Embedding):
         super().__init__()
-        self.packed = _packed(embedding)
+        self.packed, self.padding_idx = _packed(embedding), embedding.padding_idx
+        self.num_embeddings, self.embedding_dim = self.packed.view.rows, self.packed.view.columns
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.weight)

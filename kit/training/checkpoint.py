@@ -67,6 +67,15 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], Sta
     return groups, state
 
 
+def check_storable(tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError for the first tensor that no checkpoint holds."""
+    for name, tensor in tensors.items():
+        sparse, small = tensor.layout != torch.strided, tensor.dtype == torch.complex32
+        if sparse or small or (tensor.is_floating_point() and tensor.float().isnan().any()):
+            kind = "is sparse" if sparse else "is complex32" if small else "holds NaN"
+            raise ValueError(f"{name!r} {kind}, which no checkpoint keeps: train without one")
+
+
 def _seal(tensors: dict[str, Tensor], text: str) -> str:
     return digest(text, [[n, str(t.dtype), list(t.shape), t] for n, t in sorted(tensors.items())])
 

@@ -114,6 +114,8 @@ def train(
         raise ValueError(f"patience is {config.patience}, which needs validation: pass validate=.")
     if checkpoint and Path(checkpoint).is_dir():
         raise ValueError(f"checkpoint is the folder {checkpoint}: give the path of a file.")
+    if checkpoint:
+        files.check_storable(run.tensors())
     steps, report, saved = config.steps, Report(log), time.perf_counter()
     every, record_every = config.eval_every or max(1, steps // 10), max(1, steps // 100)
     try:
