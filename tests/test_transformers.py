@@ -447,3 +447,17 @@ def test_regression_is_trained_by_its_own_loss_and_not_taken_for_classes(labels)
         DistillationTrainer(model, copy_model(model), 1.0, 1.0, 0.0)(model, batch)
     batch["labels"] = targets.float()
     assert float(training_loss(model)(model, batch)) == loss_of(model, batch)
+
+
+def test_a_decoder_of_speech_gets_its_inputs_from_the_labels():
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers"), 1) | {"d_model": 16}
+    sizes |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    sizes |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 16)
+    sizes |= {"vocab_size": 60, "num_mel_bins": 8, "max_source_positions": 10}
+    tokens = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    config = transformers.WhisperConfig(**sizes, **tokens, max_target_positions=12)
+    model = transformers.WhisperForConditionalGeneration(config).eval()
+    labels = torch.randint(3, 60, (2, 6))
+    labels[0, 4:] = -100
+    batch = {"input_features": torch.randn(2, 8, 20), "labels": labels}
+    assert evaluate(model, [batch]).loss == pytest.approx(model(**batch).loss.item(), rel=1e-5)

@@ -196,11 +196,15 @@ def _shifted(call: Call, model: nn.Module) -> Call:
     labels, config = call.targets, getattr(model, "config", None)
     if not isinstance(labels, Tensor) or not hasattr(config, "is_encoder_decoder"):
         return call
-    if prepare := getattr(model, "prepare_decoder_input_ids_from_labels", None):
-        inputs = (
-            {} if "decoder_input_ids" in call.kwargs else {"decoder_input_ids": prepare(labels)}
-        )
-        return replace(call, kwargs={**inputs, **call.kwargs})
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    start = getattr(config, "decoder_start_token_id", None)
+    if prepare or (config.is_encoder_decoder and labels.ndim == 2 and start is not None):
+        if "decoder_input_ids" in call.kwargs:
+            return call
+        moved = nn.functional.pad(labels[:, :-1], (1, 0), value=start or 0)
+        moved = moved.masked_fill(moved == -100, getattr(config, "pad_token_id", None) or 0)
+        made = {"decoder_input_ids": prepare(labels) if prepare else moved}
+        return replace(call, kwargs={**made, **call.kwargs})
     tokens = call.kwargs.get("input_ids")
     if call.args or tokens is None or tokens.shape != labels.shape or not model.can_generate():
         return call
