@@ -192,14 +192,8 @@ class CompressionPipeline:
     def _claim(self, save_dir: Path, training: list) -> None:
         """A folder belongs to one model, one set of settings and of training data and one version
         of the code, so that a resumed stage is the stage it says."""
-        own = [
-            self.target_compression,
-            *training,
-            self.lr,
-            self.seed,
-            self.settings,
-            list(self.tables),
-        ]
+        own = [self.target_compression, *training, self.lr, self.seed, self.settings]
+        own.append(list(self.tables))
         claim, file = digest(self.model, own, code_digest(CODE)), save_dir / "settings.json"
         if parallel.agreed(file.exists() and read_json(file, str) != claim):
             raise ValueError(
