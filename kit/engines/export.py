@@ -50,7 +50,7 @@ def export_graph(model: nn.Module, call: Call) -> ModelProto:
     Its inputs are the tensors of the call, its outputs those of the model's output, in order. The
     batch is free, and lengths, heights and widths (`FREE`), where the graph gives what the model
     gives at twice the size, at one more, and beyond the sizes that the exporter took a branch for.
-    Where a mask leaves a row of an attention nothing, torch gives 0 and ONNX the mean of all values.
+    Where a mask leaves nothing to a row of attention, torch gives 0 and ONNX the mean of values.
     Raises ValueError if the model cannot be exported, or changes its buffers.
     """
     model, tensors, reason = float_copy(model), tensors_of(call), "the call has no tensor"
