@@ -523,21 +523,23 @@ class Breaking:
             yield batch
 
 
-def _float_at_step_three(calls):
+def _float_after(good, calls):
     def loss(model, batch):
         value = next_token_loss(model, batch)  # counts uses in a buffer, and draws for dropout
-        return 1.5 if next(calls) == 2 else value
+        return 1.5 if next(calls) == good else value
 
     return loss
 
 
-@pytest.mark.parametrize("cause", ["loader", "loss"])
+@pytest.mark.parametrize("cause", ["loader", "loss", "epoch"])
 def test_what_was_trained_before_a_failure_is_kept(tmp_path, cause):
     config, batches, loss = TrainConfig(steps=8), Breaking(), next_token_loss
     whole, resumed = toy(), toy()
     Breaking.broken = cause == "loader"
-    if cause == "loss":
-        loss = _float_at_step_three(itertools.count())
+    if cause == "epoch":  # of five batches; a DataLoader draws as an epoch begins
+        batches = loader()
+    if cause != "loader":
+        loss = _float_after({"loss": 2, "epoch": 5}[cause], itertools.count())
     says = (
         "Step 3 of 8 fails .OSError: the disk is gone"
         if cause == "loader"
