@@ -277,10 +277,9 @@ def compare_models(
     before, after = before.eval(), after.eval()
     with torch.inference_mode():
         expected, outputs = call(before), call(after)
-    if not tensors_of(expected):
-        what = f"a {type(expected).__name__} from {type(before).__name__} holds no tensor"
-        raise ValueError(f"{what} to be compared: return tensors, such as its parameters")
-    with torch.inference_mode():
+        if not tensors_of(expected):
+            what = f"a {type(expected).__name__} from {type(before).__name__} holds no tensor"
+            raise ValueError(f"{what} to be compared: return tensors, such as its parameters")
         times = measure({"before": partial(call, before), "after": partial(call, after)}, seconds)
     (y, r), engine = (flat(outputs).double(), flat(expected).double()), "float32 in torch"
     if y.shape != r.shape:

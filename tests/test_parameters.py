@@ -107,12 +107,16 @@ def test_a_model_that_a_notebook_is_not_for_is_refused_in_one_sentence(tmp_path)
         (f"hf:{folder / 'config.json'}", known),
         ("hf:", known),
         ("hf:a/b/c", known),
-        *((kind, known) for kind in known[3:]),
+        (parameters.PRETRAINED, known),
     ):
-        with pytest.raises(ValueError, match="^model is .*; it must be one of [^\n]*$"):
+        with pytest.raises(ValueError, match="^model is .*; it must be one of [^\n]*09_pretrained"):
             parameters.parameters({"model": model}, models)
-    for model, says in ((f"{own}:", "names no function"), ("none.py:make", "none.py is not there")):
-        with pytest.raises(ValueError, match=says):
+    for model, says in (
+        (f"{own}:", "names no function"),
+        ("none.py:make", "none.py is not there"),
+        (parameters.OWN, "file.py is not there"),
+    ):
+        with pytest.raises(ValueError, match=f"^model is .*; it must be one of [^\n]*{says}"):
             parameters.parameters({"model": model}, known)
 
 

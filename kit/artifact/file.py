@@ -103,7 +103,8 @@ def load(
         try:
             filled = prepared(header, None if model is None else bare(model))
             targets, made = targets_of(filled), []
-            held = {w.original.untyped_storage().data_ptr() for w in weights(filled)}
+            originals = [t.original for t in targets.values() if isinstance(t, Weight)]
+            taken = {original.untyped_storage().data_ptr() for original in originals}
             layers = _emptied(filled, targets) if packed else {}
             for entry in header.tensors:
                 what, target = repr(entry.name), targets.pop(entry.name)
@@ -115,7 +116,7 @@ def load(
                         _decode(entry, target, read, made, kept, parts)
                     else:
                         value = read.tensor(target.shape, target.dtype, like=target)
-                        fill_buffer(filled, entry.name, value, held)
+                        fill_buffer(filled, entry.name, value, taken)
                 if read.left:
                     raise ArtifactError("it has more parts than its steps need")
                 for name in layers.get(entry.name, ()):

@@ -45,13 +45,13 @@ def buffers_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield (f"{path}.{name}" if path else name), buffer
 
 
-def fill_buffer(model: nn.Module, name: str, value: Tensor, weights: set[int]) -> None:
-    """In place, as modules may share a buffer; a view of a weight (`weights`: where these are in
+def fill_buffer(model: nn.Module, name: str, value: Tensor, taken: set[int]) -> None:
+    """In place, as modules may share a buffer; a view of a weight (`taken`: where these are in
     memory), or with entries in one place, is parted."""
     path, _, leaf = name.rpartition(".")
     buffers = model.get_submodule(path)._buffers
     storage = buffers[leaf].untyped_storage()
-    if storage.nbytes() < buffers[leaf].nbytes or storage.data_ptr() in weights:
+    if storage.nbytes() < buffers[leaf].nbytes or storage.data_ptr() in taken:
         buffers[leaf] = value
     else:
         buffers[leaf].copy_(value)
@@ -191,7 +191,6 @@ def _check_tensors(header: Header, model: nn.Module, modules: dict[str, nn.Modul
         theirs = entry.dtype or ours[0], entry.shape
         if ours != theirs:
             kinds = "{} of shape {}, the model expects {} of shape {}".format(*theirs, *ours)
-            advice = (
-                "convert it first" if theirs[1] == ours[1] else "make it of the saved one's sizes"
-            )
+            resized = theirs[1] != ours[1]
+            advice = "make it of the saved one's sizes" if resized else "convert it first"
             raise ArtifactError(f"it holds {name!r} as {kinds}: {advice}")

@@ -198,17 +198,22 @@ def _shifted(call: Call, model: nn.Module) -> Call:
         return call
     prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     start = getattr(config, "decoder_start_token_id", None)
-    if prepare or (config.is_encoder_decoder and labels.ndim == 2 and start is not None):
-        if "decoder_input_ids" in call.kwargs:
-            return call
-        moved = nn.functional.pad(labels[:, :-1], (1, 0), value=start or 0)
-        moved = moved.masked_fill(moved == -100, getattr(config, "pad_token_id", None) or 0)
-        made = {"decoder_input_ids": prepare(labels) if prepare else moved}
-        return replace(call, kwargs={**made, **call.kwargs})
+    if not prepare and config.is_encoder_decoder and labels.ndim == 2 and start is not None:
+        prepare = functools.partial(_after_start, start=start, pad=config.pad_token_id or 0)
+    if prepare:
+        given = "decoder_input_ids" in call.kwargs
+        inputs = {} if given else {"decoder_input_ids": prepare(labels)}
+        return replace(call, kwargs={**inputs, **call.kwargs})
     tokens = call.kwargs.get("input_ids")
     if call.args or tokens is None or tokens.shape != labels.shape or not model.can_generate():
         return call
     return replace(call, targets=nn.functional.pad(labels[:, 1:], (0, 1), value=-100))
+
+
+def _after_start(labels: Tensor, start: int, pad: int) -> Tensor:
+    """What a decoder reads where it is to say `labels` (B, T): the token before each."""
+    moved = nn.functional.pad(labels[:, :-1], (1, 0), value=start)
+    return moved.masked_fill(moved == -100, pad)
 
 
 def call_with(inputs) -> Call:

@@ -78,8 +78,8 @@ def export_graph(model: nn.Module, call: Call) -> ModelProto:
                 proto = _tidy(program.model_proto)
                 engine = OnnxEngine(proto.SerializeToString(), expected)
                 checks = [(larger, expected)] + [(tensors, model(*tensors))] * any(free)
-                others = _edges(tensors, free, proto, captured)
-                others = [_resized(tensors, free, lambda size, *_: size + 1), *others] * any(free)
+                longer = [_resized(tensors, free, lambda size, *_: size + 1)] * any(free)
+                others = itertools.chain(longer, _edges(tensors, free, proto, captured))
                 fits = all(relative_error(engine(*x), y) < ROUNDING for x, y in checks)
                 if fits and all(_same(model, engine, x) for x in others):
                     return proto
@@ -158,10 +158,9 @@ def _exceptions(condition, now: dict[str, int]) -> list[dict[str, int]]:
     if not symbols or not symbols.keys() <= now.keys():  # of sizes that the model computes
         return []
     small = range(1, 1 + round(SEARCHED ** (1 / len(symbols))))
-    powers = [2**k + more for k in range(4, 13) for more in (0, 1)][: 0 if len(symbols) > 2 else 99]
-    choices = itertools.product(
-        *({*small, *powers, *(now[name] + more for more in (-1, 0, 1))} - {0} for name in symbols)
-    )
+    powers = [2**k + more for k in range(4, 13) for more in (0, 1)] * (len(symbols) < 3)
+    tried = ({*small, *powers, *(now[name] + more for more in (-1, 0, 1))} for name in symbols)
+    choices = itertools.product(*(sizes - {0} for sizes in tried))
 
     def far(sizes: tuple[int, ...]) -> float:
         return sum(abs(math.log(size / max(now[name], 1))) for name, size in zip(symbols, sizes))

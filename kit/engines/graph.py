@@ -260,10 +260,10 @@ def export_onnx(
     call, floats = cast(call_with(inputs), torch.float32), float_copy(model)
     made = Exported(model, call).engine(engine, stored=engine != "onnx-float32")
     size, loaded = made.save(path), OnnxEngine.load(path)
+    tensors = tensors_of(call)
     with torch.inference_mode():
-        expected, outputs = call(model), loaded(*(tensors := tensors_of(call)))
-        times = {"torch": lambda: call(floats), "onnx": lambda: loaded(*tensors)}
-        times = measure(times, 0.3)
+        expected, outputs = call(model), loaded(*tensors)
+        times = measure({"torch": lambda: call(floats), "onnx": lambda: loaded(*tensors)}, 0.3)
     return {
         "bytes": size,
         "engine": engine,

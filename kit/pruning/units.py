@@ -184,7 +184,8 @@ class Family:
 
 def families(model: nn.Module, call: Call, names: Iterable[str]) -> list[Family]:
     """The families of units of the layers in `names`, without those that hang on other layers'."""
-    widths = {slot: width for layer in layers_of(model) for slot, width in layer.slots.items()}
+    layers = layers_of(model)
+    widths = {slot: width for layer in layers for slot, width in layer.slots.items()}
     size, parent = sum(widths.values()), {}
     first = dict(zip(widths, itertools.accumulate(widths.values(), initial=0)))
 
@@ -203,10 +204,10 @@ def families(model: nn.Module, call: Call, names: Iterable[str]) -> list[Family]
         for i in range(width):
             groups[root(first[slot] + i)][slot].append(i)
     groups.pop(root(size), None)
-    idle = [layer for layer in layers_of(model) if layer.name not in called]
+    idle = [layer for layer in layers if layer.name not in called]
     idle_widths = {widths[layer.slot(layer.inputs)] for layer in idle if layer.inputs is not None}
     makers, found = defaultdict(list), defaultdict(list)
-    for layer in layers_of(model):
+    for layer in layers:
         makers[layer.slot(layer.outputs)].append(layer.name)
     makers.pop(None, None)
     for group in groups.values():

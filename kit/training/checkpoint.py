@@ -61,17 +61,21 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], Sta
         what = f"The checkpoint {path} is damaged ({reason_of(error)})"
         raise ValueError(f"{what}: {advice}.") from None
     for name, tensor in tensors.items():
-        if not name.startswith("rng.") and tensor.isnan().any():
+        if not name.startswith("rng.") and _has_nan(tensor):
             lower = f"{advice}, with a lower lr if it diverged."
             raise ValueError(f"The checkpoint {path} holds NaN in {name!r}: {lower}")
     return groups, state
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    return bool((tensor.float() if tensor.dtype.itemsize == 1 else tensor).isnan().any())
 
 
 def check_storable(tensors: dict[str, Tensor]) -> None:
     """Raises ValueError for the first tensor that no checkpoint holds."""
     for name, tensor in tensors.items():
         sparse, small = tensor.layout != torch.strided, tensor.dtype == torch.complex32
-        if sparse or small or (tensor.is_floating_point() and tensor.float().isnan().any()):
+        if sparse or small or _has_nan(tensor):
             kind = "is sparse" if sparse else "is complex32" if small else "holds NaN"
             raise ValueError(f"{name!r} {kind}, which no checkpoint keeps: train without one")
 
