@@ -14,7 +14,7 @@ from kit.core.measurement import relative_error
 from kit.core.protocols import Call, tensors_of, tree_map
 from kit.core.settings import Positive, settings
 from kit.core.steps import without_cast
-from kit.core.weights import copy_model, is_finite, materialize, weights
+from kit.core.weights import copy_model, materialize, weights
 from kit.engines import layers
 from kit.engines.choice import ENGINES, Choice, batch_size, build_engine, choose_engine, opaque
 from kit.engines.layers import INPUT_QUANTIZER, calibrate_inputs, cast, copy_of, dtype_of
@@ -239,9 +239,10 @@ class QuantizedModel(nn.Module):
 
 
 def _is_ordinary(tensor: torch.Tensor) -> bool:
-    if tensor.is_floating_point() or tensor.dtype == torch.bool or not tensor.numel():
-        return is_finite(tensor)
-    return bool(tensor.min() >= 0)
+    """No NaN, infinity or negative index: asked at every call, so by one sum, which is fast."""
+    if tensor.is_floating_point():
+        return math.isfinite(tensor.sum())
+    return tensor.dtype == torch.bool or not tensor.numel() or bool(tensor.min() >= 0)
 
 
 def _sample(tensor: torch.Tensor):
